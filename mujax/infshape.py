@@ -1,0 +1,235 @@
+"""What is infinite: the static description of a model's parameters that everything else reads.
+
+A `ParamSpec` says of one parameter which axes grow with width and what each axis is to the product
+that uses it. A `MupSpec` maps paths to `ParamSpec`s. Both are plain frozen data: they hold no arrays,
+hash, compare and survive a JSON round trip, so they can be closed over by jitted functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, Literal, get_args
+
+import jax
+
+from mujax.errors import MujaxError, ParametrizationError, ShapeMismatchError
+
+Role = Literal["input", "hidden", "output", "finite"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+
+_FORMAT: Final = 1
+
+
+def leaf_path(key_path: tuple[Any, ...]) -> str:
+    """The slash-separated path of a leaf from its `jax.tree_util` key path.
+
+    A trailing attribute called `value` is dropped: it is the inside of a box (`nn.Partitioned`, an
+    `nnx.Variable`) and the same parameter has no such entry once unboxed.
+
+    >>> tree = {"Dense_0": {"kernel": 0}, "blocks": [1]}
+    >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    ['Dense_0/kernel', 'blocks/0']
+    """
+    if key_path and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and key_path[-1].name == "value":
+        key_path = key_path[:-1]
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parametrization:
+    """A weighted geometric mean of rule tables, e.g. `(("mup", 1.0),)`.
+
+    Attributes:
+        weights: pairs of a table's name (`mujax.rules.TABLES`) and its weight; the weights sum to 1.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+
+    def __str__(self) -> str:
+        if len(self.weights) == 1:
+            return self.weights[0][0]
+        return " + ".join(f"{weight:g} {name}" for name, weight in self.weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its sizes at target and base, and what each axis is.
+
+    Every axis is in exactly one of `fan_in`, `fan_out` and `stack`.
+
+    Attributes:
+        shape: the target's shape.
+        base_shape: the base's shape, of the same rank.
+        fan_in: axes that the product contracts or that a lookup indexes (for a convolution the
+            input features and the spatial axes).
+        fan_out: axes that the product leaves.
+        stack: axes over which independent copies are laid: batch axes of the product, the axis that
+            a scan strips.
+        infinite: axes that grow with width.
+        tied: it is used both as an input (looked up) and as an output (contracted over its features).
+    """
+
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...]
+    fan_in: tuple[int, ...] = ()
+    fan_out: tuple[int, ...] = ()
+    stack: tuple[int, ...] = ()
+    infinite: tuple[int, ...] = ()
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.base_shape):
+            raise ShapeMismatchError(
+                f"ParamSpec: base_shape {self.base_shape} and shape {self.shape} must have the same rank."
+            )
+        axes = sorted((*self.fan_in, *self.fan_out, *self.stack))
+        if axes != list(range(len(self.shape))):
+            raise MujaxError(
+                f"ParamSpec of shape {self.shape}: each axis must be in exactly one of fan_in, fan_out and "
+                f"stack; got fan_in={self.fan_in}, fan_out={self.fan_out}, stack={self.stack}."
+            )
+        finite = [
+            axis
+            for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
+            if size != base and axis not in self.infinite
+        ]
+        if finite:
+            raise ShapeMismatchError(
+                f"ParamSpec of shape {self.shape} and base_shape {self.base_shape}: axes {tuple(finite)} differ, "
+                f"so they must be listed in infinite={self.infinite}."
+            )
+
+    def _ratio(self, axes: Iterable[int]) -> float:
+        target, base = 1, 1
+        for axis in axes:
+            target *= self.shape[axis]
+            base *= self.base_shape[axis]
+        return target / base if base else 1.0
+
+    @property
+    def r_in(self) -> float:
+        """Fan-in of the target over fan-in of the base."""
+        return self._ratio(self.fan_in)
+
+    @property
+    def r_out(self) -> float:
+        """Fan-out of the target over fan-out of the base.
+
+        A batch axis of a product that grows with width (the blocks of a block-diagonal kernel) makes
+        the pre-activation wider just as a fan-out axis does, so it counts here. A growing stack axis
+        can't come from anywhere else: a growing number of layers is refused.
+        """
+        return self._ratio((*self.fan_out, *self.stack))
+
+    @property
+    def role(self) -> Role:
+        """`"input"`, `"hidden"`, `"output"` or `"finite"`: which of fan-in and fan-out are infinite."""
+        wide_in = any(axis in self.infinite for axis in self.fan_in)
+        wide_out = any(axis in self.infinite for axis in (*self.fan_out, *self.stack))
+        by_width: dict[tuple[bool, bool], Role] = {
+            (False, True): "input",
+            (True, True): "hidden",
+            (True, False): "output",
+            (False, False): "finite",
+        }
+        return by_width[wide_in, wide_out]
+
+
+class MupSpec(Mapping[str, ParamSpec]):
+    """The parameters of a model by path, and the parametrization it is trained in.
+
+    Static and hashable; holds no arrays. Iterates in the order of the parameter tree.
+
+    Attributes:
+        parametrization: the rule tables in force.
+    """
+
+    __slots__ = ("_hash", "_params", "parametrization")
+
+    def __init__(self, params: Mapping[str, ParamSpec], parametrization: Parametrization) -> None:
+        self._params = dict(params)
+        self.parametrization = parametrization
+        self._hash = hash((tuple(self._params.items()), parametrization))
+
+    def __getitem__(self, path: str) -> ParamSpec:
+        return self._params[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MupSpec):
+            return NotImplemented
+        return self._params == other._params and self.parametrization == other.parametrization
+
+    def __repr__(self) -> str:
+        return f"MupSpec({len(self)} parameters, parametrization={str(self.parametrization)!r})"
+
+    def to_json(self) -> str:
+        """The spec as JSON text; `from_json` reads it back."""
+        return json.dumps(
+            {
+                "mujax_spec": _FORMAT,
+                "parametrization": [list(pair) for pair in self.parametrization.weights],
+                "params": {path: dataclasses.asdict(param) for path, param in self.items()},
+            },
+            indent=1,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> MupSpec:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            MujaxError: the text is not a spec.
+        """
+        try:
+            data = json.loads(text)
+            if data["mujax_spec"] != _FORMAT:
+                raise ParametrizationError(
+                    f"spec file: expected format {_FORMAT}, got {data['mujax_spec']!r}; "
+                    "write it again with this version of mujax."
+                )
+            params = {
+                path: ParamSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+                for path, fields in data["params"].items()
+            }
+            weights = tuple((str(name), float(weight)) for name, weight in data["parametrization"])
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise MujaxError(
+                f"spec file: expected the JSON written by MupSpec.save, got something else ({error})."
+            ) from error
+        return cls(params, Parametrization(weights))
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes the spec to a JSON file."""
+        pathlib.Path(path).write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> MupSpec:
+        """Reads a spec that `save` wrote.
+
+        Raises:
+            MujaxError: the file is missing or is not a spec.
+        """
+        try:
+            text = pathlib.Path(path).read_text()
+        except OSError as error:
+            raise MujaxError(
+                f"{path}: expected a spec file written by MupSpec.save, got {error.strerror}."
+            ) from error
+        return cls.from_json(text)
+
+    def size(self) -> int:
+        """Number of scalar parameters at the target."""
+        return sum(math.prod(param.shape) for param in self.values())

@@ -1,0 +1,209 @@
+"""The rules of maximal update parametrization, as data.
+
+A rule is a row: the exponents of r_in and r_out (target size over base size of a parameter's fan-in and
+fan-out) in each quantity that depends on width. Nothing here looks at arrays or models.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466: Tables 3, 8 and 9, Appendix B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Final, Literal, get_args
+
+from mujax.errors import ParametrizationError
+from mujax.infshape import ROLES, Parametrization, ParamSpec, Role
+
+Family = Literal["sgd", "adam"]
+FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
+
+Exponents = tuple[float, float]
+"""Exponents of (r_in, r_out)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How one role scales in one parametrization, relative to the base model.
+
+    Attributes:
+        init: standard deviation of the initial values.
+        forward: constant factor on the parameter's product (or on the parameter, for a vector).
+        lr: learning rate, by optimizer family.
+        source: where the row is written down.
+    """
+
+    init: Exponents
+    forward: Exponents
+    lr: Mapping[Family, Exponents]
+    source: str
+
+
+_ONE: Final[Exponents] = (0.0, 0.0)
+
+_HIDDEN: Final = Row(
+    init=(-0.5, 0.0),
+    forward=_ONE,
+    lr={"adam": (-1.0, 0.0), "sgd": (-1.0, 1.0)},
+    source="TP5 Tables 3, 8 and 9, hidden weights",
+)
+_INPUT: Final = Row(
+    init=_ONE,
+    forward=_ONE,
+    lr={"adam": _ONE, "sgd": (0.0, 1.0)},
+    source="TP5 Tables 3 and 8, input weights and all biases",
+)
+_FINITE: Final = Row(init=_ONE, forward=_ONE, lr={"adam": _ONE, "sgd": _ONE}, source="no width, no factor")
+
+TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
+    "mup": {
+        "input": _INPUT,
+        "hidden": _HIDDEN,
+        "output": Row(
+            init=_ONE,
+            forward=(-1.0, 0.0),
+            lr={"adam": _ONE, "sgd": (1.0, 0.0)},
+            source="TP5 Table 8, output weights; microsoft/mup MuReadout",
+        ),
+        "finite": _FINITE,
+    },
+    "table3": {
+        "input": _INPUT,
+        "hidden": _HIDDEN,
+        "output": Row(
+            init=(-1.0, 0.0),
+            forward=_ONE,
+            lr={"adam": (-1.0, 0.0), "sgd": (-1.0, 0.0)},
+            source="TP5 Table 3, output weights",
+        ),
+        "finite": _FINITE,
+    },
+    "table9": {
+        "input": Row(
+            init=(0.0, -0.5),
+            forward=(0.0, 0.5),
+            lr={"adam": (0.0, -0.5), "sgd": _ONE},
+            source="TP5 Table 9, input weights and all biases",
+        ),
+        "hidden": _HIDDEN,
+        "output": Row(
+            init=(-0.5, 0.0),
+            forward=(-0.5, 0.0),
+            lr={"adam": (-0.5, 0.0), "sgd": _ONE},
+            source="TP5 Table 9, output weights",
+        ),
+        "finite": _FINITE,
+    },
+    # The user's model as it is. Its initialisation is the user's own, at the target's width too, so
+    # the `init` exponents of these rows are never used: see `init_weight`.
+    "sp": {
+        role: Row(init=_ONE, forward=_ONE, lr={"adam": _ONE, "sgd": _ONE}, source="standard parametrization")
+        for role in ROLES
+    },
+}
+
+# The gradient with respect to a pre-activation of width n is Theta(1/n) (TP5 Appendix B.3): a leaf's
+# gradient is its forward factor times 1/r_out, and r_out is 1 where the fan-out is finite.
+_GRADIENT: Final[Exponents] = (0.0, -1.0)
+
+# The readout use of a tied embedding is divided by the width that it contracts, as MuSharedReadout does.
+TIED_READOUT: Final = -1.0
+
+
+def parametrization(name: str | Parametrization) -> Parametrization:
+    """Checks the name of a parametrization and wraps it.
+
+    Raises:
+        ParametrizationError: no table of that name.
+    """
+    chosen = Parametrization(((name, 1.0),)) if isinstance(name, str) else name
+    for table, _ in chosen.weights:
+        if table not in TABLES:
+            raise ParametrizationError(
+                f"parametrization: expected one of {', '.join(map(repr, TABLES))}, got {table!r}."
+            )
+    return chosen
+
+
+def interpolate(a: str | Parametrization, b: str | Parametrization, t: float) -> Parametrization:
+    """The parametrization a fraction `t` of the way from `a` to `b`, linear in the exponents.
+
+    Between two ways of writing µP (`"mup"`, `"table3"`, `"table9"`) every point is the same training
+    run; between `"sp"` and `"mup"` it is a dial from one to the other.
+
+    Args:
+        a: the parametrization at t = 0.
+        b: the parametrization at t = 1.
+        t: from 0 to 1.
+
+    Raises:
+        ParametrizationError: unknown name, or `t` outside of [0, 1].
+
+    >>> str(interpolate("sp", "mup", 0.25))
+    '0.75 sp + 0.25 mup'
+    """
+    if not 0 <= t <= 1:
+        raise ParametrizationError(f"interpolate: expected t from 0 to 1, got {t}.")
+    weights: dict[str, float] = {}
+    for side, share in ((parametrization(a), 1 - t), (parametrization(b), t)):
+        for table, weight in side.weights:
+            weights[table] = weights.get(table, 0.0) + share * weight
+    return Parametrization(tuple((table, weight) for table, weight in weights.items() if weight))
+
+
+def family(name: str) -> Family:
+    """Checks the name of an optimizer family.
+
+    Raises:
+        ParametrizationError: not one of `FAMILIES`.
+    """
+    for known in FAMILIES:
+        if name == known:
+            return known
+    raise ParametrizationError(f"family: expected one of {', '.join(map(repr, FAMILIES))}, got {name!r}.")
+
+
+def _power(param: ParamSpec, exponents: Exponents) -> float:
+    return param.r_in ** exponents[0] * param.r_out ** exponents[1]
+
+
+def init_scale(param: ParamSpec, chosen: Parametrization, own: float) -> float:
+    """What to multiply the user's initial values with.
+
+    Args:
+        param: the parameter.
+        chosen: the parametrization.
+        own: std of the user's own initialisation at the target over that at the base. The rule fixes
+            that ratio; `"sp"` leaves it as it is.
+    """
+    scale = 1.0
+    for table, weight in chosen.weights:
+        if table != "sp":
+            scale *= (_power(param, TABLES[table][param.role].init) / own) ** weight
+    return scale
+
+
+def forward_factor(param: ParamSpec, chosen: Parametrization) -> float:
+    """The constant on the parameter's product (output) or on the parameter itself (input)."""
+    factor = 1.0
+    for table, weight in chosen.weights:
+        factor *= _power(param, TABLES[table][param.role].forward) ** weight
+    return factor
+
+
+def lr_factor(param: ParamSpec, chosen: Parametrization, optimizer_family: Family) -> float:
+    """The learning rate of the parameter over the base's, for one optimizer family."""
+    factor = 1.0
+    for table, weight in chosen.weights:
+        factor *= _power(param, TABLES[table][param.role].lr[optimizer_family]) ** weight
+    return factor
+
+
+def gradient_scale(param: ParamSpec, chosen: Parametrization) -> float:
+    """How the gradient's entries scale, relative to the base: what Adam's epsilon must follow.
+
+    In `"sp"` this is 1: the user's optimizer stays as it is.
+    """
+    mup_share = sum(weight for table, weight in chosen.weights if table != "sp")
+    return forward_factor(param, chosen) * _power(param, _GRADIENT) ** mup_share
