@@ -1,0 +1,26 @@
+"""Maximal update parametrization (µP) and hyperparameter transfer for JAX, read off the computation.
+
+`mup_init` wraps a Flax model, `mup_scale_by_adam` and its kin go into an optax chain, and
+`mujax transfer` on the command line shows it at work.
+
+Reference:
+    Yang et al., Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer,
+    arXiv 2203.03466.
+"""
+
+from mujax.errors import ConfigError as ConfigError
+from mujax.errors import DataError as DataError
+from mujax.errors import MujaxError as MujaxError
+from mujax.errors import ParametrizationError as ParametrizationError
+from mujax.errors import RoleError as RoleError
+from mujax.errors import ShapeMismatchError as ShapeMismatchError
+from mujax.errors import SpecMismatchError as SpecMismatchError
+from mujax.errors import TraceMismatchError as TraceMismatchError
+from mujax.frontend import Functional as Functional
+from mujax.infshape import MupSpec as MupSpec
+from mujax.infshape import Parametrization as Parametrization
+from mujax.infshape import ParamSpec as ParamSpec
+from mujax.init import Correction as Correction
+from mujax.init import MupModel as MupModel
+from mujax.init import mup_init as mup_init
+from mujax.rules import interpolate as interpolate

@@ -192,6 +192,20 @@ def forward_factor(param: ParamSpec, chosen: Parametrization) -> float:
     return factor
 
 
+def _mup_share(chosen: Parametrization) -> float:
+    return sum(weight for table, weight in chosen.weights if table != "sp")
+
+
+def tied_factor(grows: float, chosen: Parametrization) -> float:
+    """The constant on the readout use of a tied embedding.
+
+    Args:
+        grows: size of the contracted axes at the target over that at the base.
+        chosen: the parametrization; `"sp"` leaves the product as it is.
+    """
+    return grows ** (TIED_READOUT * _mup_share(chosen))
+
+
 def lr_factor(param: ParamSpec, chosen: Parametrization, optimizer_family: Family) -> float:
     """The learning rate of the parameter over the base's, for one optimizer family."""
     factor = 1.0
@@ -205,5 +219,4 @@ def gradient_scale(param: ParamSpec, chosen: Parametrization) -> float:
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
-    mup_share = sum(weight for table, weight in chosen.weights if table != "sp")
-    return forward_factor(param, chosen) * _power(param, _GRADIENT) ** mup_share
+    return forward_factor(param, chosen) * _power(param, _GRADIENT) ** _mup_share(chosen)

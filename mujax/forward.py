@@ -1,0 +1,229 @@
+"""Evaluates a traced program with factors inserted where the parametrization wants them.
+
+The program runs as it was traced: equations between two insertions are handed to JAX as one program, so
+that name stacks, source lines, effects and every parameter of a primitive stay what they were. Only an
+equation that has an insertion inside (a scan, a remat) is built again, through its public function.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+
+from mujax.errors import MujaxError
+from mujax.trace import EqnPath
+from mujax.trace.interpret import SUBPROGRAMS
+from mujax.trace.source import scope, where
+
+Hook = Callable[[Any], Any]
+"""What is done to the (first) output of an equation."""
+
+Hooks = Mapping[EqnPath, Hook]
+
+
+def evaluate(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
+    """Runs a traced program, changing the outputs of some equations.
+
+    Args:
+        program: a `ClosedJaxpr`.
+        args: its flat inputs.
+        hooks: functions to apply to outputs, by the place of the equation.
+
+    Returns:
+        The flat outputs.
+
+    Raises:
+        MujaxError: a hook is inside a primitive that can't be built again.
+    """
+    return _closed(program, args, hooks)
+
+
+def _closed(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
+    if not hooks:
+        return jex.jaxpr_as_fun(program)(*args)
+    return _open(program.jaxpr, program.consts, args, hooks)
+
+
+def _sub(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
+    if isinstance(program, jex.ClosedJaxpr):
+        return _closed(program, args, hooks)
+    return _open(program, (), args, hooks)
+
+
+def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks) -> list[Any]:
+    by_eqn: dict[int, dict[EqnPath, Hook]] = collections.defaultdict(dict)
+    for path, hook in hooks.items():
+        by_eqn[int(path[0])][path[1:]] = hook
+    env: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
+    env.update(zip(program.invars, args, strict=True))
+    last = _last_uses(program)
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+    position = 0
+    for index in sorted(by_eqn):
+        inside = {path: hook for path, hook in by_eqn[index].items() if path}
+        _segment(program, position, index if inside else index + 1, env, last)
+        eqn = program.eqns[index]
+        if inside:
+            outs = _rebuild(eqn, [read(atom) for atom in eqn.invars], inside)
+            env.update(zip(eqn.outvars, outs, strict=True))
+        hook = by_eqn[index].get(())
+        if hook is not None:
+            env[eqn.outvars[0]] = hook(env[eqn.outvars[0]])
+        position = index + 1
+    _segment(program, position, len(program.eqns), env, last)
+    return [read(atom) for atom in program.outvars]
+
+
+def _last_uses(program: Any) -> dict[Any, int]:
+    last: dict[Any, int] = {}
+    for index, eqn in enumerate(program.eqns):
+        last.update((atom, index) for atom in eqn.invars if not isinstance(atom, jex.Literal))
+    end = len(program.eqns)
+    last.update((atom, end) for atom in program.outvars if not isinstance(atom, jex.Literal))
+    return last
+
+
+def _segment(program: Any, start: int, stop: int, env: dict[Any, Any], last: Mapping[Any, int]) -> None:
+    """Runs the equations from `start` to `stop` and drops what nothing needs afterwards."""
+    if start >= stop:
+        return
+    eqns = program.eqns[start:stop]
+    defined = {var for eqn in eqns for var in eqn.outvars}
+    ins = dict.fromkeys(
+        atom
+        for eqn in eqns
+        for atom in eqn.invars
+        if not isinstance(atom, jex.Literal) and atom not in defined
+    )
+    # The output of the last equation is kept for its hook even if nothing reads it.
+    outs = [var for var in defined if last.get(var, -1) >= stop or var in eqns[-1].outvars]
+    outs = [var for var in outs if not isinstance(var, jex.DropVar)]
+    piece = program.replace(
+        constvars=[], invars=list(ins), outvars=outs, eqns=eqns, debug_info=_anonymous(program, ins, outs)
+    )
+    results = jex.jaxpr_as_fun(jex.ClosedJaxpr(piece, ()))(*(env[var] for var in ins))
+    env.update(zip(outs, results, strict=True))
+    for var in ins:
+        if last.get(var, -1) < stop:
+            env.pop(var, None)
+
+
+def _anonymous(program: Any, ins: Any, outs: Any) -> Any:
+    info = program.debug_info
+    return info._replace(arg_names=("",) * len(ins), result_paths=("",) * len(outs)) if info else info
+
+
+# ---- equations that contain a hook -----------------------------------------------------------------
+
+
+def _inner(hooks: Hooks, name: str) -> dict[EqnPath, Hook]:
+    return {path[1:]: hook for path, hook in hooks.items() if path[0] == name}
+
+
+def _rebuild(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    rule = _REBUILD.get(eqn.primitive.name)
+    if rule is None:
+        raise MujaxError(
+            f"{where(eqn)}: expected the correction to stand outside of {eqn.primitive.name}, whose inside can't be "
+            "changed without losing what it is for; move the product out of it, or write the factor by hand there "
+            "and switch this correction off with roles=."
+        )
+    name = scope(eqn)
+    with eqn.ctx.manager:
+        if not name:
+            return rule(eqn, args, hooks)
+        with jax.named_scope(name):
+            return rule(eqn, args, hooks)
+
+
+def _program(eqn: Any) -> tuple[str, Any]:
+    name = next(name for name in SUBPROGRAMS if name in eqn.params)
+    return name, eqn.params[name]
+
+
+def _inline(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    name, program = _program(eqn)
+    return _sub(program, args, _inner(hooks, name))
+
+
+def _jit(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    def function(*args: Any) -> Any:
+        return _inline(eqn, args, hooks)
+
+    function.__name__ = function.__qualname__ = eqn.params["name"]
+    shardings = {}
+    for name in ("in_shardings", "out_shardings"):
+        given = tuple(s if isinstance(s, jax.sharding.Sharding) else None for s in eqn.params[name])
+        if any(given):
+            shardings[name] = given
+    return jax.jit(function, inline=eqn.params["inline"], **shardings)(*args)
+
+
+def _checkpoint(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    function = jax.checkpoint(
+        lambda *args: _inline(eqn, args, hooks),
+        prevent_cse=eqn.params["prevent_cse"],
+        policy=eqn.params["policy"],
+    )
+    return function(*args)
+
+
+def _scan(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    inside = _inner(hooks, "jaxpr")
+
+    def body(carry: Any, slices: Any) -> Any:
+        outs = _sub(eqn.params["jaxpr"], [*args[:consts], *carry, *slices], inside)
+        return outs[:carries], outs[carries:]
+
+    carry, stacked = jax.lax.scan(
+        body,
+        list(args[consts : consts + carries]),
+        list(args[consts + carries :]),
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+    )
+    return [*carry, *stacked]
+
+
+def _while(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    first = in_cond + in_body
+
+    def cond(carry: Any) -> Any:
+        return _sub(eqn.params["cond_jaxpr"], [*args[:in_cond], *carry], _inner(hooks, "cond_jaxpr"))[0]
+
+    def body(carry: Any) -> Any:
+        return _sub(eqn.params["body_jaxpr"], [*args[in_cond:first], *carry], _inner(hooks, "body_jaxpr"))
+
+    return jax.lax.while_loop(cond, body, list(args[first:]))
+
+
+def _cond(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    def branch(number: int, program: Any) -> Callable[..., Any]:
+        return lambda *operands: _sub(program, operands, _inner(hooks, f"branches:{number}"))
+
+    branches = [branch(number, program) for number, program in enumerate(eqn.params["branches"])]
+    return jax.lax.switch(args[0], branches, *args[1:])
+
+
+_REBUILD: dict[str, Callable[[Any, Sequence[Any], Hooks], Sequence[Any]]] = {
+    "jit": _jit,
+    "remat2": _checkpoint,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    # The rule for derivatives of the inside comes from the inside: nothing is lost by unrolling it.
+    "custom_jvp_call": _inline,
+    "closed_call": _inline,
+    "core_call": _inline,
+    "composite": _inline,
+}

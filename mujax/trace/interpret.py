@@ -1,0 +1,655 @@
+"""The abstract interpreter: walks the programs of base and target side by side.
+
+Two programs that differ in widths only have the same equations in the same order. The interpreter pairs
+them up, carries a `Value` per intermediate array and logs each use of a parameter. What a primitive does
+to a value is a rule in `primitives.py`; this module owns the walk, the log and the control flow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jax.extend import core as jex
+
+from mujax.errors import TraceMismatchError
+from mujax.trace import source
+from mujax.trace.values import (
+    Axis,
+    Factor,
+    Kind,
+    Pending,
+    Shape,
+    Value,
+    View,
+    broadcast_axis,
+    constant,
+    fit,
+    plus,
+    same,
+    widest,
+)
+
+EqnPath = tuple[int | str, ...]
+"""Where an equation stands: its index, then for each enclosing equation (index, sub-program)."""
+
+UseKind = Literal["contraction", "lookup", "elementwise", "opaque"]
+AxisRole = Literal["fan_in", "fan_out", "stack", "inner"]
+
+SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+"""Names under which call-like primitives hold the program that they run once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a parameter.
+
+    Attributes:
+        path: the parameter.
+        kind: how it is used.
+        axes: (parameter axis, role, target size, base size) of each part of an axis.
+        site: where the result appears, as the evaluator addresses it.
+        contracted: (base, target) size of what the product contracts.
+        eqn: the target's equation, for its place in the user's code.
+    """
+
+    path: str
+    kind: UseKind
+    axes: tuple[tuple[int, AxisRole, int, int], ...]
+    site: EqnPath
+    contracted: tuple[int, int]
+    eqn: Any
+
+    @property
+    def where(self) -> str:
+        """`file:line` in the user's code."""
+        return source.where(self.eqn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product of two activations that contracts an axis which grows with width."""
+
+    site: EqnPath
+    contracted: tuple[int, int]
+    eqn: Any
+
+    @property
+    def where(self) -> str:
+        """`file:line` in the user's code."""
+        return source.where(self.eqn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """An equation of the target with its counterpart in the base."""
+
+    base: Any
+    target: Any
+    site: EqnPath
+
+    @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return self.target.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The target equation's parameters."""
+        return self.target.params
+
+    def shapes(self) -> list[tuple[Shape, Shape]]:
+        """Shapes of the outputs in target and base, on the target's axes."""
+        return [
+            _shapes(base.aval, target.aval)
+            for base, target in zip(self.base.outvars, self.target.outvars, strict=True)
+        ]
+
+
+def _shape(aval: Any) -> Shape:
+    return tuple(getattr(aval, "shape", ()))
+
+
+def _shapes(base: Any, target: Any) -> tuple[Shape, Shape]:
+    shape = _shape(target)
+    return shape, fit(_shape(base), shape)
+
+
+Rule = Callable[["Interpreter", Pair, Sequence[Value]], Sequence[Value]]
+
+
+class Interpreter:
+    """Walks a pair of programs and logs the uses of parameters.
+
+    Args:
+        rules: what each primitive does, by name.
+        shapes: (target, base) shape of each parameter.
+    """
+
+    def __init__(self, rules: dict[str, Rule], shapes: dict[str, tuple[Shape, Shape]]) -> None:
+        self._rules = rules
+        self._param_shapes = shapes
+        self._uses: list[Use] = []
+        self._decided: list[bool] = []
+        self._contractions: dict[int, list[Use]] = {}
+        self._products: list[Product] = []
+
+    # ---- the log -----------------------------------------------------------------------------------
+
+    def uses(self) -> list[Use]:
+        """The uses of parameters, those that stayed undecided resolved."""
+        out: list[Use] = []
+        for number, use in enumerate(self._uses):
+            contractions = self._contractions.get(number)
+            if contractions and not self._decided[number]:
+                out.extend(contractions)
+            else:
+                out.append(use)
+        return out
+
+    def products(self) -> list[Product]:
+        """The products of activations over an axis that grows with width."""
+        return list(self._products)
+
+    def _mark(self) -> tuple[int, int, dict[int, list[Use]], list[bool]]:
+        contractions = {number: list(uses) for number, uses in self._contractions.items()}
+        return len(self._uses), len(self._products), contractions, list(self._decided)
+
+    def _rollback(self, mark: tuple[int, int, dict[int, list[Use]], list[bool]]) -> None:
+        uses, products, self._contractions, decided = mark
+        del self._uses[uses:], self._products[products:]
+        self._decided[:] = decided
+
+    def _log(self, use: Use, decided: bool) -> int:
+        self._uses.append(use)
+        self._decided.append(decided)
+        return len(self._uses) - 1
+
+    def use(
+        self,
+        pair: Pair,
+        view: View,
+        kind: UseKind,
+        *,
+        fan_in: Sequence[int] = (),
+        stack: Sequence[int] = (),
+        picked: AxisRole = "fan_in",
+        contracted: tuple[int, int] = (1, 1),
+        decided: bool = True,
+    ) -> int:
+        """Logs a use of the parameter that `view` shows.
+
+        Args:
+            pair: the equation.
+            view: the parameter's layout in the operand.
+            kind: how it is used.
+            fan_in: axes of the operand that are contracted.
+            stack: axes of the operand that are batch axes of the product.
+            picked: role of the axes from which one entry was picked by index.
+            contracted: (base, target) size of what the product contracts.
+            decided: whether nothing that follows can change the verdict.
+
+        Returns:
+            The number of the use, for `decide` and `contract_later`.
+        """
+        return self._log(
+            Use(
+                view.path,
+                kind,
+                tuple(self._axes(view, fan_in, stack, picked)),
+                pair.site,
+                contracted,
+                pair.target,
+            ),
+            decided,
+        )
+
+    def _axes(
+        self, view: View, fan_in: Sequence[int], stack: Sequence[int], picked: AxisRole
+    ) -> list[tuple[int, AxisRole, int, int]]:
+        out: list[tuple[int, AxisRole, int, int]] = []
+        for position, axis in enumerate(view.axes):
+            role: AxisRole = "fan_in" if position in fan_in else "stack" if position in stack else "fan_out"
+            out += [(f.axis, role, f.size, f.base) for f in axis if f.axis is not None]
+        shape, base = self._param_shapes[view.path]
+        marks: list[tuple[frozenset[int], AxisRole]] = [
+            (view.stack, "stack"),
+            (view.picked, picked),
+            (view.inner, "inner"),
+        ]
+        for axes, role in marks:
+            out += [(axis, role, shape[axis], base[axis]) for axis in sorted(axes)]
+        return out
+
+    def decide(self, value: Value) -> None:
+        """Confirms the undecided uses that `value` is linear in: it is consumed by something else."""
+        for pending in value.pending:
+            self._decided[pending.use] = True
+
+    def contract_later(self, pair: Pair, value: Value, axes: Sequence[int]) -> bool:
+        """Tells the undecided uses in `value` that these axes of it are now contracted.
+
+        Returns:
+            Whether the contraction touches an axis of such a parameter.
+        """
+        touched = False
+        for pending in value.pending:
+            mine = [axis for axis in axes if any(f.axis is not None for f in pending.view.axes[axis])]
+            if not mine:
+                continue
+            touched = True
+            use = Use(
+                pending.view.path,
+                "contraction",
+                tuple(self._axes(pending.view, mine, (), "stack")),
+                pair.site,
+                value.sizes(mine),
+                pair.target,
+            )
+            self._contractions.setdefault(pending.use, []).append(use)
+        return touched
+
+    def becomes_data(self, pair: Pair, value: Value) -> None:
+        """A function of parameters meets the data elementwise: all its axes are fan-out."""
+        if value.kind == "param":
+            for view in value.views:
+                self.use(pair, view, "lookup" if view.picked else "elementwise")
+        self.decide(value)
+
+    def opaque(self, pair: Pair, value: Value) -> None:
+        """Something that can't be followed consumes the value."""
+        if value.kind == "param":
+            for view in value.views:
+                self.use(pair, view, "opaque")
+        self.decide(value)
+
+    def product(self, pair: Pair, contracted: tuple[int, int]) -> None:
+        """Logs a product of two activations over an axis that grows with width."""
+        self._products.append(Product(pair.site, contracted, pair.target))
+
+    # ---- the walk ----------------------------------------------------------------------------------
+
+    def run(self, base: Any, target: Any, inputs: Sequence[Value]) -> list[Value]:
+        """Walks two closed programs on the given inputs.
+
+        Args:
+            base: the base's `ClosedJaxpr`.
+            target: the target's `ClosedJaxpr`.
+            inputs: the values of the inputs, in order.
+
+        Returns:
+            The values of the outputs.
+
+        Raises:
+            TraceMismatchError: the programs differ in more than sizes.
+        """
+        outs = self._closed(base, target, inputs, ())
+        for value in outs:
+            self.decide(value)
+        return outs
+
+    def _closed(self, base: Any, target: Any, inputs: Sequence[Value], site: EqnPath) -> list[Value]:
+        consts = [
+            _closed_over(small, big) for small, big in zip(base.consts, target.consts, strict=False)
+        ]
+        if len(base.consts) != len(target.consts):
+            raise TraceMismatchError(
+                f"the traced programs of base and target must close over the same arrays; found "
+                f"{len(base.consts)} in the base and {len(target.consts)} in the target. Use a larger base, "
+                "so that the model's Python code takes the same path at both widths."
+            )
+        return self._open(base.jaxpr, target.jaxpr, consts, inputs, site)
+
+    def _sub(self, base: Any, target: Any, inputs: Sequence[Value], site: EqnPath) -> list[Value]:
+        if isinstance(target, jex.ClosedJaxpr):
+            return self._closed(base, target, inputs, site)
+        return self._open(base, target, (), inputs, site)
+
+    def _open(
+        self, base: Any, target: Any, consts: Sequence[Value], inputs: Sequence[Value], site: EqnPath
+    ) -> list[Value]:
+        small: dict[Any, Value] = {}
+        big: dict[Any, Value] = {}
+        for env, program in ((small, base), (big, target)):
+            env.update(zip(program.constvars, consts, strict=True))
+            env.update(zip(program.invars, inputs, strict=True))
+        i = j = 0
+        while i < len(base.eqns) or j < len(target.eqns):
+            b = base.eqns[i] if i < len(base.eqns) else None
+            t = target.eqns[j] if j < len(target.eqns) else None
+            if b is not None and t is not None and (ins := _match(b, t, small, big)) is not None:
+                outs = self._eqn(Pair(b, t, (*site, j)), ins)
+                for env, eqn in ((small, b), (big, t)):
+                    env.update(zip(eqn.outvars, outs, strict=True))
+                i, j = i + 1, j + 1
+            elif b is not None and _is_trivial(b):
+                small[b.outvars[0]] = _read_one(b.invars[0], small)
+                i += 1
+            elif t is not None and _is_trivial(t):
+                value = _read_one(t.invars[0], big)
+                big[t.outvars[0]] = _reshaped(value, _shape(t.outvars[0].aval))
+                j += 1
+            else:
+                raise _mismatch(b, t)
+        return [
+            _read(b, t, small, big)
+            for b, t in zip(base.outvars, target.outvars, strict=True)
+        ]
+
+    def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
+        rule = self._rules.get(pair.name)
+        if rule is not None:
+            return rule(self, pair, ins)
+        control = _CONTROL.get(pair.name)
+        if control is not None:
+            return control(self, pair, ins)
+        for name in SUBPROGRAMS:
+            program = pair.params.get(name)
+            inner = getattr(program, "jaxpr", program)
+            if inner is not None and len(getattr(inner, "invars", ())) == len(ins):
+                return self._call(pair, name, ins)
+        return self.unknown(pair, ins)
+
+    def unknown(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+        """The outputs of a primitive without a rule: data without facts."""
+        for value in ins:
+            self.opaque(pair, value)
+        kind: Kind = "const" if all(v.kind == "const" for v in ins) else "data"
+        return [Value(shape, base, kind, scale=None) for shape, base in pair.shapes()]
+
+    # ---- control flow ------------------------------------------------------------------------------
+
+    def _call(self, pair: Pair, name: str, ins: Sequence[Value]) -> list[Value]:
+        """`jit`, `remat`, `custom_jvp`, …: a program that is run once."""
+        inner = getattr(pair.params[name], "jaxpr", pair.params[name])
+        fitted = [
+            _resized(value, *_shapes(b.aval, t.aval))
+            for value, b, t in zip(
+                ins,
+                getattr(pair.base.params[name], "jaxpr", pair.base.params[name]).invars,
+                inner.invars,
+                strict=True,
+            )
+        ]
+        outs = self._sub(pair.base.params[name], pair.params[name], fitted, (*pair.site, name))
+        return [
+            _resized(value, shape, base)
+            for value, (shape, base) in zip(outs, pair.shapes(), strict=True)
+        ]
+
+    def _scan(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+        consts, carry = pair.params["num_consts"], pair.params["num_carry"]
+        slices = [_strip(value) for value in ins[consts + carry :]]
+
+        def body(state: Sequence[Value]) -> list[Value]:
+            return self._sub(
+                pair.base.params["jaxpr"],
+                pair.params["jaxpr"],
+                [*ins[:consts], *state, *slices],
+                (*pair.site, "jaxpr"),
+            )
+
+        outs = self._fixpoint(pair, ins[consts : consts + carry], body, carry)
+        stacked = [
+            _unstrip(value, shape, base)
+            for value, (shape, base) in zip(outs[carry:], pair.shapes()[carry:], strict=True)
+        ]
+        return [*outs[:carry], *stacked]
+
+    def _while(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+        cond_consts, body_consts = pair.params["cond_nconsts"], pair.params["body_nconsts"]
+        first = cond_consts + body_consts
+
+        def body(state: Sequence[Value]) -> list[Value]:
+            self._sub(
+                pair.base.params["cond_jaxpr"],
+                pair.params["cond_jaxpr"],
+                [*ins[:cond_consts], *state],
+                (*pair.site, "cond_jaxpr"),
+            )
+            return self._sub(
+                pair.base.params["body_jaxpr"],
+                pair.params["body_jaxpr"],
+                [*ins[cond_consts:first], *state],
+                (*pair.site, "body_jaxpr"),
+            )
+
+        return self._fixpoint(pair, ins[first:], body, len(ins) - first)
+
+    def _fixpoint(
+        self,
+        pair: Pair,
+        state: Sequence[Value],
+        body: Callable[[Sequence[Value]], list[Value]],
+        carry: int,
+    ) -> list[Value]:
+        """Runs the body of a loop until the facts about its carry no longer change."""
+        entered: list[Value] = []
+        for value in state:
+            self.decide(value)
+            # A counter that starts at a known number does not keep it.
+            const = dict[str, object](const=None) if value.const else {}
+            entered.append(value.replace(pending=(), **const))
+        while True:
+            mark = self._mark()
+            outs = body(entered)
+            joined = [self._join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
+            if all(_same_facts(a, b) for a, b in zip(entered, joined, strict=True)):
+                for value, out in zip(joined, outs[:carry], strict=True):
+                    if value.kind == "data":
+                        self.becomes_data(pair, out)
+                return [*joined, *outs[carry:]]
+            self._rollback(mark)
+            for before, after in zip(entered, joined, strict=True):
+                if after.kind == "data":
+                    self.becomes_data(pair, before)
+            entered = joined
+
+    def _cond(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+        branches = [
+            self._sub(base, target, ins[1:], (*pair.site, f"branches:{number}"))
+            for number, (base, target) in enumerate(
+                zip(pair.base.params["branches"], pair.params["branches"], strict=True)
+            )
+        ]
+        joined = [self._join(values) for values in zip(*branches, strict=True)]
+        for number, value in enumerate(joined):
+            for branch in branches:
+                if value.kind == "data":
+                    self.becomes_data(pair, branch[number])
+                else:
+                    self.decide(branch[number])
+        return joined
+
+    @staticmethod
+    def _join(values: Sequence[Value]) -> Value:
+        """What is known of a value that is one of several."""
+        first = values[0]
+        kind = widest(value.kind for value in values)
+        views = tuple(dict.fromkeys(view for value in values for view in value.views))
+        const = first.const if all(value.const == first.const for value in values) else None
+        scale = plus(value.scale for value in values)
+        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), scale)
+
+
+_CONTROL: dict[str, Rule] = {
+    "scan": Interpreter._scan,  # noqa: SLF001
+    "while": Interpreter._while,  # noqa: SLF001
+    "cond": Interpreter._cond,  # noqa: SLF001
+}
+
+
+def _same_facts(a: Value, b: Value) -> bool:
+    if (a.kind, a.const, set(a.views)) != (b.kind, b.const, set(b.views)):
+        return False
+    if a.scale is None or b.scale is None:
+        return a.scale is b.scale
+    return same(a.scale, b.scale)
+
+
+def _closed_over(base: Any, target: Any) -> Value:
+    """An array that the program closes over: folded if it is the same number throughout."""
+    shape, small = tuple(np.shape(target)), tuple(np.shape(base))
+    if all(isinstance(x, np.ndarray | np.generic | int | float) or hasattr(x, "dtype") for x in (base, target)):
+        try:
+            numbers = [np.asarray(x) for x in (base, target) if np.size(x) <= 64]
+            if len(numbers) == 2 and all(n.size and (n == n.flat[0]).all() for n in numbers):
+                return constant(*(float(n.flat[0]) for n in numbers), shape, fit(small, shape))
+        except Exception:  # noqa: BLE001 - a tracer, a key or an object array: no number to fold
+            pass
+    return Value(shape, fit(small, shape), "const")
+
+
+def _literal(base: Any, target: Any) -> Value:
+    try:
+        return constant(float(base.val), float(target.val))
+    except (TypeError, ValueError):
+        return Value((), (), "const")
+
+
+def _read_one(atom: Any, env: dict[Any, Value]) -> Value:
+    return _literal(atom, atom) if isinstance(atom, jex.Literal) else env[atom]
+
+
+def _read(b: Any, t: Any, small: dict[Any, Value], big: dict[Any, Value]) -> Value:
+    if isinstance(b, jex.Literal) and isinstance(t, jex.Literal):
+        return _literal(b, t)
+    one, other = _read_one(b, small), _read_one(t, big)
+    if one is other:
+        return other
+    if one.const is not None and other.const is not None:
+        return constant(one.const[0], other.const[1], other.shape, other.base)
+    return other
+
+
+def _match(b: Any, t: Any, small: dict[Any, Value], big: dict[Any, Value]) -> list[Value] | None:
+    """The operands of two equations if these play the same part, else None."""
+    if b.primitive.name != t.primitive.name or len(b.invars) != len(t.invars):
+        return None
+    if len(b.outvars) != len(t.outvars):
+        return None
+    ins: list[Value] = []
+    for x, y in zip(b.invars, t.invars, strict=True):
+        one, other = _read_one(x, small), _read_one(y, big)
+        known = one.const is not None and other.const is not None
+        if not (known or one.root == other.root or (one.kind == other.kind == "const")):
+            return None
+        ins.append(_read(x, y, small, big))
+    if _same_rank(b, t) and any(b.params.get(k) != t.params.get(k) for k in _STRUCTURE):
+        return None
+    return ins
+
+
+_STRUCTURE = ("dimension_numbers", "permutation", "axes", "dimension", "num_carry", "num_consts")
+"""Parameters of equations that hold axes, not sizes."""
+
+
+def _same_rank(b: Any, t: Any) -> bool:
+    return all(
+        len(_shape(x.aval)) == len(_shape(y.aval)) for x, y in zip(b.invars, t.invars, strict=True)
+    )
+
+
+def _is_trivial(eqn: Any) -> bool:
+    """Whether an equation only adds or removes axes of size 1."""
+    if eqn.primitive.name not in ("reshape", "squeeze", "broadcast_in_dim", "expand_dims", "copy", "transpose"):
+        return False
+    before, after = _shape(eqn.invars[0].aval), _shape(eqn.outvars[0].aval)
+    if eqn.primitive.name == "transpose":
+        moved = [axis for axis in eqn.params["permutation"] if before[axis] != 1]
+        return moved == sorted(moved)
+    return [size for size in before if size != 1] == [size for size in after if size != 1]
+
+
+def _reshaped(value: Value, shape: Shape) -> Value:
+    """The value after a trivial reshape that the base's program does not have."""
+    base = fit(value.base, shape)
+    rest = [axis for axis, size in enumerate(value.shape) if size != 1]
+    order = iter(rest)
+    keep = [next(order, None) if size != 1 else None for size in shape]
+
+    def move(view: View) -> View:
+        axes = tuple(() if axis is None else view.axes[axis] for axis in keep)
+        return dataclasses.replace(view, axes=axes)
+
+    return dataclasses.replace(
+        value,
+        shape=shape,
+        base=base,
+        views=tuple(move(view) for view in value.views),
+        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
+    )
+
+
+def _resized(value: Value, shape: Shape, base: Shape) -> Value:
+    """The value as a program sees that holds a shard of it: same axes, other sizes."""
+    if (value.shape, value.base) == (shape, base) or len(value.shape) != len(shape):
+        return value
+
+    def shrink(axis: Axis, size: int, small: int) -> Axis:
+        return (Factor(axis[0].axis, size, small),) if len(axis) == 1 else ()
+
+    def move(view: View) -> View:
+        axes = tuple(
+            axis if (size, small) == old else shrink(axis, size, small)
+            for axis, size, small, old in zip(
+                view.axes, shape, base, zip(value.shape, value.base, strict=True), strict=True
+            )
+        )
+        return dataclasses.replace(view, axes=axes)
+
+    return dataclasses.replace(
+        value,
+        shape=shape,
+        base=base,
+        views=tuple(move(view) for view in value.views),
+        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
+    )
+
+
+def _strip(value: Value) -> Value:
+    """One slice of what a scan runs over: its leading axis is a stack of copies."""
+
+    def strip(view: View) -> View:
+        stack = {factor.axis for factor in view.axes[0] if factor.axis is not None}
+        return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack)
+
+    return value.replace(
+        shape=value.shape[1:],
+        base=value.base[1:],
+        views=tuple(strip(view) for view in value.views),
+        pending=tuple(Pending(p.use, strip(p.view)) for p in value.pending),
+    )
+
+
+def _unstrip(value: Value, shape: Shape, base: Shape) -> Value:
+    """What a scan collects: a leading axis of copies is added."""
+    lead = broadcast_axis(shape[0], base[0])
+
+    def stack(view: View) -> View:
+        return dataclasses.replace(view, axes=(lead, *view.axes))
+
+    return value.replace(
+        shape=shape,
+        base=base,
+        const=value.const,
+        views=tuple(stack(view) for view in value.views),
+        pending=tuple(Pending(p.use, stack(p.view)) for p in value.pending),
+    )
+
+
+def _mismatch(b: Any | None, t: Any | None) -> TraceMismatchError:
+    def name(eqn: Any | None) -> str:
+        if eqn is None:
+            return "the end of the program"
+        shapes = ", ".join(str(_shape(v.aval)) for v in eqn.invars)
+        return f"{eqn.primitive.name} on {shapes} at {source.where(eqn)}"
+
+    return TraceMismatchError(
+        f"the programs of base and target must differ in sizes only; the base has {name(b)}, the target "
+        f"{name(t)}. Use a larger base (no axis of size 1, no other branch on a size), so that the model's "
+        "code takes the same path at both widths."
+    )
+

@@ -1,0 +1,819 @@
+"""What each primitive does to the facts: one rule per primitive, in one table.
+
+Rules read shapes from the equations and axes from their parameters. A primitive without a rule makes its
+outputs plain data and its parameter operands opaque; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from mujax.errors import ShapeMismatchError
+from mujax.trace import source
+from mujax.trace.interpret import Interpreter, Pair, Rule
+from mujax.trace.values import (
+    Axis,
+    Factor,
+    Pending,
+    Shape,
+    Value,
+    View,
+    broadcast_axis,
+    constant,
+    plus,
+    ratio,
+    regroup,
+    same,
+    times,
+    widest,
+)
+
+Move = Callable[[tuple[Axis, ...]], tuple[Axis, ...] | None]
+
+# ---- helpers ---------------------------------------------------------------------------------------
+
+
+def _aligned(view: View, value: Value, shape: Shape, base: Shape) -> View:
+    """A view after numpy broadcasting of its value to a shape."""
+    if not value.shape:
+        return dataclasses.replace(
+            view, axes=tuple(broadcast_axis(s, b) for s, b in zip(shape, base, strict=True))
+        )
+    axes = tuple(
+        axis if old == size else broadcast_axis(size, small)
+        for axis, old, size, small in zip(view.axes, value.shape, shape, base, strict=True)
+    )
+    return dataclasses.replace(view, axes=axes)
+
+
+def _pendings(value: Value, shape: Shape, base: Shape) -> tuple[Pending, ...]:
+    return tuple(Pending(p.use, _aligned(p.view, value, shape, base)) for p in value.pending)
+
+
+def _moved(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape, move: Move) -> Value:
+    """The value with its axes rearranged; what can't be followed becomes opaque."""
+
+    def apply(view: View) -> View | None:
+        axes = move(view.axes)
+        return None if axes is None else dataclasses.replace(view, axes=axes)
+
+    views = []
+    for view in value.views:
+        moved = apply(view)
+        if moved is None:
+            interp.use(pair, view, "opaque")
+        else:
+            views.append(moved)
+    pending = []
+    for p in value.pending:
+        moved = apply(p.view)
+        if moved is None:
+            interp.decide(Value((), (), "data", pending=(p,)))
+        else:
+            pending.append(Pending(p.use, moved))
+    return value.replace(shape=shape, base=base, views=tuple(views), pending=tuple(pending))
+
+
+# ---- elementwise -----------------------------------------------------------------------------------
+
+ScaleRule = Callable[[Pair, Sequence[Value]], float | None]
+
+
+def _agree(_: Pair, ins: Sequence[Value]) -> float | None:
+    return plus(value.scale for value in ins)
+
+
+def _of_order_one(_: Pair, ins: Sequence[Value]) -> float | None:
+    """A nonlinear function: of order one where its arguments are."""
+    for value in ins:
+        if value.scale is None or not (value.scale == 0 or same(value.scale, 1.0)):
+            return None
+    return 1.0
+
+
+def _always_one(_: Pair, __: Sequence[Value]) -> float | None:
+    return 1.0
+
+
+def _chosen(_: Pair, ins: Sequence[Value]) -> float | None:
+    return plus(value.scale for value in ins[1:])
+
+
+def _power_of(exponent: float) -> ScaleRule:
+    def scale(_: Pair, ins: Sequence[Value]) -> float | None:
+        one = ins[0].scale
+        if not one:
+            return one if exponent > 0 else None
+        return one**exponent
+
+    return scale
+
+
+def _integer_pow(pair: Pair, ins: Sequence[Value]) -> float | None:
+    return _power_of(float(pair.params["y"]))(pair, ins)
+
+
+def _pow(pair: Pair, ins: Sequence[Value]) -> float | None:
+    exponent = ins[1].const
+    if exponent is not None and exponent[0] == exponent[1]:
+        return _power_of(exponent[1])(pair, ins)
+    return _of_order_one(pair, ins)
+
+
+def _quotient(_: Pair, ins: Sequence[Value]) -> float | None:
+    below = ins[1].scale
+    return times(ins[0].scale, 1 / below) if below else None
+
+
+def _product(_: Pair, ins: Sequence[Value]) -> float | None:
+    return times(*(value.scale for value in ins))
+
+
+def _cast(pair: Pair, numbers: Sequence[float]) -> float:
+    dtype = np.dtype(pair.target.outvars[0].aval.dtype)
+    return float(int(numbers[0])) if np.issubdtype(dtype, np.integer) else float(numbers[0])
+
+
+def _divide(pair: Pair, numbers: Sequence[float]) -> float:
+    dtype = np.dtype(pair.target.outvars[0].aval.dtype)
+    exact = numbers[0] / numbers[1]
+    return float(math.trunc(exact)) if np.issubdtype(dtype, np.integer) else exact
+
+
+def _fold(function: Callable[..., Any]) -> Callable[[Pair, Sequence[float]], float]:
+    return lambda _, numbers: float(function(*numbers))
+
+
+FOLD: Final[Mapping[str, Callable[[Pair, Sequence[float]], float]]] = {
+    "convert_element_type": _cast,
+    "div": _divide,
+    "integer_pow": lambda pair, numbers: float(numbers[0] ** pair.params["y"]),
+    "select_n": lambda _, numbers: numbers[1 + int(numbers[0])],
+    **{
+        name: _fold(function)
+        for name, function in {
+            "abs": abs,
+            "add": lambda a, b: a + b,
+            "add_any": lambda a, b: a + b,
+            "and": lambda a, b: int(a) & int(b),
+            "ceil": math.ceil,
+            "clamp": lambda low, x, high: min(max(low, x), high),
+            "copy": lambda a: a,
+            "copy_p": lambda a: a,
+            "cos": math.cos,
+            "eq": lambda a, b: a == b,
+            "erf": math.erf,
+            "exp": math.exp,
+            "exp2": lambda a: 2**a,
+            "expm1": math.expm1,
+            "floor": math.floor,
+            "ge": lambda a, b: a >= b,
+            "gt": lambda a, b: a > b,
+            "le": lambda a, b: a <= b,
+            "log": math.log,
+            "log1p": math.log1p,
+            "logistic": lambda a: 1 / (1 + math.exp(-a)),
+            "lt": lambda a, b: a < b,
+            "max": max,
+            "min": min,
+            "mul": lambda a, b: a * b,
+            "ne": lambda a, b: a != b,
+            "neg": lambda a: -a,
+            "nextafter": lambda a, b: math.nextafter(a, b),
+            "or": lambda a, b: int(a) | int(b),
+            "pow": lambda a, b: a**b,
+            "reduce_precision": lambda a: a,
+            "rem": math.fmod,
+            "rsqrt": lambda a: 1 / math.sqrt(a),
+            "sign": lambda a: (a > 0) - (a < 0),
+            "sin": math.sin,
+            "sqrt": math.sqrt,
+            "square": lambda a: a * a,
+            "stop_gradient": lambda a: a,
+            "sub": lambda a, b: a - b,
+            "tanh": math.tanh,
+        }.items()
+    },
+}
+"""Arithmetic on known numbers, in double precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """An elementwise primitive.
+
+    Attributes:
+        scale: the scale of the result.
+        linear: operands that the result is linear in, with the others fixed.
+    """
+
+    scale: ScaleRule = _of_order_one
+    linear: tuple[int, ...] = ()
+
+    def __call__(self, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+        """Applies the rule."""
+        ((shape, base),) = pair.shapes()
+        folded = _folded(pair, ins, shape, base)
+        if folded is not None:
+            return [folded]
+        kind = widest(value.kind for value in ins)
+        scale = self.scale(pair, ins)
+        if kind != "data":
+            views = [_aligned(view, value, shape, base) for value in ins for view in value.views]
+            return [Value(shape, base, kind, views=tuple(dict.fromkeys(views)), scale=scale)]
+        pending: list[Pending] = []
+        for position, value in enumerate(ins):
+            if position not in self.linear:
+                interp.becomes_data(pair, value)
+                continue
+            pending += _pendings(value, shape, base)
+            for view in value.views:
+                use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=False)
+                pending.append(Pending(use, _aligned(view, value, shape, base)))
+        return [Value(shape, base, kind, scale=scale, pending=tuple(pending))]
+
+
+def _folded(pair: Pair, ins: Sequence[Value], shape: Shape, base: Shape) -> Value | None:
+    function = FOLD.get(pair.name)
+    if function is None:
+        return None
+    numbers = [value.const for value in ins]
+    if any(number is None for number in numbers):
+        return None
+    try:
+        both = [function(pair, [number[side] for number in numbers if number]) for side in (0, 1)]
+    except (ArithmeticError, ValueError):
+        return None
+    return constant(both[0], both[1], shape, base)
+
+
+_IDENTITY: Final = Elementwise(_agree, linear=(0,))
+
+ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
+    **dict.fromkeys(
+        ["convert_element_type", "copy", "copy_p", "neg", "real", "imag", "reduce_precision", "conj"], _IDENTITY
+    ),
+    **dict.fromkeys(["stop_gradient", "bitcast_convert_type"], Elementwise(_agree)),
+    "mul": Elementwise(_product, linear=(0, 1)),
+    "div": Elementwise(_quotient, linear=(0,)),
+    **dict.fromkeys(["add", "add_any", "sub", "max", "min", "clamp", "rem", "nextafter"], Elementwise(_agree)),
+    "select_n": Elementwise(_chosen),
+    "abs": Elementwise(_agree),
+    "square": Elementwise(_power_of(2)),
+    "sqrt": Elementwise(_power_of(0.5)),
+    "cbrt": Elementwise(_power_of(1 / 3)),
+    "rsqrt": Elementwise(_power_of(-0.5)),
+    "integer_pow": Elementwise(_integer_pow),
+    "pow": Elementwise(_pow),
+    **dict.fromkeys(
+        ["sign", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "eq_to", "le_to", "lt_to", "atan2"],
+        Elementwise(_always_one),
+    ),
+    **dict.fromkeys(
+        [
+            *["acos", "acosh", "and", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "ceil"],
+            *["clz", "complex", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"],
+            *["floor", "igamma", "igamma_grad_a", "igammac", "lgamma", "log", "log1p", "logistic", "not", "or"],
+            *["polygamma", "population_count", "random_gamma_grad", "regularized_incomplete_beta", "round"],
+            *["shift_left", "shift_right_arithmetic", "shift_right_logical", "sin", "sinh", "tan", "tanh"],
+            *["xor", "zeta"],
+        ],
+        Elementwise(),
+    ),
+}
+
+
+# ---- layout ----------------------------------------------------------------------------------------
+
+
+def _identity(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
+    """One output per operand, unchanged."""
+    return [value.replace() for value in ins]
+
+
+def _transpose(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    order = pair.params["permutation"]
+    return [_moved(interp, pair, ins[0], shape, base, lambda axes: tuple(axes[axis] for axis in order))]
+
+
+def _reshape(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    return [_moved(interp, pair, ins[0], shape, base, lambda axes: regroup(axes, shape, base))]
+
+
+def _broadcast_in_dim(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    source_of = {out: axis for axis, out in enumerate(pair.params["broadcast_dimensions"])}
+    old = ins[0].shape
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(
+            axes[source_of[axis]]
+            if axis in source_of and old[source_of[axis]] == shape[axis]
+            else broadcast_axis(shape[axis], base[axis])
+            for axis in range(len(shape))
+        )
+
+    return [_moved(interp, pair, ins[0], shape, base, move)]
+
+
+def _squeeze(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    gone = pair.params["dimensions"]
+    return [
+        _moved(
+            interp, pair, ins[0], shape, base,
+            lambda axes: tuple(axis for position, axis in enumerate(axes) if position not in gone),
+        )
+    ]  # fmt: skip
+
+
+def _cut(axis: Axis, old: tuple[int, int], new: tuple[int, int]) -> tuple[Axis, frozenset[int]] | None:
+    """The factors of an axis after a slice, and those of which one entry is left; None: unknown."""
+    if old == new:
+        return axis, frozenset()
+    if new == (1, 1):
+        return (), frozenset(factor.axis for factor in axis if factor.axis is not None)
+    if len(axis) <= 1:
+        return tuple(Factor(factor.axis, *new) for factor in axis), frozenset()
+    size, base = 1, 1
+    for position in range(len(axis) - 1, -1, -1):
+        size, base = size * axis[position].size, base * axis[position].base
+        if (size, base) == new:
+            picked = frozenset(factor.axis for factor in axis[:position] if factor.axis is not None)
+            return axis[position:], picked
+    # A part of the major factor, and all of the others.
+    size, base = math.prod(f.size for f in axis[1:]), math.prod(f.base for f in axis[1:])
+    if size and base and new[0] % size == 0 and new[1] % base == 0:
+        return (Factor(axis[0].axis, new[0] // size, new[1] // base), *axis[1:]), frozenset()
+    return None
+
+
+def _sliced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape) -> Value:
+    """A slice of each axis; an axis of which one entry is left was picked from by index."""
+
+    def cut(view: View) -> View | None:
+        axes: list[Axis] = []
+        picked = view.picked
+        for axis, *sizes in zip(
+            view.axes,
+            zip(value.shape, value.base, strict=True),
+            zip(shape, base, strict=True),
+            strict=True,
+        ):
+            part = _cut(axis, *sizes)
+            if part is None:
+                return None
+            axes.append(part[0])
+            picked |= part[1]
+        return dataclasses.replace(view, axes=tuple(axes), picked=picked)
+
+    views = []
+    for view in value.views:
+        part = cut(view)
+        if part is None:
+            interp.use(pair, view, "opaque")
+        else:
+            views.append(part)
+    interp.decide(value)
+    const = value.const
+    return value.replace(shape=shape, base=base, const=const, views=tuple(views), pending=())
+
+
+def _slice(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """`slice`, `dynamic_slice`, `split`: parts of the first operand; the others are indices."""
+    for index in ins[1:]:
+        interp.becomes_data(pair, index)
+    return [_sliced(interp, pair, ins[0], shape, base) for shape, base in pair.shapes()]
+
+
+def _pad(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    interp.becomes_data(pair, ins[1])
+    ((shape, base),) = pair.shapes()
+    out = _sliced(interp, pair, ins[0], shape, base)
+    return [out.replace(scale=plus([ins[0].scale, ins[1].scale]), const=None)]
+
+
+def _concatenate(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    scale = plus(value.scale for value in ins)
+    if widest(value.kind for value in ins) == "data":
+        for value in ins:
+            interp.becomes_data(pair, value)
+        return [Value(shape, base, "data", scale=scale)]
+    # Along the joined axis each part keeps its own factors: they tell whether it is infinite.
+    views = tuple(dict.fromkeys(view for value in ins for view in value.views))
+    return [Value(shape, base, widest(value.kind for value in ins), views=views, scale=scale)]
+
+
+def _stack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Values laid side by side along a new axis."""
+    ((shape, base),) = pair.shapes()
+    scale = plus(value.scale for value in ins)
+    if widest(value.kind for value in ins) == "data":
+        for value in ins:
+            interp.becomes_data(pair, value)
+        return [Value(shape, base, "data", scale=scale)]
+    at = pair.params["axis"]
+
+    def insert(view: View) -> View:
+        new = broadcast_axis(shape[at], base[at])
+        return dataclasses.replace(view, axes=(*view.axes[:at], new, *view.axes[at:]))
+
+    views = tuple(dict.fromkeys(insert(view) for value in ins for view in value.views))
+    return [Value(shape, base, widest(value.kind for value in ins), views=views, scale=scale)]
+
+
+def _unstack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """The entries along an axis, one output each."""
+    at = pair.params["axis"]
+    value = ins[0]
+    outs = []
+    for shape, base in pair.shapes():
+        one = (*shape[:at], 1, *shape[at:])
+        part = _sliced(interp, pair, value, one, (*base[:at], 1, *base[at:]))
+        outs.append(
+            _moved(interp, pair, part, shape, base, lambda axes: (*axes[:at], *axes[at + 1 :]))
+        )
+    return outs
+
+
+def _tile(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Copies laid side by side: an axis that is repeated no longer shows one parameter axis."""
+    ((shape, base),) = pair.shapes()
+    reps, small = pair.params["reps"], pair.base.params["reps"]
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(
+            axis if (n, m) == (1, 1) else (*broadcast_axis(n, m), *axis)
+            for axis, n, m in zip(axes, reps, small, strict=True)
+        )
+
+    return [_moved(interp, pair, ins[0], shape, base, move)]
+
+
+def _iota(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    axis = pair.params["dimension"]
+    return [Value(shape, base, "const", scale=ratio(base[axis], shape[axis]))]
+
+
+# ---- reductions ------------------------------------------------------------------------------------
+
+
+def _reduce(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """`reduce_max` and the like: axes go away, entries keep their size."""
+    gone = pair.params["axes"]
+    interp.decide(ins[0])
+    out = []
+    for shape, base in pair.shapes():
+        value = _moved(
+            interp, pair, dataclasses.replace(ins[0], pending=()), shape, base,
+            lambda axes: tuple(axis for position, axis in enumerate(axes) if position not in gone),
+        )  # fmt: skip
+        out.append(value.replace(const=None))
+    return out
+
+
+def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """A sum over axes; over the axes of a parameter that was multiplied in, it is a contraction."""
+    value, gone = ins[0], pair.params["axes"]
+    ((shape, base),) = pair.shapes()
+    base_size, size = value.sizes(gone)
+    scale = times(value.scale, ratio(base_size, size))
+    if value.const is not None:
+        return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
+
+    def drop(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(axis for position, axis in enumerate(axes) if position not in gone)
+
+    interp.contract_later(pair, value, gone)
+    # A use that this sum contracts is settled by it; one that it leaves alone stays linear in the result.
+    left = tuple(
+        p for p in value.pending
+        if not any(f.axis is not None for axis in gone for f in p.view.axes[axis])
+    )  # fmt: skip
+    out = _moved(interp, pair, dataclasses.replace(value, pending=left), shape, base, drop)
+    return [out.replace(scale=scale)]
+
+
+# ---- products --------------------------------------------------------------------------------------
+
+
+def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
+    """Whether a function of parameters keeps an axis that grows with width when `gone` is contracted."""
+    return any(
+        factor.axis is not None and factor.size != factor.base
+        for view in value.views
+        for position, axis in enumerate(view.axes)
+        if position not in gone
+        for factor in axis
+    )
+
+
+def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
+    return any(
+        factor.axis is not None and (factor.size, factor.base) != (1, 1)
+        for position, axis in enumerate(view.axes)
+        if position not in gone
+        for factor in axis
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One operand of a product with its contracted and batch axes."""
+
+    value: Value
+    contract: Sequence[int]
+    batch: Sequence[int]
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        return (*self.contract, *self.batch)
+
+
+def _multiply(interp: Interpreter, pair: Pair, left: _Side, right: _Side, place: Callable[[View, bool], View]) -> list[Value]:
+    """The product of two values over some axes: who is the weight, who is the activation.
+
+    Args:
+        interp: the interpreter, for its log.
+        pair: the equation.
+        left: the first operand.
+        right: the second operand.
+        place: a view of an operand (and whether it is the first) as a view of the result.
+    """
+    ((shape, base),) = pair.shapes()
+    contracted = left.value.sizes(left.contract)
+    wide = contracted[0] != contracted[1]
+    scale = times(left.value.scale, right.value.scale)
+    data = Value(shape, base, "data", scale=scale)
+
+    def weight(side: _Side) -> None:
+        for view in side.value.views:
+            interp.use(
+                pair, view, "contraction",
+                fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
+            )  # fmt: skip
+        interp.decide(side.value)
+
+    def activation(side: _Side) -> None:
+        interp.becomes_data(pair, side.value)
+
+    kinds = (left.value.kind, right.value.kind)
+    if kinds == ("const", "const"):
+        return [dataclasses.replace(data, kind="const", scale=None if wide else scale)]
+    if "param" not in kinds:
+        kernels = [_settle(interp, pair, side) for side in (left, right)]
+        if "const" not in kinds and wide and not any(kernels):
+            interp.product(pair, contracted)
+        return [data]
+    if kinds != ("param", "param"):
+        side, other = (left, right) if kinds[0] == "param" else (right, left)
+        weight(side)
+        activation(other)
+        return [data]
+    # Two functions of parameters. Over an infinite axis, the one that leaves finite axes only is a set of
+    # learned vectors (latent queries, a class token) and plays the activation.
+    if wide:
+        broad = [_leaves_width(side.value, side.gone) for side in (left, right)]
+        if broad[0] != broad[1]:
+            matrix, vectors = (left, right) if broad[0] else (right, left)
+            weight(matrix)
+            activation(vectors)
+            return [data]
+        if not broad[0]:
+            interp.opaque(pair, left.value)
+            interp.opaque(pair, right.value)
+            return [data]
+    views = []
+    for side, first in ((left, True), (right, False)):
+        for view in side.value.views:
+            inner = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
+            views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
+    return [dataclasses.replace(data, kind="param", views=tuple(views))]
+
+
+def _settle(interp: Interpreter, pair: Pair, side: _Side) -> bool:
+    """Settles the undecided uses in an operand: an expert's kernel was looked up, or an embedding was.
+
+    Returns:
+        Whether the operand is a kernel.
+    """
+    kernel = False
+    for pending in side.value.pending:
+        alone = dataclasses.replace(side.value, pending=(pending,))
+        if _leaves_axes(pending.view, side.gone) and interp.contract_later(pair, alone, side.contract):
+            kernel = True
+        else:
+            interp.decide(alone)
+    return kernel
+
+
+def _dot_general(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    (contract_l, contract_r), (batch_l, batch_r) = pair.params["dimension_numbers"]
+    left, right = _Side(ins[0], contract_l, batch_l), _Side(ins[1], contract_r, batch_r)
+    free_l = [axis for axis in range(ins[0].ndim) if axis not in left.gone]
+    free_r = [axis for axis in range(ins[1].ndim) if axis not in right.gone]
+
+    def place(view: View, first: bool) -> View:
+        other = ins[1] if first else ins[0]
+        mine, theirs = (free_l, free_r) if first else (free_r, free_l)
+        blank = [broadcast_axis(other.shape[axis], other.base[axis]) for axis in theirs]
+        kept = [view.axes[axis] for axis in mine]
+        lead = [view.axes[axis] for axis in (batch_l if first else batch_r)]
+        return dataclasses.replace(view, axes=tuple(lead + (kept + blank if first else blank + kept)))
+
+    return _multiply(interp, pair, left, right, place)
+
+
+def _conv(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """A convolution: input features and spatial axes of the kernel are its fan-in.
+
+    A batching rule lays the copies of a vmapped kernel along its output features; there they are one
+    factor of the axis, as many as the convolution has groups.
+    """
+    dims = pair.params["dimension_numbers"]
+    groups = max(pair.params["feature_group_count"], pair.params["batch_group_count"])
+    lhs, rhs = ins
+    _, feature, *_ = dims.lhs_spec
+    out_axis, in_axis, *space = dims.rhs_spec
+    ((shape, base),) = pair.shapes()
+    data = Value(shape, base, "data", scale=times(lhs.scale, rhs.scale))
+    contracted = rhs.sizes((in_axis, *space))
+    if rhs.kind == "param":
+        for view in rhs.views:
+            axis = view.axes[out_axis]
+            copies = (
+                frozenset({axis[0].axis})
+                if len(axis) > 1 and axis[0].axis is not None and axis[0].size == groups
+                else frozenset[int]()
+            )
+            if copies:
+                axes = tuple(axis[1:] if n == out_axis else a for n, a in enumerate(view.axes))
+                view = dataclasses.replace(view, axes=axes, stack=view.stack | copies)
+            interp.use(pair, view, "contraction", fan_in=(in_axis, *space), contracted=contracted)
+        interp.becomes_data(pair, lhs)
+    else:
+        for value in ins:
+            interp.becomes_data(pair, value)
+        if lhs.kind == rhs.kind == "data" and contracted[0] != contracted[1]:
+            interp.product(pair, contracted)
+    return [data]
+
+
+# ---- lookups ---------------------------------------------------------------------------------------
+
+
+def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Rows looked up by index. The result is data: which row is chosen depends on it."""
+    operand, indices = ins
+    interp.becomes_data(pair, indices)
+    interp.decide(operand)
+    dims = pair.params["dimension_numbers"]
+    sizes, small = pair.params["slice_sizes"], pair.base.params["slice_sizes"]
+    ((shape, base),) = pair.shapes()
+    data = Value(shape, base, widest(value.kind for value in ins), scale=operand.scale)
+    if operand.kind != "param":
+        return [data]
+    batching = (*dims.operand_batching_dims,)
+    window = [
+        axis for axis in range(operand.ndim) if axis not in dims.collapsed_slice_dims and axis not in batching
+    ]
+    place = dict(zip(window, dims.offset_dims, strict=True))
+    pending = []
+    for view in operand.views:
+        axes: list[Axis] = [broadcast_axis(s, b) for s, b in zip(shape, base, strict=True)]
+        picked, stack = view.picked, view.stack
+        for axis, factors in enumerate(view.axes):
+            mine = frozenset(factor.axis for factor in factors if factor.axis is not None)
+            full = (sizes[axis], small[axis]) == (operand.shape[axis], operand.base[axis])
+            if axis in batching:
+                stack |= mine
+            elif full and axis in place:
+                axes[place[axis]] = factors
+            else:
+                if any(f.size != f.base for f in factors if f.axis is not None):
+                    raise ShapeMismatchError(
+                        f"{view.path}: axis {axis} is looked up by index at {source.where(pair.target)}, so its "
+                        f"size is a vocabulary and not a width; expected {operand.base[axis]} as in the base, "
+                        f"got {operand.shape[axis]}. Give base and target the same size there."
+                    )
+                picked |= mine
+        looked_up = dataclasses.replace(view, axes=tuple(axes), picked=picked, stack=stack)
+        use = interp.use(pair, looked_up, "lookup", decided=False)
+        pending.append(Pending(use, looked_up))
+    return [dataclasses.replace(data, kind="data", pending=tuple(pending))]
+
+
+# ---- the rest --------------------------------------------------------------------------------------
+
+
+def _data(scale: ScaleRule, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """A primitive that rearranges or summarises data: a parameter in it is opaque."""
+    for value in ins:
+        interp.opaque(pair, value)
+    kind = widest(value.kind for value in ins)
+    found = scale(pair, ins)
+    return [
+        Value(shape, base, "const" if kind == "const" else "data", scale=found) for shape, base in pair.shapes()
+    ]
+
+
+def _scatter(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Values written into an array by index: a cache, a one-hot."""
+    for value in ins:
+        interp.becomes_data(pair, value)
+    ((shape, base),) = pair.shapes()
+    kind = widest(value.kind for value in ins)
+    return [
+        Value(shape, base, "const" if kind == "const" else "data", scale=plus(v.scale for v in (ins[0], ins[-1])))
+    ]
+
+
+def _update(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """`dynamic_update_slice`."""
+    for value in ins:
+        interp.becomes_data(pair, value)
+    ((shape, base),) = pair.shapes()
+    kind = widest(value.kind for value in ins)
+    return [
+        Value(shape, base, "const" if kind == "const" else "data", scale=plus(v.scale for v in ins[:2]))
+    ]
+
+
+def _qr(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """The columns of Q have unit norm: its entries are of the size of 1/sqrt(rows)."""
+    interp.opaque(pair, ins[0])
+    rows = ratio(ins[0].base[-2], ins[0].shape[-2])
+    scales = [rows**-0.5 if rows else None, None]
+    return [
+        Value(shape, base, "data", scale=scale)
+        for (shape, base), scale in zip(pair.shapes(), [*scales, None, None][: len(pair.shapes())], strict=True)
+    ]
+
+
+def _random(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Random bits, keys: of the same distribution at every width."""
+    for value in ins:
+        interp.becomes_data(pair, value)
+    return [Value(shape, base, "data") for shape, base in pair.shapes()]
+
+
+PRIMITIVES: Final[dict[str, Rule]] = {
+    **ELEMENTWISE,
+    **dict.fromkeys(
+        ["sharding_constraint", "optimization_barrier", "name", "device_put", "reshard", "mesh_cast", "pvary"],
+        _identity,
+    ),
+    "transpose": _transpose,
+    "reshape": _reshape,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "squeeze": _squeeze,
+    "expand_dims": _broadcast_in_dim,
+    "rev": _identity,
+    "slice": _slice,
+    "dynamic_slice": _slice,
+    "split": _slice,
+    "pad": _pad,
+    "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
+    "iota": _iota,
+    "reduce_sum": _reduce_sum,
+    **dict.fromkeys(["reduce_max", "reduce_min"], _reduce),
+    "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
+    "gather": _gather,
+    **dict.fromkeys(
+        ["scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter-add", "scatter-mul"],
+        _scatter,
+    ),
+    "dynamic_update_slice": _update,
+    **dict.fromkeys(
+        ["sort", "cummax", "cummin", "reduce_window_max", "reduce_window_min", "top_k", "approx_top_k"],
+        functools.partial(_data, _agree),
+    ),
+    **dict.fromkeys(
+        ["argmax", "argmin", "reduce_and", "reduce_or", "cumlogsumexp", "reduce_prod", "cumprod"],
+        functools.partial(_data, _of_order_one),
+    ),
+    **dict.fromkeys(["cumsum", "reduce_window_sum"], functools.partial(_data, _agree)),
+    "qr": _qr,
+    **dict.fromkeys(
+        [
+            *["random_bits", "random_seed", "random_wrap", "random_unwrap", "random_fold_in", "random_split"],
+            *["random_clone", "threefry2x32", "rng_bit_generator", "rng_uniform"],
+        ],
+        _random,
+    ),
+}
+"""The rule of each primitive that is known."""

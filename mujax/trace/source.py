@@ -1,0 +1,55 @@
+"""Where in the user's own code an equation of a program comes from."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sysconfig
+from typing import Any
+
+import chex
+import jax
+import optax
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    packages = [os.path.dirname(module.__file__ or "") for module in (jax, optax, chex)]
+    site = os.path.dirname(packages[0])
+    packages += [os.path.join(site, name) for name in ("flax", "jaxlib", "jaxtyping")]
+    packages += [sysconfig.get_paths()["stdlib"]]
+    return tuple(folder + os.sep for folder in packages)
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    if file.startswith("<"):
+        return True
+    if file.startswith(_HERE + os.sep):
+        return not file.startswith(os.path.join(_HERE, "models") + os.sep)
+    # The standard library's folder holds site-packages too, where third-party models live.
+    *packages, stdlib = _library_folders()
+    if file.startswith(tuple(packages)):
+        return True
+    return file.startswith(stdlib) and "site-packages" not in file
+
+
+def where(eqn: Any) -> str:
+    """`file:line` of the innermost frame of the user's code, or the module scope if there is none."""
+    traceback = eqn.source_info.traceback
+    if traceback is not None:
+        for frame in traceback.frames:
+            if not _is_library(frame.file_name):
+                return f"{os.path.relpath(frame.file_name) if _near(frame.file_name) else frame.file_name}:{frame.line_num}"
+    return scope(eqn) or "unknown place"
+
+
+def _near(file: str) -> bool:
+    return file.startswith(os.getcwd() + os.sep)
+
+
+def scope(eqn: Any) -> str:
+    """The module path that `jax.named_scope` recorded, e.g. `Transformer/Block_0/Dense_1`."""
+    return str(eqn.source_info.name_stack)

@@ -1,0 +1,221 @@
+"""The abstract domain: what the interpreter knows about one value of the pair of programs.
+
+A value stands for one intermediate array of the target's program together with the array that plays the
+same part in the base's program. Only sizes and facts are kept, never numbers, except for scalars that are
+the same everywhere in the array and known at trace time: those are folded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+Kind = Literal["const", "param", "data"]
+_ORDER: dict[Kind, int] = {"const": 0, "param": 1, "data": 2}
+
+Shape = tuple[int, ...]
+_token = itertools.count()
+
+
+class Factor(NamedTuple):
+    """A part of an array axis: which parameter axis it comes from (None for a broadcast) and its sizes."""
+
+    axis: int | None
+    size: int
+    base: int
+
+
+Axis = tuple[Factor, ...]
+"""One axis of a value as its factors, major to minor; `()` for an axis of size 1."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class View:
+    """How a value is laid out in terms of one parameter's axes.
+
+    Attributes:
+        path: the parameter.
+        axes: per axis of the value, the parameter axes in it.
+        stack: parameter axes that a scan has stripped.
+        picked: parameter axes from which one entry was taken by index.
+        inner: parameter axes that were contracted with another parameter.
+    """
+
+    path: str
+    axes: tuple[Axis, ...]
+    stack: frozenset[int] = frozenset()
+    picked: frozenset[int] = frozenset()
+    inner: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pending:
+    """A use of a parameter whose role shows only in what follows.
+
+    `x * g` is a gain, unless the product is then summed over g's axis: that is a contraction. A row
+    that was looked up is an embedding, unless it is then contracted as a kernel.
+
+    Attributes:
+        use: number of the use in the interpreter's log.
+        view: the parameter's layout in the value at hand.
+    """
+
+    use: int
+    view: View
+
+
+@dataclasses.dataclass(slots=True)
+class Value:
+    """The facts about one value.
+
+    Attributes:
+        shape: its shape in the target.
+        base: the sizes of the same axes in the base.
+        kind: `"const"` depends on nothing, `"param"` on parameters only, `"data"` on anything.
+        const: (base, target) where it is one known number throughout.
+        views: for kind `"param"`, the parameters that it is a function of, axis by axis.
+        scale: size of the entries in the target over the base, as far as constants in the program set
+            it; 0 for identically zero, None if it can't be told.
+        pending: undecided uses that this value is linear in.
+        root: identity up to axes of size 1; equal for a value and its trivial reshapes.
+    """
+
+    shape: Shape
+    base: Shape
+    kind: Kind
+    const: tuple[float, float] | None = None
+    views: tuple[View, ...] = ()
+    scale: float | None = 1.0
+    pending: tuple[Pending, ...] = ()
+    root: int = dataclasses.field(default_factory=lambda: next(_token))
+
+    @property
+    def ndim(self) -> int:
+        """Rank in the target."""
+        return len(self.shape)
+
+    def sizes(self, axes: Iterable[int]) -> tuple[int, int]:
+        """Product of the sizes of some axes, in the base and in the target."""
+        base, target = 1, 1
+        for axis in axes:
+            base *= self.base[axis]
+            target *= self.shape[axis]
+        return base, target
+
+    def replace(self, **changes: object) -> Value:
+        """A copy with a new identity and some facts changed."""
+        return dataclasses.replace(self, root=next(_token), **changes)  # pyright: ignore[reportArgumentType]
+
+
+def constant(base: float, target: float, shape: Shape = (), base_shape: Shape = ()) -> Value:
+    """A value that is one known number throughout."""
+    return Value(shape, base_shape, "const", const=(base, target), scale=ratio(base, target))
+
+
+def ratio(base: float, target: float) -> float | None:
+    """target / base as a scale: 0 if both vanish, None if it has no meaning."""
+    if base == target:
+        return 0.0 if target == 0 else 1.0
+    if base == 0 or not (math.isfinite(base) and math.isfinite(target)):
+        return None
+    return target / base
+
+
+def times(*scales: float | None) -> float | None:
+    """Scale of a product."""
+    out = 1.0
+    for scale in scales:
+        if scale == 0:
+            return 0.0
+    for scale in scales:
+        if scale is None:
+            return None
+        out *= scale
+    return out
+
+
+def same(a: float, b: float) -> bool:
+    """Equality of scales up to the rounding of float32 literals."""
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def plus(scales: Iterable[float | None]) -> float | None:
+    """Scale of a sum or of a choice: known only where all the terms that are not zero agree."""
+    out = 0.0
+    for scale in scales:
+        if scale is None:
+            return None
+        if scale == 0 or (out and same(out, scale)):
+            continue
+        if out:
+            return None
+        out = scale
+    return out
+
+
+def widest(kinds: Iterable[Kind]) -> Kind:
+    """The kind of a value computed from values of these kinds."""
+    return max(kinds, key=_ORDER.__getitem__, default="const")
+
+
+def whole(path: str, shape: Shape, base: Shape) -> View:
+    """The view of a parameter as it is stored."""
+    axes = tuple(
+        (Factor(axis, size, small),) if (size, small) != (1, 1) else ()
+        for axis, (size, small) in enumerate(zip(shape, base, strict=True))
+    )
+    return View(path, axes)
+
+
+def broadcast_axis(size: int, base: int) -> Axis:
+    """An axis that holds no parameter axis."""
+    return () if (size, base) == (1, 1) else (Factor(None, size, base),)
+
+
+def regroup(axes: Sequence[Axis], shape: Shape, base: Shape) -> tuple[Axis, ...] | None:
+    """The factors of a row-major array after a reshape, or None where an axis would be cut unevenly.
+
+    >>> regroup([(Factor(0, 6, 3),), (Factor(1, 4, 4),)], (2, 12), (1, 12))
+    ((Factor(axis=0, size=2, base=1),), (Factor(axis=0, size=3, base=3), Factor(axis=1, size=4, base=4)))
+    """
+    rest = [factor for axis in axes for factor in axis][::-1]
+    out: list[Axis] = []
+    for size, small in zip(shape, base, strict=True):
+        group: list[Factor] = []
+        while (size, small) != (1, 1):
+            if not rest:
+                return None
+            factor = rest.pop()
+            if size % factor.size == 0 and small % factor.base == 0:
+                group.append(factor)
+                size, small = size // factor.size, small // factor.base
+            elif factor.size % size == 0 and factor.base % small == 0:
+                group.append(Factor(factor.axis, size, small))
+                rest.append(Factor(factor.axis, factor.size // size, factor.base // small))
+                size = small = 1
+            else:
+                return None
+        out.append(tuple(group))
+    return None if rest else tuple(out)
+
+
+def fit(base: Shape, shape: Shape) -> Shape:
+    """The base's sizes on the target's axes, where the base may lack axes of size 1.
+
+    >>> fit((5, 4), (5, 2, 4)), fit((5, 1, 4), (5, 4))
+    ((5, 1, 4), (5, 4))
+    """
+    if len(base) == len(shape):
+        return base
+    core = [size for size in base if size != 1] if len(base) > len(shape) else list(base)
+    out: list[int] = []
+    for axis, size in enumerate(shape):
+        axes_left = len(shape) - axis
+        if core and (core[0] == size or len(core) >= axes_left):
+            out.append(core.pop(0))
+        else:
+            out.append(1)
+    return tuple(out)
