@@ -197,7 +197,8 @@ class Interpreter:
         return self._log(
             Use(
                 view.path,
-                kind,
+                # A norm or a mean of a parameter tells nothing of the role of its axes.
+                "opaque" if view.reduced else kind,
                 tuple(self._axes(view, fan_in, stack, picked)),
                 pair.site,
                 contracted,

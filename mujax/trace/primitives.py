@@ -305,7 +305,12 @@ def _transpose(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Va
 
 def _reshape(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     ((shape, base),) = pair.shapes()
-    return [_moved(interp, pair, ins[0], shape, base, lambda axes: regroup(axes, shape, base))]
+    order = pair.params["dimensions"]
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
+        return regroup(axes if order is None else [axes[axis] for axis in order], shape, base)
+
+    return [_moved(interp, pair, ins[0], shape, base, move)]
 
 
 def _broadcast_in_dim(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -408,9 +413,23 @@ def _concatenate(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[
         for value in ins:
             interp.becomes_data(pair, value)
         return [Value(shape, base, "data", scale=scale)]
-    # Along the joined axis each part keeps its own factors: they tell whether it is infinite.
-    views = tuple(dict.fromkeys(view for value in ins for view in value.views))
+    at = pair.params["dimension"]
+    views = tuple(
+        dict.fromkeys(_part(view, at, value, shape[at], base[at]) for value in ins for view in value.views)
+    )
     return [Value(shape, base, widest(value.kind for value in ins), views=views, scale=scale)]
+
+
+def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
+    """The view of one part of a concatenation, over the whole of the joined axis."""
+    old, old_base = value.shape[at], value.base[at]
+    axis = view.axes[at]
+    if size % old == 0 and base % old_base == 0:
+        axis = (*broadcast_axis(size // old, base // old_base), *axis)
+    else:
+        # Uneven parts: the axis as a whole is the part's, as far as growing is concerned.
+        axis = tuple(Factor(factor.axis, size, base) for factor in axis[:1])
+    return dataclasses.replace(view, axes=(*view.axes[:at], axis, *view.axes[at + 1 :]))
 
 
 def _stack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -468,18 +487,26 @@ def _iota(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
 # ---- reductions ------------------------------------------------------------------------------------
 
 
+def _reduced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape) -> Value:
+    """The value without the axes that a reduction removes."""
+    gone = pair.params["axes"]
+
+    def statistic(view: View) -> View:
+        lost = any(f.axis is not None and f.size > 1 for axis in gone for f in view.axes[axis])
+        return dataclasses.replace(view, reduced=True) if lost else view
+
+    value = dataclasses.replace(value, views=tuple(statistic(view) for view in value.views))
+    return _moved(
+        interp, pair, value, shape, base,
+        lambda axes: tuple(axis for position, axis in enumerate(axes) if position not in gone),
+    )  # fmt: skip
+
+
 def _reduce(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """`reduce_max` and the like: axes go away, entries keep their size."""
-    gone = pair.params["axes"]
     interp.decide(ins[0])
-    out = []
-    for shape, base in pair.shapes():
-        value = _moved(
-            interp, pair, dataclasses.replace(ins[0], pending=()), shape, base,
-            lambda axes: tuple(axis for position, axis in enumerate(axes) if position not in gone),
-        )  # fmt: skip
-        out.append(value.replace(const=None))
-    return out
+    alone = dataclasses.replace(ins[0], pending=())
+    return [_reduced(interp, pair, alone, shape, base) for shape, base in pair.shapes()]
 
 
 def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -487,21 +514,16 @@ def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[V
     value, gone = ins[0], pair.params["axes"]
     ((shape, base),) = pair.shapes()
     base_size, size = value.sizes(gone)
-    scale = times(value.scale, ratio(base_size, size))
     if value.const is not None:
         return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
-
-    def drop(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-        return tuple(axis for position, axis in enumerate(axes) if position not in gone)
-
     interp.contract_later(pair, value, gone)
     # A use that this sum contracts is settled by it; one that it leaves alone stays linear in the result.
     left = tuple(
         p for p in value.pending
         if not any(f.axis is not None for axis in gone for f in p.view.axes[axis])
     )  # fmt: skip
-    out = _moved(interp, pair, dataclasses.replace(value, pending=left), shape, base, drop)
-    return [out.replace(scale=scale)]
+    out = _reduced(interp, pair, dataclasses.replace(value, pending=left), shape, base)
+    return [out.replace(scale=times(value.scale, ratio(base_size, size)))]
 
 
 # ---- products --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Factor(NamedTuple):
 
 
 Axis = tuple[Factor, ...]
-"""One axis of a value as its factors, major to minor; `()` for an axis of size 1."""
+"""One axis of a value as its factors, major to minor; `()` for an axis of size 1 that is nobody's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class View:
         stack: parameter axes that a scan has stripped.
         picked: parameter axes from which one entry was taken by index.
         inner: parameter axes that were contracted with another parameter.
+        reduced: whether it is a statistic (a norm, a mean) that no longer has all the axes.
     """
 
     path: str
@@ -49,6 +50,7 @@ class View:
     stack: frozenset[int] = frozenset()
     picked: frozenset[int] = frozenset()
     inner: frozenset[int] = frozenset()
+    reduced: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,11 +165,8 @@ def widest(kinds: Iterable[Kind]) -> Kind:
 
 def whole(path: str, shape: Shape, base: Shape) -> View:
     """The view of a parameter as it is stored."""
-    axes = tuple(
-        (Factor(axis, size, small),) if (size, small) != (1, 1) else ()
-        for axis, (size, small) in enumerate(zip(shape, base, strict=True))
-    )
-    return View(path, axes)
+    axes = zip(range(len(shape)), shape, base, strict=True)
+    return View(path, tuple((Factor(axis, size, small),) for axis, size, small in axes))
 
 
 def broadcast_axis(size: int, base: int) -> Axis:
@@ -181,7 +180,7 @@ def regroup(axes: Sequence[Axis], shape: Shape, base: Shape) -> tuple[Axis, ...]
     >>> regroup([(Factor(0, 6, 3),), (Factor(1, 4, 4),)], (2, 12), (1, 12))
     ((Factor(axis=0, size=2, base=1),), (Factor(axis=0, size=3, base=3), Factor(axis=1, size=4, base=4)))
     """
-    rest = [factor for axis in axes for factor in axis][::-1]
+    rest = [factor for axis in axes for factor in axis if (factor.size, factor.base) != (1, 1)][::-1]
     out: list[Axis] = []
     for size, small in zip(shape, base, strict=True):
         group: list[Factor] = []
