@@ -1,0 +1,140 @@
+"""mujax's side: the models of `problems.py` as plain Flax, trained with `mujax` and nothing else of µP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float64, Int64
+from problems import OPTIMIZERS, Architecture, Case, Mlp, Transformer, batches, tree, weights
+
+import mujax
+from mujax.optim import mup_adam, mup_adamw, mup_sgd
+
+DOUBLE: Final = jnp.float64
+
+# A run is 20 steps of tiny products, over long before a careful compilation of it is.
+_COMPILE_FAST: Final = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+class FlaxMlp(nn.Module):
+    """`problems.Mlp`."""
+
+    size: Mlp
+
+    @nn.compact
+    def __call__(self, x: Float64[Array, "batch features"]) -> Float64[Array, "batch classes"]:
+        for index, width in enumerate(self.size.widths):
+            x = nn.relu(nn.Dense(width, param_dtype=DOUBLE, name=f"hidden_{index}")(x))
+        return nn.Dense(self.size.classes, param_dtype=DOUBLE, name="readout")(x)
+
+
+class FlaxBlock(nn.Module):
+    """Attention with logits divided by the head size, then an MLP, each after its layer norm."""
+
+    size: Transformer
+
+    @nn.compact
+    def __call__(self, x_BxLxD: Float64[Array, "batch length model"]) -> Float64[Array, "batch length model"]:
+        size = self.size
+        y_BxLxD = nn.LayerNorm(epsilon=1e-5, param_dtype=DOUBLE, name="norm_attention")(x_BxLxD)
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK = (
+            nn.DenseGeneral((size.heads, size.head), param_dtype=DOUBLE, name=name)(y_BxLxD)
+            for name in ("query", "key", "value")
+        )
+        logits_BxHxLxL = jnp.einsum("blhk,bmhk->bhlm", q_BxLxHxK, k_BxLxHxK) / size.head
+        past_LxL = jnp.tril(jnp.ones((size.length, size.length), bool))
+        attention_BxHxLxL = nn.softmax(jnp.where(past_LxL, logits_BxHxLxL, -jnp.inf))
+        mixed_BxLxHxK = jnp.einsum("bhlm,bmhk->blhk", attention_BxHxLxL, v_BxLxHxK)
+        out = nn.DenseGeneral(size.model, axis=(-2, -1), param_dtype=DOUBLE, name="out")
+        x_BxLxD = x_BxLxD + out(mixed_BxLxHxK)
+        y_BxLxD = nn.LayerNorm(epsilon=1e-5, param_dtype=DOUBLE, name="norm_mlp")(x_BxLxD)
+        hidden_BxLxF = nn.gelu(nn.Dense(size.mlp, param_dtype=DOUBLE, name="up")(y_BxLxD), approximate=True)
+        return x_BxLxD + nn.Dense(size.model, param_dtype=DOUBLE, name="down")(hidden_BxLxF)
+
+
+class FlaxTransformer(nn.Module):
+    """`problems.Transformer`."""
+
+    size: Transformer
+
+    @nn.compact
+    def __call__(self, tokens_BxL: Int64[Array, "batch length"]) -> Float64[Array, "batch length vocabulary"]:
+        size = self.size
+        tokens = nn.Embed(size.vocabulary, size.model, param_dtype=DOUBLE, name="tokens")
+        positions_LxD = self.param(
+            "positions", nn.initializers.normal(0.3), (size.length, size.model), DOUBLE
+        )
+        x_BxLxD = tokens(tokens_BxL) + positions_LxD
+        for index in range(size.layers):
+            x_BxLxD = FlaxBlock(size, name=f"block_{index}")(x_BxLxD)
+        x_BxLxD = nn.LayerNorm(epsilon=1e-5, param_dtype=DOUBLE, name="norm")(x_BxLxD)
+        return nn.Dense(size.vocabulary, param_dtype=DOUBLE, name="readout")(x_BxLxD)
+
+
+def build(size: Architecture) -> nn.Module:
+    """The Flax module of these sizes."""
+    return FlaxMlp(size) if isinstance(size, Mlp) else FlaxTransformer(size)
+
+
+def transform(case: Case, parametrization: str = "mup") -> mujax.MupModel:
+    """The case's model under mujax."""
+    x, _ = batches(case.target)
+    inputs = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return mujax.mup_init(build(case.target), build(case.base), inputs, parametrization=parametrization)
+
+
+def optimizer(case: Case, spec: mujax.MupSpec, **changes: Any) -> optax.GradientTransformation:
+    """The case's optimizer, with microsoft/mup's unscaled epsilon.
+
+    Args:
+        case: the run.
+        spec: what to scale by.
+        **changes: arguments to set differently.
+    """
+    makers: dict[str, Callable[..., optax.GradientTransformation]] = {
+        "sgd": mup_sgd,
+        "adam": mup_adam,
+        "adamw": mup_adamw,
+    }
+    scale_eps = {} if case.optimizer == "sgd" else {"scale_eps": False}
+    return makers[case.optimizer](spec=spec, **{**OPTIMIZERS[case.optimizer], **scale_eps, **changes})
+
+
+def losses(
+    case: Case,
+    model: mujax.MupModel | None = None,
+    tx: optax.GradientTransformation | None = None,
+) -> Float64[Array, " steps"]:
+    """Trains with mujax and returns the loss at every step, before its update.
+
+    Must be called with 64-bit types enabled.
+
+    Args:
+        case: the run.
+        model: to train instead of the case's own.
+        tx: to train with instead of the case's own.
+    """
+    mup = transform(case) if model is None else model
+    trainer = optimizer(case, mup.spec) if tx is None else tx
+
+    def loss_fn(params: Any, x: Array, labels: Array) -> Array:
+        logits = mup.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(carry: tuple[Any, Any], batch: tuple[Array, Array]) -> tuple[tuple[Any, Any], Array]:
+        params, state = carry
+        loss, gradients = jax.value_and_grad(loss_fn)(params, *batch)
+        updates, state = trainer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), loss
+
+    @functools.partial(jax.jit, compiler_options=_COMPILE_FAST)
+    def run(params: Any, stacked: tuple[Array, Array]) -> Array:
+        return jax.lax.scan(step, (params, trainer.init(params)), stacked)[1]
+
+    return run(tree(weights(case.target)), batches(case.target))
