@@ -137,7 +137,7 @@ def mup_init(
         _target=target_end,
         _base=base_end,
         _sizes=sizes,
-        _init_scales=init_scales,
+        init_scales=init_scales,
         _analysis=analysis,
         _inputs=tuple(inputs),
         _kwargs=dict(kwargs),
@@ -150,13 +150,15 @@ class MupModel:
 
     Attributes:
         spec: what each parameter is; static and hashable.
+        init_scales: what the user's own initial values are multiplied with, by path; parameters that
+            start at zero have no entry.
     """
 
     spec: MupSpec
+    init_scales: Mapping[str, float]
     _target: Frontend
     _base: Frontend
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    _init_scales: Mapping[str, float]
     _analysis: Analysis
     _inputs: tuple[Any, ...]
     _kwargs: dict[str, Any]
@@ -182,7 +184,7 @@ class MupModel:
         variables = self._target.init(key, inputs, {**self._kwargs, **kwargs})
 
         def scale(path: str, leaf: Any) -> Any:
-            factor = self._init_scales.get(path, 1.0)
+            factor = self.init_scales.get(path, 1.0)
             return leaf if factor == 1.0 else leaf * jnp.asarray(factor, leaf.dtype)
 
         return self._target.scale_params(variables, scale)
@@ -498,10 +500,10 @@ def _explain(mup: MupModel) -> str:
     spec = mup.spec
     chosen = spec.parametrization
     rows = [("parameter", "shape", "base shape", "role", "fan-in", "fan-out", "init", "Adam LR", "SGD LR")]
-    for name, paths in _alike(spec, mup._init_scales).items():
+    for name, paths in _alike(spec, mup.init_scales).items():
         param = spec[paths[0]]
         numbers = (
-            mup._init_scales.get(paths[0], 1.0),
+            mup.init_scales.get(paths[0], 1.0),
             rules.lr_factor(param, chosen, "adam"),
             rules.lr_factor(param, chosen, "sgd"),
         )

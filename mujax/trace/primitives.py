@@ -540,6 +540,11 @@ def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
     )
 
 
+def _is_broadcast(value: Value) -> bool:
+    """Whether a function of parameters was repeated along an axis that is not theirs."""
+    return any(factor.axis is None for view in value.views for axis in view.axes for factor in axis)
+
+
 def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
     return any(
         factor.axis is not None and (factor.size, factor.base) != (1, 1)
@@ -606,14 +611,12 @@ def _multiply(interp: Interpreter, pair: Pair, left: _Side, right: _Side, place:
     # learned vectors (latent queries, a class token) and plays the activation.
     if wide:
         broad = [_leaves_width(side.value, side.gone) for side in (left, right)]
-        if broad[0] != broad[1]:
-            matrix, vectors = (left, right) if broad[0] else (right, left)
+        if broad != [True, True]:
+            # Of two sets of vectors either may be called the input and the other the readout: Table 8
+            # treats the two alike, and their product gets the readout's factor.
+            matrix, vectors = (left, right) if broad[0] or _is_broadcast(right.value) else (right, left)
             weight(matrix)
             activation(vectors)
-            return [data]
-        if not broad[0]:
-            interp.opaque(pair, left.value)
-            interp.opaque(pair, right.value)
             return [data]
     views = []
     for side, first in ((left, True), (right, False)):
