@@ -1,0 +1,141 @@
+"""Whole optimizers: each a chain of a µP transform with optax's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jax.typing import ArrayLike, DTypeLike
+
+from mujax.infshape import MupSpec
+from mujax.optim._scale import mup_scale_by_adam, mup_scale_by_sgd
+
+
+def mup_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: MupSpec,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    scale_eps: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam in µP: `optax.adam` whose learning rate, tuned at one width, is right at every other.
+
+    :math:`\theta \leftarrow \theta - \eta u`, with :math:`u` from `mup_scale_by_adam`.
+
+    Args:
+        learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
+            factor multiplies its update, never the schedule.
+        spec: what `mup_init` found out about the parameters.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added to the denominator outside of the square root.
+        eps_root: added to the denominator inside of the square root.
+        mu_dtype: dtype of the first moment; None keeps the parameter's.
+        nesterov: Nesterov momentum, which makes it NAdam.
+        scale_eps: False leaves ε the same for all parameters at all widths, as microsoft/mup does.
+
+    Returns:
+        An optimizer whose state is that of `optax.adam`.
+
+    Raises:
+        SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
+    """
+    return optax.chain(
+        mup_scale_by_adam(spec, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, scale_eps=scale_eps),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def mup_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: MupSpec,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    scale_eps: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdamW in µP: the decay comes after the µP factor, so that it is the same at every width.
+
+    :math:`\theta \leftarrow \theta - \eta (u + \lambda \theta)`, with :math:`u` from `mup_scale_by_adam`. The
+    fraction :math:`\eta\lambda` by which a parameter shrinks in a step has no µP factor: this is what
+    transfers, and what microsoft/mup does. `optax.adamw` inside of a µP factor would scale it.
+
+    Args:
+        learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
+            factor multiplies its update, never the schedule.
+        spec: what `mup_init` found out about the parameters.
+        b1: decay rate of the first moment.
+        b2: decay rate of the second moment.
+        eps: added to the denominator outside of the square root.
+        eps_root: added to the denominator inside of the square root.
+        mu_dtype: dtype of the first moment; None keeps the parameter's.
+        weight_decay: strength of the decay, or a schedule of the step; multiplied with the learning rate
+            as in `optax.adamw`.
+        mask: which parameters decay: a tree of booleans, or a function from parameters to one.
+        nesterov: Nesterov momentum, which makes it NAdamW.
+        scale_eps: False leaves ε the same for all parameters at all widths, as microsoft/mup does.
+
+    Returns:
+        An optimizer whose state is that of `optax.adamw`.
+
+    Raises:
+        SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
+
+    References:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
+    """
+    return optax.chain(
+        mup_scale_by_adam(spec, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, scale_eps=scale_eps),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def mup_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: MupSpec,
+    momentum: ArrayLike | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD in µP: `optax.sgd` whose learning rate, tuned at one width, is right at every other.
+
+    :math:`\theta \leftarrow \theta - \eta u`, with :math:`u` from `mup_scale_by_sgd`.
+
+    Args:
+        learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
+            factor multiplies its update, never the schedule.
+        spec: what `mup_init` found out about the parameters.
+        momentum: decay rate of the accumulated gradients; None for none.
+        nesterov: Nesterov momentum.
+        accumulator_dtype: dtype of the accumulated gradients; None keeps the parameter's.
+
+    Returns:
+        An optimizer whose state is that of `optax.sgd`.
+
+    Raises:
+        SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
+    """
+    return optax.chain(
+        mup_scale_by_sgd(spec, momentum, nesterov, accumulator_dtype),
+        optax.scale_by_learning_rate(learning_rate),
+    )
