@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, get_args
@@ -82,6 +83,11 @@ class ParamSpec:
     tied: bool = False
 
     def __post_init__(self) -> None:
+        # One way of writing each spec, so that specs of the same parameter compare and hash alike.
+        for name in ("shape", "base_shape"):
+            object.__setattr__(self, name, _integers(name, getattr(self, name)))
+        for name in ("fan_in", "fan_out", "stack", "infinite"):
+            object.__setattr__(self, name, tuple(sorted(_integers(name, getattr(self, name)))))
         if len(self.shape) != len(self.base_shape):
             raise ShapeMismatchError(
                 f"ParamSpec: base_shape {self.base_shape} and shape {self.shape} must have the same rank."
@@ -92,6 +98,11 @@ class ParamSpec:
                 f"ParamSpec of shape {self.shape}: each axis must be in exactly one of fan_in, fan_out and "
                 f"stack; got fan_in={self.fan_in}, fan_out={self.fan_out}, stack={self.stack}."
             )
+        if len(set(self.infinite)) != len(self.infinite) or not set(self.infinite) <= set(axes):
+            raise MujaxError(
+                f"ParamSpec of shape {self.shape}: expected infinite to list axes of the shape, once each, "
+                f"got {self.infinite}."
+            )
         finite = [
             axis
             for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
@@ -99,8 +110,8 @@ class ParamSpec:
         ]
         if finite:
             raise ShapeMismatchError(
-                f"ParamSpec of shape {self.shape} and base_shape {self.base_shape}: axes {tuple(finite)} differ, "
-                f"so they must be listed in infinite={self.infinite}."
+                f"ParamSpec of shape {self.shape} and base_shape {self.base_shape}: axes {tuple(finite)} "
+                f"differ, so they must be listed in infinite={self.infinite}."
             )
 
     def _ratio(self, axes: Iterable[int]) -> float:
@@ -139,6 +150,13 @@ class ParamSpec:
         return by_width[wide_in, wide_out]
 
 
+def _integers(name: str, given: Iterable[Any]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(number) for number in given)
+    except TypeError as error:
+        raise MujaxError(f"ParamSpec: expected {name} to be a tuple of integers, got {given!r}.") from error
+
+
 class MupSpec(Mapping[str, ParamSpec]):
     """The parameters of a model by path, and the parametrization it is trained in.
 
@@ -153,7 +171,7 @@ class MupSpec(Mapping[str, ParamSpec]):
     def __init__(self, params: Mapping[str, ParamSpec], parametrization: Parametrization) -> None:
         self._params = dict(params)
         self.parametrization = parametrization
-        self._hash = hash((tuple(self._params.items()), parametrization))
+        self._hash = hash((frozenset(self._params.items()), parametrization))
 
     def __getitem__(self, path: str) -> ParamSpec:
         return self._params[path]
@@ -200,12 +218,11 @@ class MupSpec(Mapping[str, ParamSpec]):
                     f"spec file: expected format {_FORMAT}, got {data['mujax_spec']!r}; "
                     "write it again with this version of mujax."
                 )
-            params = {
-                path: ParamSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-                for path, fields in data["params"].items()
-            }
+            params = {path: ParamSpec(**fields) for path, fields in data["params"].items()}
             weights = tuple((str(name), float(weight)) for name, weight in data["parametrization"])
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except MujaxError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MujaxError(
                 f"spec file: expected the JSON written by MupSpec.save, got something else ({error})."
             ) from error
@@ -213,7 +230,7 @@ class MupSpec(Mapping[str, ParamSpec]):
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the spec to a JSON file."""
-        pathlib.Path(path).write_text(self.to_json() + "\n")
+        pathlib.Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> MupSpec:
@@ -223,10 +240,11 @@ class MupSpec(Mapping[str, ParamSpec]):
             MujaxError: the file is missing or is not a spec.
         """
         try:
-            text = pathlib.Path(path).read_text()
-        except OSError as error:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            found = error.strerror if isinstance(error, OSError) else error
             raise MujaxError(
-                f"{path}: expected a spec file written by MupSpec.save, got {error.strerror}."
+                f"{path}: expected a spec file written by MupSpec.save, got this: {found}."
             ) from error
         return cls.from_json(text)
 
