@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Final, Literal, get_args
 
@@ -115,14 +116,24 @@ def parametrization(name: str | Parametrization) -> Parametrization:
     """Checks the name of a parametrization and wraps it.
 
     Raises:
-        ParametrizationError: no table of that name.
+        ParametrizationError: no table of that name, or weights that are not those of a mean.
     """
     chosen = Parametrization(((name, 1.0),)) if isinstance(name, str) else name
+    if not isinstance(chosen, Parametrization):
+        raise ParametrizationError(
+            f"parametrization: expected one of {', '.join(map(repr, TABLES))} or what mujax.interpolate "
+            f"returns, got {name!r}."
+        )
     for table, _ in chosen.weights:
         if table not in TABLES:
             raise ParametrizationError(
                 f"parametrization: expected one of {', '.join(map(repr, TABLES))}, got {table!r}."
             )
+    shares = [weight for _, weight in chosen.weights]
+    if not (all(weight >= 0 for weight in shares) and math.isclose(sum(shares), 1.0)):
+        raise ParametrizationError(
+            f"parametrization: expected weights of at least 0 that sum to 1, got {chosen.weights}."
+        )
     return chosen
 
 
