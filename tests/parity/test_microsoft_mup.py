@@ -25,9 +25,8 @@ import mujax
 from mujax import rules
 from mujax.infshape import Role, leaf_path
 
-GOLDEN: dict[str, list[float]] = json.loads((pathlib.Path(__file__).parent / "golden.json").read_text())[
-    "losses"
-]
+GOLDEN_FILE = pathlib.Path(__file__).parent / "golden.json"
+GOLDEN: dict[str, list[float]] = json.loads(GOLDEN_FILE.read_text())["losses"]
 RTOL = 1e-9
 
 # What a broken rule must change a loss by, at the least: a million times what a true one may.
