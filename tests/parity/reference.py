@@ -130,7 +130,7 @@ def _optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    # Products this small spend forty times as long waiting for each other when split between threads.
+    # Split between threads, products this small spend nearly all their time waiting for each other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
