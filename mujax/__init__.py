@@ -8,6 +8,7 @@ Reference:
     arXiv 2203.03466.
 """
 
+from mujax.errors import AuditError as AuditError
 from mujax.errors import ConfigError as ConfigError
 from mujax.errors import DataError as DataError
 from mujax.errors import MujaxError as MujaxError
@@ -22,5 +23,7 @@ from mujax.infshape import Parametrization as Parametrization
 from mujax.infshape import ParamSpec as ParamSpec
 from mujax.init import Correction as Correction
 from mujax.init import MupModel as MupModel
+from mujax.init import audit as audit
 from mujax.init import mup_init as mup_init
 from mujax.rules import interpolate as interpolate
+from mujax.trace import Finding as Finding

@@ -34,6 +34,10 @@ class RoleError(MujaxError):
     """
 
 
+class AuditError(MujaxError):
+    """`mup_init(..., strict=True)` found something in the model that it can't put right."""
+
+
 class SpecMismatchError(MujaxError):
     """A parameter tree does not match the `MupSpec`; the text names the first path that differs."""
 

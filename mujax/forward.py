@@ -120,6 +120,19 @@ def _anonymous(program: Any, ins: Any, outs: Any) -> Any:
     return info._replace(arg_names=("",) * len(ins), result_paths=("",) * len(outs)) if info else info
 
 
+def blocked(program: Any, site: EqnPath) -> str | None:
+    """The name of the primitive around an equation that keeps a hook out, if there is one."""
+    jaxpr = getattr(program, "jaxpr", program)
+    for index, name in zip(site[::2], site[1::2], strict=False):
+        eqn = jaxpr.eqns[int(index)]
+        if eqn.primitive.name not in _REBUILD:
+            return eqn.primitive.name
+        name, _, number = str(name).partition(":")
+        inner = eqn.params[name][int(number)] if number else eqn.params[name]
+        jaxpr = getattr(inner, "jaxpr", inner)
+    return None
+
+
 # ---- equations that contain a hook -----------------------------------------------------------------
 
 

@@ -234,7 +234,9 @@ class _Linen:
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
         if "params" not in variables:
             return variables
-        params = jax.tree_util.tree_map_with_path(lambda p, leaf: scale(leaf_path(p), leaf), variables["params"])
+        params = jax.tree_util.tree_map_with_path(
+            lambda p, leaf: scale(leaf_path(p), leaf), variables["params"]
+        )
         return {**variables, "params": params}
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:

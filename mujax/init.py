@@ -9,18 +9,19 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from mujax import forward, rules
-from mujax.errors import MujaxError, RoleError, ShapeMismatchError, SpecMismatchError
+from mujax.errors import AuditError, MujaxError, RoleError, ShapeMismatchError, SpecMismatchError
 from mujax.frontend import Call, Frontend, Initial, frontend, shrink
 from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
-from mujax.trace import Analysis, EqnPath, Use, analyse, read, read_scales, resolve
+from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_scales, resolve, telling
 
-Kind = Literal["readout", "tied_readout"]
+Kind = Literal["readout", "tied_readout", "attention", "scale"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # Initialisers that the trace can't explain are sampled; up to this many entries that takes seconds.
 _SAMPLE_LIMIT = 1 << 26
@@ -32,29 +33,18 @@ class Correction:
 
     Attributes:
         kind: `"readout"`: the product of an output weight; `"tied_readout"`: the readout use of a tied
-            embedding.
-        factor: what the product is multiplied with.
+            embedding; `"attention"`: a product of two activations brought from 1/sqrt(d) to 1/d;
+            `"scale"`: any other constant of the model that scales with width, held at its base value, and
+            the size that a normalisation takes away given back.
+        factor: what the result is multiplied with.
         where: `file:line` in the user's code.
-        path: the parameter of the product.
+        path: the parameter of the product; None for a value that is no product with a parameter.
     """
 
     kind: Kind
     factor: float
     where: str
-    path: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """Something that scales with width and is not corrected.
-
-    Attributes:
-        what: what it is, in words.
-        where: `file:line` in the user's code.
-    """
-
-    what: str
-    where: str
+    path: str | None = None
 
 
 def mup_init(
@@ -64,6 +54,9 @@ def mup_init(
     delta: Any = None,
     parametrization: str | Parametrization = "mup",
     roles: Mapping[str, Role | ParamSpec] | None = None,
+    corrections: Mapping[Kind, bool] | None = None,
+    zero_init: Sequence[Literal["readout", "query"]] = (),
+    strict: bool = False,
     **kwargs: Any,
 ) -> MupModel:
     """Reads the parametrization of a model off its traces, and returns it in µP.
@@ -81,12 +74,18 @@ def mup_init(
         parametrization: `"mup"` (Table 8), `"table3"`, `"table9"`, `"sp"`, or what
             `mujax.interpolate` returns.
         roles: overrules what the traces say: glob of parameter paths -> role or `ParamSpec`.
+        corrections: kinds of `Correction` to switch off, e.g. `{"attention": False}`.
+        zero_init: what starts at zero instead of at the rule's standard deviation, as the paper's
+            Appendix D.2 recommends: `"readout"`, the kernels whose product is an output of the model;
+            `"query"`, those whose product is the first operand of attention logits.
+        strict: raise on any finding of `mup.findings`, that is on anything which can't be put right.
         **kwargs: passed to the model with `inputs`.
 
     Raises:
         ShapeMismatchError: base and target differ in something other than widths, or not at all.
         TraceMismatchError: their programs differ in structure.
         RoleError: the role of a parameter can't be read.
+        AuditError: `strict`, and there is a finding.
         MujaxError: the model is of an unknown kind.
 
     Example:
@@ -104,6 +103,7 @@ def mup_init(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
     """
     chosen = rules.parametrization(parametrization)
+    off = _switched_off(corrections or {})
     target_end, base_end = frontend(model), frontend(base)
     target = target_end.trace_init(inputs, kwargs)
     small = base_end.trace_init(inputs, kwargs)
@@ -118,8 +118,12 @@ def mup_init(
             "mup_init: the target has the same widths as the base, so nothing tells which axes are infinite; "
             "pass delta=, the same model at other widths."
         )
-    analysis = _analyse(read_end, base_end, big, small, inputs, kwargs)
-    spec = _spec(target, small, big, analysis, roles or {}, chosen)
+    call = read_end.example(big.variables, inputs, kwargs)
+    base_program, _ = _trace(base_end.example(small.variables, inputs, kwargs))
+    program, _ = _trace(call)
+    spec = _spec(
+        target, small, big, analyse(base_program, program, call.params, call.state), roles or {}, chosen
+    )
     sizes = {
         path: (shape, other[path])
         for which, other in (
@@ -132,16 +136,63 @@ def mup_init(
     init_scales = {
         path: rules.init_scale(param, chosen, own[path]) for path, param in spec.items() if own[path] != 0
     }
-    return MupModel(
+    if delta is not None:
+        call = target_end.example(target.variables, inputs, kwargs)
+        program, _ = _trace(call)
+    mup = MupModel(
         spec=spec,
+        init_scales=init_scales,
         _target=target_end,
         _base=base_end,
         _sizes=sizes,
-        init_scales=init_scales,
-        _analysis=analysis,
+        _example=(base_program, program, call),
+        _off=off,
         _inputs=tuple(inputs),
         _kwargs=dict(kwargs),
     )
+    if zero_init:
+        zeros = dict.fromkeys(_zeros(zero_init, spec, mup._reading.analysis), 0.0)
+        mup = dataclasses.replace(mup, init_scales={**init_scales, **zeros})
+    if strict and mup.findings:
+        first, *rest = mup.findings
+        more = f" ({len(rest)} more in mup_init(..., strict=False).findings)" if rest else ""
+        raise AuditError(f"{first.where}: {first.message}{more}.")
+    return mup
+
+
+def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, ...]:
+    """What in a model scales with width and can't be put right, as data: for a test of the user's own.
+
+    Args:
+        model: as for `mup_init`.
+        base: as for `mup_init`.
+        *inputs: as for `mup_init`.
+        **kwargs: as for `mup_init`.
+
+    Returns:
+        The findings; empty where the model trains in µP as it stands.
+
+    Raises:
+        MujaxError: as `mup_init` does.
+    """
+    return mup_init(model, base, *inputs, **kwargs).findings
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What the analysis of one traced call comes to.
+
+    Attributes:
+        corrections: the constants of the forward pass, by place.
+        knobs: the places that the multipliers turn: name -> places.
+        findings: what can't be put right.
+        analysis: the uses and products that it was read from.
+    """
+
+    corrections: Mapping[EqnPath, Sequence[Correction]]
+    knobs: Mapping[str, Sequence[EqnPath]]
+    findings: tuple[Finding, ...]
+    analysis: Analysis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -159,9 +210,11 @@ class MupModel:
     _target: Frontend
     _base: Frontend
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-    _analysis: Analysis
+    _example: tuple[Any, Any, Call]
+    _off: frozenset[Kind]
     _inputs: tuple[Any, ...]
     _kwargs: dict[str, Any]
+    _multipliers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def init(self, key: Any, *inputs: Any, **kwargs: Any) -> Any:
         """The user's own initialisation, each parameter brought to the rule's standard deviation.
@@ -177,7 +230,9 @@ class MupModel:
         """
         inputs = inputs or tuple(
             jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
+                lambda leaf: (
+                    jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+                ),
                 self._inputs,
             )
         )
@@ -185,6 +240,8 @@ class MupModel:
 
         def scale(path: str, leaf: Any) -> Any:
             factor = self.init_scales.get(path, 1.0)
+            if factor == 0.0:
+                return jnp.zeros_like(leaf)
             return leaf if factor == 1.0 else leaf * jnp.asarray(factor, leaf.dtype)
 
         return self._target.scale_params(variables, scale)
@@ -201,35 +258,59 @@ class MupModel:
         """
         call = self._target.call(variables, inputs, kwargs)
         self._check(call)
-        hooks, entry, traced = self._corrections_of(call, variables, inputs, kwargs)
-        if not hooks and not entry:
-            return self._target.finish(variables, call.function(*call.leaves))
-        program, shape = traced or _trace(call)
+        entry = self._entry(call)
+        if not self._may_correct:
+            if not entry:
+                return self._target.finish(variables, call.function(*call.leaves))
+            hooks: dict[EqnPath, forward.Hook] = {}
+            program, shape = _trace(call)
+        else:
+            twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
+            base, _ = _trace(twin)
+            program, shape = _trace(call)
+            hooks = self._hooks(_read(self.spec, self._off, base, program, call))
         leaves = [
             leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
-            for position, leaf in enumerate(map(jnp.asarray, call.leaves))
+            for position, leaf in enumerate(call.leaves)
         ]
-        outs = forward.evaluate(
-            program, leaves, {site: _multiplier(correction.factor) for site, correction in hooks.items()}
-        )
+        outs = forward.evaluate(program, leaves, hooks)
         return self._target.finish(variables, jax.tree.unflatten(jax.tree.structure(shape), outs))
 
-    @functools.cached_property
-    def corrections(self) -> tuple[Correction, ...]:
-        """What the forward pass gets in the traced call, in program order."""
-        return tuple(_corrections(self.spec, self._analysis).values())
+    def with_multipliers(
+        self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
+    ) -> MupModel:
+        """The model with further constants in the forward pass: the paper's µTransferable multipliers.
+
+        They are tuned at the base and transferred; each may be a traced value, so that a sweep can be
+        vmapped over it. Where one is left out it stays what it was, 1 at first.
+
+        Args:
+            output_mult: multiplies each product with a kernel that is an output of the model.
+            attention_mult: multiplies attention logits: each product of two activations that goes into an
+                exponential.
+            input_mult: multiplies each lookup of an embedding and each product with an input weight.
+
+        Reference:
+            Tensor Programs V, Section 2 and Appendix D: alpha_output, alpha_attn, alpha_input.
+        """
+        given = {"output_mult": output_mult, "attention_mult": attention_mult, "input_mult": input_mult}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self, _multipliers={**self._multipliers, **chosen})
 
     @functools.cached_property
-    def uncorrected(self) -> tuple[Pending, ...]:
-        """What scales with width in the traced call and is left as it is."""
-        return tuple(
-            Pending(
-                "a product of two activations that contracts an axis which grows with width "
-                f"({product.contracted[0]} -> {product.contracted[1]}; attention logits?)",
-                product.where,
-            )
-            for product in self._analysis.products
-        )
+    def _reading(self) -> _Reading:
+        return _read(self.spec, self._off, *self._example)
+
+    @property
+    def corrections(self) -> tuple[Correction, ...]:
+        """What the forward pass gets in the traced call, in program order."""
+        found = self._reading.corrections
+        return tuple(correction for site in sorted(found, key=_order) for correction in found[site])
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the traced call does that can't be put right, or can't be seen."""
+        return self._reading.findings
 
     def explain(self) -> str:
         """The role table, the corrections and what was left alone, as text to read."""
@@ -249,21 +330,31 @@ class MupModel:
                     "and the MupModel with the same widths."
                 )
 
-    def _corrections_of(
-        self, call: Call, variables: Any, inputs: Sequence[Any], kwargs: dict[str, Any]
-    ) -> tuple[dict[EqnPath, Correction], dict[int, float], tuple[Any, Any] | None]:
-        entry = {
+    def _entry(self, call: Call) -> dict[int, float]:
+        """The factors that go on parameters themselves, by position."""
+        return {
             position: factor
             for position, path in call.params.items()
-            if (param := self.spec[path]).role in ("input", "finite")
+            if rules.on_parameter(param := self.spec[path])
             and (factor := rules.forward_factor(param, self.spec.parametrization)) != 1.0
         }
-        if not _may_correct(self.spec):
-            return {}, entry, None
-        twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
-        base, _ = _trace(twin)
-        traced = _trace(call)
-        return _corrections(self.spec, analyse(base, traced[0], call.params)), entry, traced
+
+    @property
+    def _may_correct(self) -> bool:
+        """Whether the forward pass gets any factor on a product: else there is nothing to trace for."""
+        grows = any(param.shape != param.base_shape for param in self.spec.values())
+        return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
+
+    def _hooks(self, reading: _Reading) -> dict[EqnPath, forward.Hook]:
+        factors: dict[EqnPath, list[Any]] = {}
+        for site, corrections in reading.corrections.items():
+            factor = math.prod(correction.factor for correction in corrections)
+            if factor != 1.0:
+                factors.setdefault(site, []).append(factor)
+        for name, value in self._multipliers.items():
+            for site in reading.knobs[name]:
+                factors.setdefault(site, []).append(value)
+        return {site: functools.partial(_multiply, tuple(values)) for site, values in factors.items()}
 
 
 # ---- tracing ---------------------------------------------------------------------------------------
@@ -271,20 +362,6 @@ class MupModel:
 
 def _trace(call: Call) -> tuple[Any, Any]:
     return jax.make_jaxpr(call.function, return_shape=True)(*call.leaves)
-
-
-def _analyse(
-    target_end: Frontend,
-    base_end: Frontend,
-    target: Initial,
-    base: Initial,
-    inputs: Sequence[Any],
-    kwargs: dict[str, Any],
-) -> Analysis:
-    call = target_end.example(target.variables, inputs, kwargs)
-    program, _ = _trace(call)
-    small, _ = _trace(base_end.example(base.variables, inputs, kwargs))
-    return analyse(small, program, call.params)
 
 
 def _same_structure(name: str, target: Initial, base: Initial) -> None:
@@ -385,7 +462,9 @@ def _with_role(
         # Flax's own layout, and only because the user asked for it: outputs last.
         inside = tuple(axis for axis in axes if axis != infinite[-1])
     else:
-        inside = {"input": tuple(a for a in axes if a not in infinite), "output": infinite, "finite": ()}[role]
+        inside = {"input": tuple(a for a in axes if a not in infinite), "output": infinite, "finite": ()}[
+            role
+        ]
     grows = () if role == "finite" else infinite
     return ParamSpec(
         shape if grows == infinite else base,
@@ -440,25 +519,60 @@ def _root_mean_squares(base: Any, target: Any) -> float:
 # ---- corrections -----------------------------------------------------------------------------------
 
 
-def _may_correct(spec: MupSpec) -> bool:
-    """Whether the forward pass gets any factor on a product: else there is nothing to trace for."""
-    return any(
-        (param.tied and rules.tied_factor(param.r_out, spec.parametrization) != 1.0)
-        or (param.role == "output" and rules.forward_factor(param, spec.parametrization) != 1.0)
-        for param in spec.values()
+def _switched_off(said: Mapping[Kind, bool]) -> frozenset[Kind]:
+    for kind in said:
+        if kind not in KINDS:
+            raise MujaxError(
+                f"corrections: expected kinds out of {', '.join(map(repr, KINDS))}, got {kind!r}."
+            )
+    return frozenset(kind for kind, on in said.items() if not on)
+
+
+def _read(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call: Call) -> _Reading:
+    """Reads the factors of one call off its two programs."""
+    chosen = spec.parametrization
+    share = rules.mup_share(chosen)
+    prescribed = (
+        {path: rules.prescribed_scale(param, chosen) for path, param in spec.items()} if share else {}
     )
+    analysis = analyse(base, program, call.params, call.state, prescribed)
+    found: dict[EqnPath, list[Correction]] = {}
+    findings = list(analysis.findings)
+    if share:
+        for site, correction in _of_products(spec, analysis).items():
+            found.setdefault(site, []).append(correction)
+        for fix in analysis.fixes:
+            kind: Kind = "attention" if fix.attention else "scale"
+            found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
+    out: dict[EqnPath, tuple[Correction, ...]] = {}
+    for site, corrections in found.items():
+        kept = tuple(correction for correction in corrections if correction.kind not in off)
+        block = forward.blocked(program, site) if kept else None
+        if block is not None:
+            findings.append(
+                Finding(
+                    "out of reach",
+                    f"a {kept[0].kind} factor of {kept[0].factor:.4g} is wanted inside {block}, whose inside can't be "
+                    "changed without losing its own derivative; move the product out of it or write the factor there",
+                    kept[0].where,
+                )
+            )
+        elif kept:
+            out[site] = kept
+    return _Reading(out, _knobs(spec, analysis), tuple(findings), analysis)
 
 
-def _corrections(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]:
-    """The factor of each product with a parameter, by the place of the product."""
+def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]:
+    """The factor of each product with an output weight or a tied embedding, by place."""
     at: dict[EqnPath, list[tuple[Use, Correction | None]]] = {}
     for path, uses in analysis.uses.items():
-        for use in uses:
-            if use.kind == "contraction" and any(role == "fan_in" for _, role, *_ in use.axes):
-                at.setdefault(use.site, []).append((use, _correction(path, spec[path], use, spec.parametrization)))
+        for use in telling(uses):
+            if use.kind in ("contraction", "statistic") and any(role == "fan_in" for _, role, *_ in use.axes):
+                at.setdefault(use.site, []).append(
+                    (use, _correction(path, spec[path], use, spec.parametrization))
+                )
     out: dict[EqnPath, Correction] = {}
-    for site in sorted(at, key=_order):
-        found = at[site]
+    for site, found in at.items():
         factors = {1.0 if correction is None else correction.factor for _, correction in found}
         if len(factors) > 1:
             first, second = found[:2]
@@ -473,24 +587,64 @@ def _corrections(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
     return out
 
 
-def _order(site: EqnPath) -> tuple[tuple[int, str], ...]:
-    return tuple((step, "") if isinstance(step, int) else (0, step) for step in site)
-
-
 def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) -> Correction | None:
     if param.tied:
-        if read(use, param.shape, param.base_shape).role != "output":
+        if read(use, param.shape, param.base_shape, param.infinite).role != "output":
             return None
         inside = {axis for axis, role, *_ in use.axes if role == "fan_in"}
-        grows = math.prod(param.shape[axis] for axis in inside) / math.prod(param.base_shape[axis] for axis in inside)
+        grows = math.prod(param.shape[axis] for axis in inside) / math.prod(
+            param.base_shape[axis] for axis in inside
+        )
         return Correction("tied_readout", rules.tied_factor(grows, chosen), use.where, path)
     if param.role != "output":
         return None
     return Correction("readout", rules.forward_factor(param, chosen), use.where, path)
 
 
-def _multiplier(factor: float) -> forward.Hook:
-    return lambda out: out * jnp.asarray(factor, out.dtype)
+def _knobs(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
+    """The places that the multipliers turn."""
+    heads = _readouts(spec, analysis)
+    inputs = [
+        use.site
+        for path, uses in analysis.uses.items()
+        for use in uses
+        if spec[path].role == "input"
+        and (use.kind == "lookup" or (use.kind == "contraction" and path not in heads))
+        and any(role == "fan_in" for _, role, *_ in use.axes)
+    ]
+    outputs = [use.site for path in heads for use in analysis.uses[path] if use.kind == "contraction"]
+    return {
+        "output_mult": list(dict.fromkeys(outputs)),
+        "attention_mult": [product.site for product in analysis.products if product.logits],
+        "input_mult": list(dict.fromkeys(inputs)),
+    }
+
+
+def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
+    """The output weights and tied embeddings whose product is an output of the model."""
+    return [path for path in analysis.heads if spec[path].role == "output" or spec[path].tied]
+
+
+def _zeros(what: Sequence[str], spec: MupSpec, analysis: Analysis) -> list[str]:
+    """The parameters that start at zero."""
+    known = {
+        "readout": [path for path in _readouts(spec, analysis) if not spec[path].tied],
+        "query": [path for product in analysis.products if product.logits for path in product.left],
+    }
+    for name in what:
+        if name not in known:
+            raise MujaxError(f"zero_init: expected names out of {', '.join(map(repr, known))}, got {name!r}.")
+    return [path for name in what for path in known[name]]
+
+
+def _order(site: EqnPath) -> tuple[tuple[int, str], ...]:
+    return tuple((step, "") if isinstance(step, int) else (0, step) for step in site)
+
+
+def _multiply(factors: Sequence[Any], out: Any) -> Any:
+    for factor in factors:
+        out = out * jnp.asarray(factor, out.dtype)
+    return out
 
 
 # ---- the report ------------------------------------------------------------------------------------
@@ -529,11 +683,17 @@ def _explain(mup: MupModel) -> str:
         if number == 0:
             lines.append("  ".join("-" * width for width in widths))
     lines += ["", "Factors in the forward pass:"]
-    lines += [f"  x {c.factor:.4g}  {c.kind} of {c.path} at {c.where}" for c in mup.corrections] or ["  none"]
-    if mup.uncorrected:
-        lines += ["", "Not corrected:"]
-        counts = collections.Counter(mup.uncorrected)
-        lines += [f"  {p.what} at {p.where}" + (f" ({n} times)" if n > 1 else "") for p, n in counts.items()]
+    lines += [
+        f"  x {c.factor:.4g}  {c.kind}{f' of {c.path}' if c.path else ''} at {c.where}"
+        + (f" ({n} times)" if n > 1 else "")
+        for c, n in collections.Counter(mup.corrections).items()
+    ] or ["  none"]
+    lines += ["", "Found, and not put right:"]
+    counts = collections.Counter(mup.findings)
+    lines += [
+        f"  {f.kind} at {f.where}: {f.message}" + (f" ({n} times)" if n > 1 else "")
+        for f, n in counts.items()
+    ] or ["  nothing"]
     return "\n".join(lines)
 
 

@@ -203,7 +203,8 @@ def forward_factor(param: ParamSpec, chosen: Parametrization) -> float:
     return factor
 
 
-def _mup_share(chosen: Parametrization) -> float:
+def mup_share(chosen: Parametrization) -> float:
+    """How much of the parametrization is µP: 0 for `"sp"`, 1 for the three tables."""
     return sum(weight for table, weight in chosen.weights if table != "sp")
 
 
@@ -214,7 +215,28 @@ def tied_factor(grows: float, chosen: Parametrization) -> float:
         grows: size of the contracted axes at the target over that at the base.
         chosen: the parametrization; `"sp"` leaves the product as it is.
     """
-    return grows ** (TIED_READOUT * _mup_share(chosen))
+    return grows ** (TIED_READOUT * mup_share(chosen))
+
+
+def prescribed_scale(param: ParamSpec, chosen: Parametrization) -> float:
+    """How the entries of the parameter scale as the forward pass gets them: target over base.
+
+    With the factor that goes on the parameter itself (Table 9's input weights), without the one that goes
+    on its product.
+    """
+    share = mup_share(chosen)
+    scale = 1.0
+    for table, weight in chosen.weights:
+        if table != "sp":
+            row = TABLES[table][param.role]
+            own = _power(param, row.init) * (_power(param, row.forward) if on_parameter(param) else 1.0)
+            scale *= own ** (weight / share)
+    return scale
+
+
+def on_parameter(param: ParamSpec) -> bool:
+    """Whether the forward factor goes on the parameter itself and not on its product."""
+    return param.role in ("input", "finite")
 
 
 def lr_factor(param: ParamSpec, chosen: Parametrization, optimizer_family: Family) -> float:
@@ -230,4 +252,4 @@ def gradient_scale(param: ParamSpec, chosen: Parametrization) -> float:
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
-    return forward_factor(param, chosen) * _power(param, _GRADIENT) ** _mup_share(chosen)
+    return forward_factor(param, chosen) * _power(param, _GRADIENT) ** mup_share(chosen)

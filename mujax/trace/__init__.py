@@ -11,7 +11,10 @@ from mujax.trace.analyse import Analysis as Analysis
 from mujax.trace.analyse import analyse as analyse
 from mujax.trace.analyse import read_scales as read_scales
 from mujax.trace.interpret import EqnPath as EqnPath
+from mujax.trace.interpret import Finding as Finding
+from mujax.trace.interpret import Fix as Fix
 from mujax.trace.interpret import Product as Product
 from mujax.trace.interpret import Use as Use
 from mujax.trace.roles import read as read
 from mujax.trace.roles import resolve as resolve
+from mujax.trace.roles import telling as telling

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mujax.errors import TraceMismatchError
-from mujax.trace.interpret import Interpreter, Product, Use
+from mujax.trace.interpret import Finding, Fix, Interpreter, Product, Use
 from mujax.trace.primitives import PRIMITIVES
-from mujax.trace.values import Value, fit, whole
+from mujax.trace.values import Size, Value, fit, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +19,35 @@ class Analysis:
 
     Attributes:
         uses: per parameter path, its uses in program order.
-        products: products of two activations that contract an axis which grows with width.
+        products: products of two activations.
+        heads: parameters whose product is an output of the program.
+        fixes: what scales with width through constants in the program, and what would put it right.
+        findings: what was seen and can't be put right.
     """
 
     uses: Mapping[str, Sequence[Use]]
     products: Sequence[Product]
+    heads: Sequence[str]
+    fixes: Sequence[Fix]
+    findings: Sequence[Finding]
 
 
-def analyse(base: Any, target: Any, params: Mapping[int, str]) -> Analysis:
+def analyse(
+    base: Any,
+    target: Any,
+    params: Mapping[int, str],
+    state: Collection[int] = (),
+    prescribed: Mapping[str, float] | None = None,
+) -> Analysis:
     """Follows every parameter through the forward programs of base and target.
 
     Args:
         base: the base's `ClosedJaxpr`.
         target: the target's `ClosedJaxpr`.
         params: which inputs are parameters, by position, and their paths.
+        state: which inputs are other state of the model (batch statistics), by position.
+        prescribed: how the entries of each parameter scale as the parametrization has them, target over
+            base; needed for `fixes` and `findings` of models that normalise their weights.
 
     Raises:
         TraceMismatchError: the programs differ in more than sizes.
@@ -44,16 +59,25 @@ def analyse(base: Any, target: Any, params: Mapping[int, str]) -> Analysis:
         base_shape = fit(tuple(getattr(small.aval, "shape", ())), shape)
         path = params.get(position)
         if path is None:
-            inputs.append(Value(shape, base_shape, "data"))
+            inputs.append(Value(shape, base_shape, "data", state=position in state))
         else:
             shapes[path] = (shape, base_shape)
-            inputs.append(Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),)))
-    interpreter = Interpreter(PRIMITIVES, shapes)
+            size = Size((prescribed or {}).get(path, 1.0))
+            inputs.append(
+                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
+            )
+    interpreter = Interpreter(PRIMITIVES, shapes, prescribed)
     interpreter.run(base, target, inputs)
     uses: dict[str, list[Use]] = collections.defaultdict(list)
     for use in interpreter.uses():
         uses[use.path].append(use)
-    return Analysis(dict(uses), interpreter.products())
+    return Analysis(
+        dict(uses),
+        interpreter.products(),
+        interpreter.heads(),
+        interpreter.fixes(),
+        interpreter.findings(),
+    )
 
 
 def read_scales(base: Any, target: Any) -> list[float | None]:
@@ -67,10 +91,10 @@ def read_scales(base: Any, target: Any) -> list[float | None]:
         for small, big in zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)
     ]
     try:
-        outs = Interpreter(PRIMITIVES, {}).run(base, target, inputs)
+        outs = Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
     except TraceMismatchError:
         return [None] * len(target.jaxpr.outvars)
-    return [value.scale for value in outs]
+    return [value.size.total for value in outs]
 
 
 def _shape(var: Any) -> tuple[int, ...]:

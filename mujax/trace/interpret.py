@@ -8,7 +8,8 @@ to a value is a rule in `primitives.py`; this module owns the walk, the log and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,17 +18,20 @@ from jax.extend import core as jex
 from mujax.errors import TraceMismatchError
 from mujax.trace import source
 from mujax.trace.values import (
+    ONE,
+    UNKNOWN,
+    ZERO,
     Axis,
     Factor,
-    Kind,
     Pending,
     Shape,
+    Size,
     Value,
     View,
     broadcast_axis,
+    common,
     constant,
     fit,
-    plus,
     same,
     widest,
 )
@@ -35,7 +39,9 @@ from mujax.trace.values import (
 EqnPath = tuple[int | str, ...]
 """Where an equation stands: its index, then for each enclosing equation (index, sub-program)."""
 
-UseKind = Literal["contraction", "lookup", "elementwise", "opaque"]
+UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
+_TOLERANCE = 1e-6
+
 AxisRole = Literal["fan_in", "fan_out", "stack", "inner"]
 
 SUBPROGRAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
@@ -70,10 +76,42 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product of two activations that contracts an axis which grows with width."""
+    """A product of two activations.
+
+    Attributes:
+        site: where the result appears.
+        contracted: (base, target) size of what it contracts.
+        left: parameters whose product its first operand is.
+        eqn: the target's equation.
+        logits: whether it goes into an exponential: the logits of a softmax.
+    """
 
     site: EqnPath
     contracted: tuple[int, int]
+    left: frozenset[str]
+    eqn: Any
+    logits: bool = False
+
+    @property
+    def where(self) -> str:
+        """`file:line` in the user's code."""
+        return source.where(self.eqn)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fix:
+    """A value that scales with width through constants of the user's program.
+
+    Attributes:
+        site: the equation whose output a factor would put right.
+        factor: that factor.
+        attention: whether the value is a product of two activations divided by the root of its length.
+        eqn: the target's equation at the site.
+    """
+
+    site: EqnPath
+    factor: float
+    attention: bool
     eqn: Any
 
     @property
@@ -83,12 +121,40 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something that the interpreter saw and can't put right.
+
+    Attributes:
+        kind: a short name, stable across versions.
+        message: what was found and the remedy.
+        where: `file:line` in the user's code.
+    """
+
+    kind: str
+    message: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Pair:
-    """An equation of the target with its counterpart in the base."""
+    """An equation of the target with its counterpart in the base.
+
+    Attributes:
+        base: the base's equation.
+        target: the target's equation.
+        site: its place.
+        caller: the call of a library's function that it is inside of, if it is.
+    """
 
     base: Any
     target: Any
     site: EqnPath
+    caller: Any = None
+
+    @property
+    def place(self) -> Any:
+        """The equation that stands in the user's code: the caller's, inside a library's function."""
+        return self.target if self.caller is None else self.caller
 
     @property
     def name(self) -> str:
@@ -117,6 +183,16 @@ def _shapes(base: Any, target: Any) -> tuple[Shape, Shape]:
     return shape, fit(_shape(base), shape)
 
 
+_Mark = tuple[
+    int,
+    dict[EqnPath, Product],
+    dict[int, list[Use]],
+    list[bool],
+    dict[EqnPath, Fix],
+    set[EqnPath],
+    dict[tuple[str, EqnPath], Finding],
+]
+
 Rule = Callable[["Interpreter", Pair, Sequence[Value]], Sequence[Value]]
 
 
@@ -126,15 +202,33 @@ class Interpreter:
     Args:
         rules: what each primitive does, by name.
         shapes: (target, base) shape of each parameter.
+        prescribed: how the entries of each parameter scale, target over base, as the program gets them;
+            1 where left out.
+        exact: whether sizes must be exact, as for the program of an initialiser: there a nonlinear
+            function of what scales is unknown, and nothing is put right.
     """
 
-    def __init__(self, rules: dict[str, Rule], shapes: dict[str, tuple[Shape, Shape]]) -> None:
+    def __init__(
+        self,
+        rules: dict[str, Rule],
+        shapes: dict[str, tuple[Shape, Shape]],
+        prescribed: Mapping[str, float] | None = None,
+        exact: bool = False,
+    ) -> None:
+        self.exact = exact
         self._rules = rules
         self._param_shapes = shapes
+        self._prescribed = prescribed or {}
+        self._caller: Any = None
+        self._heads: dict[str, None] = {}
+        self._places: dict[EqnPath, Any] = {}
+        self._fixes: dict[EqnPath, Fix] = {}
+        self._disputed: set[EqnPath] = set()
+        self._findings: dict[tuple[str, EqnPath], Finding] = {}
         self._uses: list[Use] = []
         self._decided: list[bool] = []
         self._contractions: dict[int, list[Use]] = {}
-        self._products: list[Product] = []
+        self._products: dict[EqnPath, Product] = {}
 
     # ---- the log -----------------------------------------------------------------------------------
 
@@ -150,16 +244,38 @@ class Interpreter:
         return out
 
     def products(self) -> list[Product]:
-        """The products of activations over an axis that grows with width."""
-        return list(self._products)
+        """The products of two activations."""
+        return list(self._products.values())
 
-    def _mark(self) -> tuple[int, int, dict[int, list[Use]], list[bool]]:
+    def heads(self) -> list[str]:
+        """The parameters whose product is, up to linear steps, an output of the program."""
+        return list(self._heads)
+
+    def fixes(self) -> list[Fix]:
+        """What scales with width through the user's own constants, one entry per equation."""
+        return [fix for site, fix in self._fixes.items() if site not in self._disputed]
+
+    def findings(self) -> list[Finding]:
+        """What was seen and can't be put right."""
+        return list(self._findings.values())
+
+    def _mark(self) -> _Mark:
         contractions = {number: list(uses) for number, uses in self._contractions.items()}
-        return len(self._uses), len(self._products), contractions, list(self._decided)
+        return (
+            len(self._uses),
+            dict(self._products),
+            contractions,
+            list(self._decided),
+            dict(self._fixes),
+            set(self._disputed),
+            dict(self._findings),
+        )
 
-    def _rollback(self, mark: tuple[int, int, dict[int, list[Use]], list[bool]]) -> None:
-        uses, products, self._contractions, decided = mark
-        del self._uses[uses:], self._products[products:]
+    def _rollback(self, mark: _Mark) -> None:
+        (uses, self._products, self._contractions, decided, self._fixes, self._disputed, self._findings) = (
+            mark
+        )
+        del self._uses[uses:]
         self._decided[:] = decided
 
     def _log(self, use: Use, decided: bool) -> int:
@@ -202,7 +318,7 @@ class Interpreter:
                 tuple(self._axes(view, fan_in, stack, picked)),
                 pair.site,
                 contracted,
-                pair.target,
+                pair.place,
             ),
             decided,
         )
@@ -247,7 +363,7 @@ class Interpreter:
                 tuple(self._axes(pending.view, mine, (), "stack")),
                 pair.site,
                 value.sizes(mine),
-                pair.target,
+                pair.place,
             )
             self._contractions.setdefault(pending.use, []).append(use)
         return touched
@@ -266,9 +382,106 @@ class Interpreter:
                 self.use(pair, view, "opaque")
         self.decide(value)
 
-    def product(self, pair: Pair, contracted: tuple[int, int]) -> None:
-        """Logs a product of two activations over an axis that grows with width."""
-        self._products.append(Product(pair.site, contracted, pair.target))
+    def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
+        """Logs a product of two activations."""
+        self._products[pair.site] = Product(pair.site, contracted, left.heads, pair.place)
+
+    def logits(self, value: Value) -> None:
+        """Notes that a value goes into an exponential."""
+        for site in value.products:
+            self._products[site] = dataclasses.replace(self._products[site], logits=True)
+
+    # ---- sizes -------------------------------------------------------------------------------------
+
+    def sized(self, pair: Pair, size: Size, *operands: Size) -> Size:
+        """The size of an equation's result, with the place where its scale left 1."""
+        out = size.at(pair.site, *operands)
+        if pair.site in out.origins:
+            self._places[pair.site] = pair.place
+        return out
+
+    def meet(self, value: Value) -> Size:
+        """The size that an operand brings to the data.
+
+        A parameter brings its size relative to what the parametrization prescribes for it: the rules make
+        a product with a parameter of the prescribed size come out at 1. An array that the program closes
+        over is of order one.
+        """
+        if value.kind == "data" or value.const is not None:
+            return value.size
+        if value.kind == "const":
+            return value.size if value.size.total == 0 or self.exact else ONE
+        scales = {
+            self._prescribed.get(view.path, 1.0) for view in value.views if not (view.reduced or view.inner)
+        } - {1.0}
+        if value.size.total is None or len(scales) > 1:
+            return UNKNOWN
+        if value.size.total == 0:
+            return ZERO
+        size = Size(value.size.total / (scales.pop() if scales else 1.0))
+        return ONE if size.is_one else size
+
+    def settle(self, pair: Pair, value: Value, report: bool = True) -> Size:
+        """The value goes where only entries of one size at every width will do: put it right, or say so.
+
+        Constants that scale with width are held at the base's value. A coherent sum that is divided by
+        the root of its length (attention logits) is divided by its length; a value that was divided by a
+        norm gets back its size. Anything else is reported.
+
+        Args:
+            pair: the equation that consumes it.
+            value: the value.
+            report: whether to log what can't be put right; else it may still cancel further on.
+
+        Returns:
+            Its size from here on.
+        """
+        size = value.size
+        if self.exact or value.kind != "data" or size.total is None or size.is_one:
+            return size
+        if value.state:
+            # A step of a power iteration: it computes a norm, and must compute the same norm.
+            return UNKNOWN
+        constants = size.total / size.summed
+        attention = abs(size.degree - 1) < _TOLERANCE
+        if attention:
+            known = size.summed != 1 and -0.98 < math.log(constants) / math.log(size.summed) < -0.02
+        else:
+            known = abs(size.degree) < _TOLERANCE or (size.degree < 0 and same(constants, 1.0))
+        if not (known or report):
+            return size
+        for site in size.origins:
+            if known:
+                self._fix(site, 1 / size.total, attention)
+            else:
+                eqn = self._places[site]
+                self.find(
+                    "unscaled sum" if same(constants, 1.0) else "unknown scale",
+                    site,
+                    eqn,
+                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {size.total:.4g} times from base to target where "
+                    f"it is used at {source.where(pair.place)}, and its factor fits no known pattern (a mean, "
+                    "1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with width",
+                )
+        return ONE
+
+    def _fix(self, site: EqnPath, factor: float, attention: bool) -> None:
+        known = self._fixes.get(site)
+        if known is None:
+            self._fixes[site] = Fix(site, factor, attention, self._places[site])
+        elif not same(known.factor, factor):
+            self._disputed.add(site)
+            self.find(
+                "disputed scale",
+                site,
+                known.eqn,
+                f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and {factor:.4g}; "
+                "compute the two uses from separate products",
+            )
+
+    def find(self, kind: str, site: EqnPath, eqn: Any, message: str) -> None:
+        """Logs something that can't be put right."""
+        self._findings[kind, site] = Finding(kind, message, source.where(eqn))
 
     # ---- the walk ----------------------------------------------------------------------------------
 
@@ -287,14 +500,15 @@ class Interpreter:
             TraceMismatchError: the programs differ in more than sizes.
         """
         outs = self._closed(base, target, inputs, ())
+        end = Pair(base.jaxpr, _End(target.jaxpr), ())
         for value in outs:
             self.decide(value)
+            self.settle(end, value)
+            self._heads.update(dict.fromkeys(sorted(value.heads)))
         return outs
 
     def _closed(self, base: Any, target: Any, inputs: Sequence[Value], site: EqnPath) -> list[Value]:
-        consts = [
-            _closed_over(small, big) for small, big in zip(base.consts, target.consts, strict=False)
-        ]
+        consts = [_closed_over(small, big) for small, big in zip(base.consts, target.consts, strict=False)]
         if len(base.consts) != len(target.consts):
             raise TraceMismatchError(
                 f"the traced programs of base and target must close over the same arrays; found "
@@ -321,7 +535,7 @@ class Interpreter:
             b = base.eqns[i] if i < len(base.eqns) else None
             t = target.eqns[j] if j < len(target.eqns) else None
             if b is not None and t is not None and (ins := _match(b, t, small, big)) is not None:
-                outs = self._eqn(Pair(b, t, (*site, j)), ins)
+                outs = self._eqn(Pair(b, t, (*site, j), self._caller), ins)
                 for env, eqn in ((small, b), (big, t)):
                     env.update(zip(eqn.outvars, outs, strict=True))
                 i, j = i + 1, j + 1
@@ -334,12 +548,16 @@ class Interpreter:
                 j += 1
             else:
                 raise _mismatch(b, t)
-        return [
-            _read(b, t, small, big)
-            for b, t in zip(base.outvars, target.outvars, strict=True)
-        ]
+        return [_read(b, t, small, big) for b, t in zip(base.outvars, target.outvars, strict=True)]
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
+        outs = self._apply(pair, ins)
+        if any(value.state for value in ins) and all(value.state or value.kind != "data" for value in ins):
+            for value in outs:
+                value.state = value.kind == "data"
+        return outs
+
+    def _apply(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
         rule = self._rules.get(pair.name)
         if rule is not None:
             return rule(self, pair, ins)
@@ -357,8 +575,19 @@ class Interpreter:
         """The outputs of a primitive without a rule: data without facts."""
         for value in ins:
             self.opaque(pair, value)
-        kind: Kind = "const" if all(v.kind == "const" for v in ins) else "data"
-        return [Value(shape, base, kind, scale=None) for shape, base in pair.shapes()]
+        kind = widest(value.kind for value in ins)
+        if pair.target.outvars and kind != "const":
+            self.find(
+                "opaque",
+                pair.site,
+                pair.place,
+                f"{pair.name} can't be looked into: products inside it get no factor, and how its results scale with "
+                "width is not known; check that nothing in it depends on the width",
+            )
+        return [
+            Value(shape, base, "const" if kind == "const" else "data", size=UNKNOWN)
+            for shape, base in pair.shapes()
+        ]
 
     # ---- control flow ------------------------------------------------------------------------------
 
@@ -374,10 +603,15 @@ class Interpreter:
                 strict=True,
             )
         ]
+        # The inside of a library's function is traced once and shared: its source lines may be those of
+        # another call.
+        caller = self._caller
+        if caller is None and source.is_library_function(inner):
+            self._caller = pair.target
         outs = self._sub(pair.base.params[name], pair.params[name], fitted, (*pair.site, name))
+        self._caller = caller
         return [
-            _resized(value, shape, base)
-            for value, (shape, base) in zip(outs, pair.shapes(), strict=True)
+            _resized(value, shape, base) for value, (shape, base) in zip(outs, pair.shapes(), strict=True)
         ]
 
     def _scan(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -432,10 +666,11 @@ class Interpreter:
             self.decide(value)
             # A counter that starts at a known number does not keep it.
             const = dict[str, object](const=None) if value.const else {}
-            entered.append(value.replace(pending=(), **const))
+            entered.append(self._settled(pair, value).replace(pending=(), products=frozenset(), **const))
         while True:
             mark = self._mark()
             outs = body(entered)
+            outs[:carry] = [self._settled(pair, value) for value in outs[:carry]]
             joined = [self._join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
             if all(_same_facts(a, b) for a, b in zip(entered, joined, strict=True)):
                 for value, out in zip(joined, outs[:carry], strict=True):
@@ -455,7 +690,10 @@ class Interpreter:
                 zip(pair.base.params["branches"], pair.params["branches"], strict=True)
             )
         ]
-        joined = [self._join(values) for values in zip(*branches, strict=True)]
+        joined = []
+        for values in zip(*branches, strict=True):
+            alike = common(value.size for value in values) is not None
+            joined.append(self._join(values if alike else [self._settled(pair, value) for value in values]))
         for number, value in enumerate(joined):
             for branch in branches:
                 if value.kind == "data":
@@ -471,8 +709,23 @@ class Interpreter:
         kind = widest(value.kind for value in values)
         views = tuple(dict.fromkeys(view for value in values for view in value.views))
         const = first.const if all(value.const == first.const for value in values) else None
-        scale = plus(value.scale for value in values)
-        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), scale)
+        size = common(value.size for value in values) or UNKNOWN
+        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), size)
+
+    def _settled(self, pair: Pair, value: Value) -> Value:
+        return dataclasses.replace(value, size=self.settle(pair, value))
+
+
+@dataclasses.dataclass(frozen=True)
+class _End:
+    """The end of the program, as a place."""
+
+    program: Any
+
+    @property
+    def source_info(self) -> Any:
+        """That of the last equation."""
+        return self.program.eqns[-1].source_info
 
 
 _CONTROL: dict[str, Rule] = {
@@ -485,15 +738,17 @@ _CONTROL: dict[str, Rule] = {
 def _same_facts(a: Value, b: Value) -> bool:
     if (a.kind, a.const, set(a.views)) != (b.kind, b.const, set(b.views)):
         return False
-    if a.scale is None or b.scale is None:
-        return a.scale is b.scale
-    return same(a.scale, b.scale)
+    if a.size.total is None or b.size.total is None:
+        return a.size.total is b.size.total
+    return same(a.size.total, b.size.total)
 
 
 def _closed_over(base: Any, target: Any) -> Value:
     """An array that the program closes over: folded if it is the same number throughout."""
     shape, small = tuple(np.shape(target)), tuple(np.shape(base))
-    if all(isinstance(x, np.ndarray | np.generic | int | float) or hasattr(x, "dtype") for x in (base, target)):
+    if all(
+        isinstance(x, np.ndarray | np.generic | int | float) or hasattr(x, "dtype") for x in (base, target)
+    ):
         try:
             numbers = [np.asarray(x) for x in (base, target) if np.size(x) <= 64]
             if len(numbers) == 2 and all(n.size and (n == n.flat[0]).all() for n in numbers):
@@ -548,14 +803,19 @@ _STRUCTURE = ("dimension_numbers", "permutation", "axes", "dimension", "num_carr
 
 
 def _same_rank(b: Any, t: Any) -> bool:
-    return all(
-        len(_shape(x.aval)) == len(_shape(y.aval)) for x, y in zip(b.invars, t.invars, strict=True)
-    )
+    return all(len(_shape(x.aval)) == len(_shape(y.aval)) for x, y in zip(b.invars, t.invars, strict=True))
 
 
 def _is_trivial(eqn: Any) -> bool:
     """Whether an equation only adds or removes axes of size 1."""
-    if eqn.primitive.name not in ("reshape", "squeeze", "broadcast_in_dim", "expand_dims", "copy", "transpose"):
+    if eqn.primitive.name not in (
+        "reshape",
+        "squeeze",
+        "broadcast_in_dim",
+        "expand_dims",
+        "copy",
+        "transpose",
+    ):
         return False
     before, after = _shape(eqn.invars[0].aval), _shape(eqn.outvars[0].aval)
     if eqn.primitive.name == "transpose":
@@ -653,4 +913,3 @@ def _mismatch(b: Any | None, t: Any | None) -> TraceMismatchError:
         f"{name(t)}. Use a larger base (no axis of size 1, no other branch on a size), so that the model's "
         "code takes the same path at both widths."
     )
-

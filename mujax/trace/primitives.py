@@ -16,21 +16,23 @@ import numpy as np
 
 from mujax.errors import ShapeMismatchError
 from mujax.trace import source
-from mujax.trace.interpret import Interpreter, Pair, Rule
+from mujax.trace.interpret import EqnPath, Interpreter, Pair, Rule
 from mujax.trace.values import (
+    ONE,
+    UNKNOWN,
     Axis,
     Factor,
     Pending,
     Shape,
+    Size,
     Value,
     View,
     broadcast_axis,
+    common,
     constant,
-    plus,
+    product,
     ratio,
     regroup,
-    same,
-    times,
     widest,
 )
 
@@ -82,57 +84,73 @@ def _moved(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Sh
 
 # ---- elementwise -----------------------------------------------------------------------------------
 
-ScaleRule = Callable[[Pair, Sequence[Value]], float | None]
+SizeRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Size]], Size]
+"""Size of a result from the operands and the sizes that they bring."""
 
 
-def _agree(_: Pair, ins: Sequence[Value]) -> float | None:
-    return plus(value.scale for value in ins)
+def _agree(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """A sum or a choice: terms of one size, or each is put right first.
 
-
-def _of_order_one(_: Pair, ins: Sequence[Value]) -> float | None:
-    """A nonlinear function: of order one where its arguments are."""
+    A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is.
+    """
+    moving = [size for value, size in zip(ins, sizes, strict=True) if interp.exact or value.kind != "const"]
+    alike = common(moving or sizes)
+    if alike is not None:
+        return interp.sized(pair, alike)
+    if interp.exact or any(size.total is None for size in moving) or all(v.kind != "data" for v in ins):
+        return UNKNOWN
     for value in ins:
-        if value.scale is None or not (value.scale == 0 or same(value.scale, 1.0)):
-            return None
-    return 1.0
+        interp.settle(pair, value)
+    return ONE
 
 
-def _always_one(_: Pair, __: Sequence[Value]) -> float | None:
-    return 1.0
+def _of_order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """A nonlinear function: its arguments must be of one size at every width."""
+    if interp.exact:
+        return ONE if all(size.is_one for size in sizes) else UNKNOWN
+    for value in ins:
+        interp.settle(pair, value)
+    return ONE
 
 
-def _chosen(_: Pair, ins: Sequence[Value]) -> float | None:
-    return plus(value.scale for value in ins[1:])
+def _exponential(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    interp.logits(ins[0])
+    return _of_order_one(interp, pair, ins, sizes)
 
 
-def _power_of(exponent: float) -> ScaleRule:
-    def scale(_: Pair, ins: Sequence[Value]) -> float | None:
-        one = ins[0].scale
-        if not one:
-            return one if exponent > 0 else None
-        return one**exponent
-
-    return scale
+def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    return ONE
 
 
-def _integer_pow(pair: Pair, ins: Sequence[Value]) -> float | None:
-    return _power_of(float(pair.params["y"]))(pair, ins)
+def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    return _agree(interp, pair, ins[1:], sizes[1:])
 
 
-def _pow(pair: Pair, ins: Sequence[Value]) -> float | None:
+def _power_of(exponent: float) -> SizeRule:
+    def size(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+        return interp.sized(pair, sizes[0].power(exponent))
+
+    return size
+
+
+def _integer_pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    return interp.sized(pair, sizes[0].power(float(pair.params["y"])))
+
+
+def _pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
     exponent = ins[1].const
     if exponent is not None and exponent[0] == exponent[1]:
-        return _power_of(exponent[1])(pair, ins)
-    return _of_order_one(pair, ins)
+        return interp.sized(pair, sizes[0].power(exponent[1]))
+    return _of_order_one(interp, pair, ins, sizes)
 
 
-def _quotient(_: Pair, ins: Sequence[Value]) -> float | None:
-    below = ins[1].scale
-    return times(ins[0].scale, 1 / below) if below else None
+def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    both = (sizes[0], sizes[1].power(-1))
+    return interp.sized(pair, product(both), *both)
 
 
-def _product(_: Pair, ins: Sequence[Value]) -> float | None:
-    return times(*(value.scale for value in ins))
+def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    return interp.sized(pair, product(sizes), *sizes)
 
 
 def _cast(pair: Pair, numbers: Sequence[float]) -> float:
@@ -209,12 +227,14 @@ class Elementwise:
     """An elementwise primitive.
 
     Attributes:
-        scale: the scale of the result.
+        size: the size of the result.
         linear: operands that the result is linear in, with the others fixed.
+        logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
     """
 
-    scale: ScaleRule = _of_order_one
+    size: SizeRule = _of_order_one
     linear: tuple[int, ...] = ()
+    logits: bool = True
 
     def __call__(self, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
         """Applies the rule."""
@@ -223,10 +243,11 @@ class Elementwise:
         if folded is not None:
             return [folded]
         kind = widest(value.kind for value in ins)
-        scale = self.scale(pair, ins)
+        sizes = [interp.meet(value) if kind == "data" else value.size for value in ins]
+        size = self.size(interp, pair, ins, sizes)
         if kind != "data":
             views = [_aligned(view, value, shape, base) for value in ins for view in value.views]
-            return [Value(shape, base, kind, views=tuple(dict.fromkeys(views)), scale=scale)]
+            return [Value(shape, base, kind, views=tuple(dict.fromkeys(views)), size=size)]
         pending: list[Pending] = []
         for position, value in enumerate(ins):
             if position not in self.linear:
@@ -236,7 +257,11 @@ class Elementwise:
             for view in value.views:
                 use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=False)
                 pending.append(Pending(use, _aligned(view, value, shape, base)))
-        return [Value(shape, base, kind, scale=scale, pending=tuple(pending))]
+        out = Value(shape, base, kind, size=size, pending=tuple(pending))
+        if self.logits:
+            out.products = frozenset[EqnPath]().union(*(value.products for value in ins))
+            out.heads = frozenset[str]().union(*(value.heads for value in ins))
+        return [out]
 
 
 def _folded(pair: Pair, ins: Sequence[Value], shape: Shape, base: Shape) -> Value | None:
@@ -257,34 +282,50 @@ _IDENTITY: Final = Elementwise(_agree, linear=(0,))
 
 ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     **dict.fromkeys(
-        ["convert_element_type", "copy", "copy_p", "neg", "real", "imag", "reduce_precision", "conj"], _IDENTITY
+        ["convert_element_type", "copy", "copy_p", "neg", "real", "imag", "reduce_precision", "conj"],
+        _IDENTITY,
     ),
-    **dict.fromkeys(["stop_gradient", "bitcast_convert_type"], Elementwise(_agree)),
+    "stop_gradient": Elementwise(_agree),
+    "bitcast_convert_type": Elementwise(_agree, logits=False),
     "mul": Elementwise(_product, linear=(0, 1)),
     "div": Elementwise(_quotient, linear=(0,)),
-    **dict.fromkeys(["add", "add_any", "sub", "max", "min", "clamp", "rem", "nextafter"], Elementwise(_agree)),
+    **dict.fromkeys(["add", "add_any", "sub", "clamp"], Elementwise(_agree)),
+    **dict.fromkeys(["max", "min", "rem", "nextafter"], Elementwise(_agree, logits=False)),
     "select_n": Elementwise(_chosen),
-    "abs": Elementwise(_agree),
-    "square": Elementwise(_power_of(2)),
-    "sqrt": Elementwise(_power_of(0.5)),
-    "cbrt": Elementwise(_power_of(1 / 3)),
-    "rsqrt": Elementwise(_power_of(-0.5)),
-    "integer_pow": Elementwise(_integer_pow),
-    "pow": Elementwise(_pow),
+    "abs": Elementwise(_agree, logits=False),
+    "square": Elementwise(_power_of(2), logits=False),
+    "sqrt": Elementwise(_power_of(0.5), logits=False),
+    "cbrt": Elementwise(_power_of(1 / 3), logits=False),
+    "rsqrt": Elementwise(_power_of(-0.5), logits=False),
+    "integer_pow": Elementwise(_integer_pow, logits=False),
+    "pow": Elementwise(_pow, logits=False),
     **dict.fromkeys(
         ["sign", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "eq_to", "le_to", "lt_to", "atan2"],
-        Elementwise(_always_one),
+        Elementwise(_always_one, logits=False),
     ),
+    **dict.fromkeys(["exp", "exp2"], Elementwise(_exponential, logits=False)),
+    "tanh": Elementwise(),
     **dict.fromkeys(
         [
             *["acos", "acosh", "and", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "ceil"],
-            *["clz", "complex", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1"],
-            *["floor", "igamma", "igamma_grad_a", "igammac", "lgamma", "log", "log1p", "logistic", "not", "or"],
+            *["clz", "complex", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "expm1"],
+            *[
+                "floor",
+                "igamma",
+                "igamma_grad_a",
+                "igammac",
+                "lgamma",
+                "log",
+                "log1p",
+                "logistic",
+                "not",
+                "or",
+            ],
             *["polygamma", "population_count", "random_gamma_grad", "regularized_incomplete_beta", "round"],
-            *["shift_left", "shift_right_arithmetic", "shift_right_logical", "sin", "sinh", "tan", "tanh"],
-            *["xor", "zeta"],
+            *["shift_left", "shift_right_arithmetic", "shift_right_logical", "sin", "sinh", "tan", "xor"],
+            *["zeta"],
         ],
-        Elementwise(),
+        Elementwise(logits=False),
     ),
 }
 
@@ -403,21 +444,22 @@ def _pad(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     interp.becomes_data(pair, ins[1])
     ((shape, base),) = pair.shapes()
     out = _sliced(interp, pair, ins[0], shape, base)
-    return [out.replace(scale=plus([ins[0].scale, ins[1].scale]), const=None)]
+    return [out.replace(size=_agree(interp, pair, ins, [value.size for value in ins]), const=None)]
 
 
 def _concatenate(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     ((shape, base),) = pair.shapes()
-    scale = plus(value.scale for value in ins)
-    if widest(value.kind for value in ins) == "data":
+    kind = widest(value.kind for value in ins)
+    size = _agree(interp, pair, ins, [interp.meet(v) if kind == "data" else v.size for v in ins])
+    if kind == "data":
         for value in ins:
             interp.becomes_data(pair, value)
-        return [Value(shape, base, "data", scale=scale)]
+        return [Value(shape, base, "data", size=size)]
     at = pair.params["dimension"]
     views = tuple(
         dict.fromkeys(_part(view, at, value, shape[at], base[at]) for value in ins for view in value.views)
     )
-    return [Value(shape, base, widest(value.kind for value in ins), views=views, scale=scale)]
+    return [Value(shape, base, kind, views=views, size=size)]
 
 
 def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
@@ -435,11 +477,12 @@ def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
 def _stack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """Values laid side by side along a new axis."""
     ((shape, base),) = pair.shapes()
-    scale = plus(value.scale for value in ins)
-    if widest(value.kind for value in ins) == "data":
+    kind = widest(value.kind for value in ins)
+    size = _agree(interp, pair, ins, [interp.meet(v) if kind == "data" else v.size for v in ins])
+    if kind == "data":
         for value in ins:
             interp.becomes_data(pair, value)
-        return [Value(shape, base, "data", scale=scale)]
+        return [Value(shape, base, "data", size=size)]
     at = pair.params["axis"]
 
     def insert(view: View) -> View:
@@ -447,7 +490,7 @@ def _stack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]
         return dataclasses.replace(view, axes=(*view.axes[:at], new, *view.axes[at:]))
 
     views = tuple(dict.fromkeys(insert(view) for value in ins for view in value.views))
-    return [Value(shape, base, widest(value.kind for value in ins), views=views, scale=scale)]
+    return [Value(shape, base, kind, views=views, size=size)]
 
 
 def _unstack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -458,9 +501,7 @@ def _unstack(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Valu
     for shape, base in pair.shapes():
         one = (*shape[:at], 1, *shape[at:])
         part = _sliced(interp, pair, value, one, (*base[:at], 1, *base[at:]))
-        outs.append(
-            _moved(interp, pair, part, shape, base, lambda axes: (*axes[:at], *axes[at + 1 :]))
-        )
+        outs.append(_moved(interp, pair, part, shape, base, lambda axes: (*axes[:at], *axes[at + 1 :])))
     return outs
 
 
@@ -481,7 +522,7 @@ def _tile(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
 def _iota(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     ((shape, base),) = pair.shapes()
     axis = pair.params["dimension"]
-    return [Value(shape, base, "const", scale=ratio(base[axis], shape[axis]))]
+    return [Value(shape, base, "const", size=Size(ratio(base[axis], shape[axis])))]
 
 
 # ---- reductions ------------------------------------------------------------------------------------
@@ -516,14 +557,18 @@ def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[V
     base_size, size = value.sizes(gone)
     if value.const is not None:
         return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
-    interp.contract_later(pair, value, gone)
+    kernels = (
+        frozenset(p.view.path for p in value.pending) if interp.contract_later(pair, value, gone) else None
+    )
     # A use that this sum contracts is settled by it; one that it leaves alone stays linear in the result.
     left = tuple(
         p for p in value.pending
         if not any(f.axis is not None for axis in gone for f in p.view.axes[axis])
     )  # fmt: skip
     out = _reduced(interp, pair, dataclasses.replace(value, pending=left), shape, base)
-    return [out.replace(scale=times(value.scale, ratio(base_size, size)))]
+    if kernels is not None:
+        out.heads = kernels
+    return [out.replace(size=interp.sized(pair, value.size.over(ratio(base_size, size)), value.size))]
 
 
 # ---- products --------------------------------------------------------------------------------------
@@ -554,6 +599,36 @@ def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
     )
 
 
+def _size_of_product(
+    interp: Interpreter, pair: Pair, left: Value, right: Value, contracted: tuple[int, int]
+) -> Size:
+    """Size of a contraction: coherent between activations, of order one with a parameter by its rule."""
+    sizes = [interp.meet(left), interp.meet(right)]
+    grows = ratio(*contracted)
+    kinds = {left.kind, right.kind}
+    if kinds == {"param"}:
+        # Of the prescribed size if both are.
+        return interp.sized(pair, product(sizes))
+    if "param" in kinds:
+        if left.state or right.state:
+            return UNKNOWN
+        # Put right what can be before the product, so that each layer's own entries keep their size.
+        settled = [
+            interp.settle(pair, value, report=False) if value.kind == "data" else size
+            for value, size in zip((left, right), sizes, strict=True)
+        ]
+        return interp.sized(pair, product(settled), *settled)
+    if grows == 1.0:
+        return interp.sized(pair, product(sizes), *sizes)
+    if interp.exact:
+        return UNKNOWN
+    # A constant that is not one number (a mask, a rotation) is taken to keep sizes.
+    fixed = any(value.kind == "const" and value.const is None for value in (left, right))
+    if fixed:
+        return interp.sized(pair, product(sizes), *sizes)
+    return interp.sized(pair, product(sizes).over(grows))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Side:
     """One operand of a product with its contracted and batch axes."""
@@ -567,7 +642,9 @@ class _Side:
         return (*self.contract, *self.batch)
 
 
-def _multiply(interp: Interpreter, pair: Pair, left: _Side, right: _Side, place: Callable[[View, bool], View]) -> list[Value]:
+def _multiply(
+    interp: Interpreter, pair: Pair, left: _Side, right: _Side, place: Callable[[View, bool], View]
+) -> list[Value]:
     """The product of two values over some axes: who is the weight, who is the activation.
 
     Args:
@@ -580,33 +657,36 @@ def _multiply(interp: Interpreter, pair: Pair, left: _Side, right: _Side, place:
     ((shape, base),) = pair.shapes()
     contracted = left.value.sizes(left.contract)
     wide = contracted[0] != contracted[1]
-    scale = times(left.value.scale, right.value.scale)
-    data = Value(shape, base, "data", scale=scale)
+    data = Value(
+        shape, base, "data", size=_size_of_product(interp, pair, left.value, right.value, contracted)
+    )
 
-    def weight(side: _Side) -> None:
+    def weight(side: _Side, other: _Side) -> Value:
+        kind = "statistic" if other.value.state else "contraction"
         for view in side.value.views:
             interp.use(
-                pair, view, "contraction",
+                pair, view, kind,
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
             )  # fmt: skip
         interp.decide(side.value)
+        return dataclasses.replace(data, heads=_kernels(side.value, side.contract))
 
     def activation(side: _Side) -> None:
         interp.becomes_data(pair, side.value)
 
     kinds = (left.value.kind, right.value.kind)
     if kinds == ("const", "const"):
-        return [dataclasses.replace(data, kind="const", scale=None if wide else scale)]
+        return [dataclasses.replace(data, kind="const")]
     if "param" not in kinds:
         kernels = [_settle(interp, pair, side) for side in (left, right)]
-        if "const" not in kinds and wide and not any(kernels):
-            interp.product(pair, contracted)
-        return [data]
+        if "const" in kinds or any(kernels) or not left.contract:
+            return [data]
+        interp.product(pair, contracted, left.value)
+        return [dataclasses.replace(data, products=frozenset({pair.site}))]
     if kinds != ("param", "param"):
         side, other = (left, right) if kinds[0] == "param" else (right, left)
-        weight(side)
         activation(other)
-        return [data]
+        return [weight(side, other)]
     # Two functions of parameters. Over an infinite axis, the one that leaves finite axes only is a set of
     # learned vectors (latent queries, a class token) and plays the activation.
     if wide:
@@ -615,15 +695,23 @@ def _multiply(interp: Interpreter, pair: Pair, left: _Side, right: _Side, place:
             # Of two sets of vectors either may be called the input and the other the readout: Table 8
             # treats the two alike, and their product gets the readout's factor.
             matrix, vectors = (left, right) if broad[0] or _is_broadcast(right.value) else (right, left)
-            weight(matrix)
             activation(vectors)
-            return [data]
+            return [weight(matrix, vectors)]
     views = []
     for side, first in ((left, True), (right, False)):
         for view in side.value.views:
             inner = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
             views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
     return [dataclasses.replace(data, kind="param", views=tuple(views))]
+
+
+def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
+    """The parameters in a function of parameters whose own axes are contracted."""
+    return frozenset(
+        view.path
+        for view in value.views
+        if any(factor.axis is not None for axis in contract for factor in view.axes[axis])
+    )
 
 
 def _settle(interp: Interpreter, pair: Pair, side: _Side) -> bool:
@@ -637,6 +725,14 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> bool:
         alone = dataclasses.replace(side.value, pending=(pending,))
         if _leaves_axes(pending.view, side.gone) and interp.contract_later(pair, alone, side.contract):
             kernel = True
+            if not (pending.view.picked or interp.exact):
+                interp.find(
+                    "computed kernel",
+                    pair.site,
+                    pair.place,
+                    f"{pending.view.path} is multiplied with values computed from data or state before it is a "
+                    "kernel here, so how the kernel scales is not known; check its size by hand at two widths",
+                )
         else:
             interp.decide(alone)
     return kernel
@@ -671,8 +767,8 @@ def _conv(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     _, feature, *_ = dims.lhs_spec
     out_axis, in_axis, *space = dims.rhs_spec
     ((shape, base),) = pair.shapes()
-    data = Value(shape, base, "data", scale=times(lhs.scale, rhs.scale))
     contracted = rhs.sizes((in_axis, *space))
+    data = Value(shape, base, "data", size=_size_of_product(interp, pair, lhs, rhs, contracted))
     if rhs.kind == "param":
         for view in rhs.views:
             axis = view.axes[out_axis]
@@ -689,9 +785,9 @@ def _conv(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     else:
         for value in ins:
             interp.becomes_data(pair, value)
-        if lhs.kind == rhs.kind == "data" and contracted[0] != contracted[1]:
-            interp.product(pair, contracted)
-    return [data]
+        if lhs.kind == rhs.kind == "data":
+            interp.product(pair, contracted, lhs)
+    return [dataclasses.replace(data, heads=_kernels(rhs, (in_axis, *space)))]
 
 
 # ---- lookups ---------------------------------------------------------------------------------------
@@ -705,7 +801,9 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
     dims = pair.params["dimension_numbers"]
     sizes, small = pair.params["slice_sizes"], pair.base.params["slice_sizes"]
     ((shape, base),) = pair.shapes()
-    data = Value(shape, base, widest(value.kind for value in ins), scale=operand.scale)
+    kind = widest(value.kind for value in ins)
+    brought = operand.size if kind == "const" else interp.meet(operand)
+    data = Value(shape, base, kind, size=interp.sized(pair, brought, brought), products=operand.products)
     if operand.kind != "param":
         return [data]
     batching = (*dims.operand_batching_dims,)
@@ -741,47 +839,46 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
 # ---- the rest --------------------------------------------------------------------------------------
 
 
-def _data(scale: ScaleRule, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+def _data(size: SizeRule, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """A primitive that rearranges or summarises data: a parameter in it is opaque."""
     for value in ins:
         interp.opaque(pair, value)
-    kind = widest(value.kind for value in ins)
-    found = scale(pair, ins)
-    return [
-        Value(shape, base, "const" if kind == "const" else "data", scale=found) for shape, base in pair.shapes()
-    ]
+    kind = "const" if all(value.kind == "const" for value in ins) else "data"
+    found = size(interp, pair, ins, [value.size if kind == "const" else interp.meet(value) for value in ins])
+    return [Value(shape, base, kind, size=found) for shape, base in pair.shapes()]
 
 
-def _scatter(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+def _cumulative(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """A running sum: along an axis that grows its entries have no common size."""
+    axis = pair.params.get("axis")
+    grows = axis is None or ins[0].shape[axis] != ins[0].base[axis]
+    return UNKNOWN if grows else interp.sized(pair, sizes[0], sizes[0])
+
+
+def _write(values: Callable[[Sequence[Value]], Sequence[Value]]) -> Rule:
     """Values written into an array by index: a cache, a one-hot."""
-    for value in ins:
-        interp.becomes_data(pair, value)
-    ((shape, base),) = pair.shapes()
-    kind = widest(value.kind for value in ins)
-    return [
-        Value(shape, base, "const" if kind == "const" else "data", scale=plus(v.scale for v in (ins[0], ins[-1])))
-    ]
 
+    def rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+        for value in ins:
+            interp.becomes_data(pair, value)
+        ((shape, base),) = pair.shapes()
+        kind = "const" if all(value.kind == "const" for value in ins) else "data"
+        written = values(ins)
+        return [
+            Value(shape, base, kind, size=_agree(interp, pair, written, [interp.meet(v) for v in written]))
+        ]
 
-def _update(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
-    """`dynamic_update_slice`."""
-    for value in ins:
-        interp.becomes_data(pair, value)
-    ((shape, base),) = pair.shapes()
-    kind = widest(value.kind for value in ins)
-    return [
-        Value(shape, base, "const" if kind == "const" else "data", scale=plus(v.scale for v in ins[:2]))
-    ]
+    return rule
 
 
 def _qr(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """The columns of Q have unit norm: its entries are of the size of 1/sqrt(rows)."""
     interp.opaque(pair, ins[0])
-    rows = ratio(ins[0].base[-2], ins[0].shape[-2])
-    scales = [rows**-0.5 if rows else None, None]
+    rows = Size(ratio(ins[0].base[-2], ins[0].shape[-2])).power(-0.5)
+    sizes = [interp.sized(pair, rows), UNKNOWN, UNKNOWN, UNKNOWN]
     return [
-        Value(shape, base, "data", scale=scale)
-        for (shape, base), scale in zip(pair.shapes(), [*scales, None, None][: len(pair.shapes())], strict=True)
+        Value(shape, base, "data", size=size)
+        for (shape, base), size in zip(pair.shapes(), sizes[: len(pair.shapes())], strict=True)
     ]
 
 
@@ -795,7 +892,15 @@ def _random(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
 PRIMITIVES: Final[dict[str, Rule]] = {
     **ELEMENTWISE,
     **dict.fromkeys(
-        ["sharding_constraint", "optimization_barrier", "name", "device_put", "reshard", "mesh_cast", "pvary"],
+        [
+            "sharding_constraint",
+            "optimization_barrier",
+            "name",
+            "device_put",
+            "reshard",
+            "mesh_cast",
+            "pvary",
+        ],
         _identity,
     ),
     "transpose": _transpose,
@@ -819,19 +924,22 @@ PRIMITIVES: Final[dict[str, Rule]] = {
     "conv_general_dilated": _conv,
     "gather": _gather,
     **dict.fromkeys(
-        ["scatter", "scatter_add", "scatter_mul", "scatter_min", "scatter_max", "scatter-add", "scatter-mul"],
-        _scatter,
+        [
+            *["scatter", "scatter_add", "scatter_sub", "scatter_mul", "scatter_min", "scatter_max"],
+            *["scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"],
+        ],
+        _write(lambda ins: (ins[0], ins[-1])),
     ),
-    "dynamic_update_slice": _update,
+    "dynamic_update_slice": _write(lambda ins: ins[:2]),
     **dict.fromkeys(
         ["sort", "cummax", "cummin", "reduce_window_max", "reduce_window_min", "top_k", "approx_top_k"],
         functools.partial(_data, _agree),
     ),
     **dict.fromkeys(
-        ["argmax", "argmin", "reduce_and", "reduce_or", "cumlogsumexp", "reduce_prod", "cumprod"],
+        ["argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor", "reduce_prod", "cumprod"],
         functools.partial(_data, _of_order_one),
     ),
-    **dict.fromkeys(["cumsum", "reduce_window_sum"], functools.partial(_data, _agree)),
+    **dict.fromkeys(["cumsum", "reduce_window_sum", "cumlogsumexp"], functools.partial(_data, _cumulative)),
     "qr": _qr,
     **dict.fromkeys(
         [

@@ -37,9 +37,8 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
     """
     infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     readings = []
-    for use in uses:
-        if use.kind != "opaque":
-            readings.append(_Reading(use, read(use, shape, base)))
+    for use in telling(uses):
+        readings.append(_Reading(use, read(use, shape, base)))
     if not readings:
         if infinite:
             raise RoleError(_unseen(path, shape, uses))
@@ -47,9 +46,22 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
     return _agree(path, readings)
 
 
-def read(use: Use, shape: Sequence[int], base: Sequence[int]) -> ParamSpec:
-    """What a single use says of the parameter."""
-    infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
+def telling(uses: Sequence[Use]) -> list[Use]:
+    """The uses that tell a role: products with stored state only where there is nothing better.
+
+    A power iteration multiplies the kernel from both sides to find its norm; the kernel's role is what it
+    does to the data.
+    """
+    seen = [use for use in uses if use.kind != "opaque"]
+    return [use for use in seen if use.kind != "statistic"] or seen
+
+
+def read(
+    use: Use, shape: Sequence[int], base: Sequence[int], infinite: tuple[int, ...] | None = None
+) -> ParamSpec:
+    """What a single use says of the parameter; its growing axes are infinite unless said otherwise."""
+    if infinite is None:
+        infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     roles = _axis_roles(use, len(shape))
     return ParamSpec(
         tuple(shape),

@@ -46,6 +46,14 @@ def where(eqn: Any) -> str:
     return scope(eqn) or "unknown place"
 
 
+def is_library_function(program: Any) -> bool:
+    """Whether a traced sub-program is a function of JAX, Flax or the like, and not the user's own."""
+    info = getattr(program, "debug_info", None)
+    _, _, place = str(getattr(info, "func_src_info", "") or "").rpartition(" at ")
+    file, _, _ = place.rpartition(":")
+    return bool(file) and _is_library(file)
+
+
 def _near(file: str) -> bool:
     return file.startswith(os.getcwd() + os.sep)
 

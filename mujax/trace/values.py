@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 Kind = Literal["const", "param", "data"]
 _ORDER: dict[Kind, int] = {"const": 0, "param": 1, "data": 2}
@@ -69,6 +69,71 @@ class Pending:
     view: View
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Size:
+    """How the entries of a value scale: target over base, as far as the program itself sets it.
+
+    Sums count as coherent: over an axis that grows r times the sum grows r times. That is what happens
+    to products of correlated activations and to means, and a sum divided by its length comes out at 1.
+
+    Attributes:
+        total: entries in the target over entries in the base; 0 for identically zero, None if it can't
+            be told.
+        summed: the part of `total` that sums over growing axes account for; constants are the rest.
+        degree: how many such sums are in it: 1 for a sum, -1/2 for a division by a norm.
+        origins: the equations where the scale left 1; a factor there is a factor here.
+    """
+
+    total: float | None = 1.0
+    summed: float = 1.0
+    degree: float = 0.0
+    origins: frozenset[tuple[int | str, ...]] = frozenset()
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the entries are of the same size at every width."""
+        return self.total is not None and (self.total == 0 or same(self.total, 1.0))
+
+    def power(self, exponent: float) -> Size:
+        """The size of a power of the value."""
+        if not self.total:
+            return self if exponent > 0 else UNKNOWN
+        return Size(self.total**exponent, self.summed**exponent, self.degree * exponent)
+
+    def scaled(self, factor: float | None) -> Size:
+        """The size after multiplication with a constant that scales by `factor`."""
+        if factor is None or self.total is None:
+            return UNKNOWN
+        return dataclasses.replace(self, total=self.total * factor)
+
+    def over(self, grows: float | None) -> Size:
+        """The size of a sum over axes that grow by `grows`."""
+        if grows is None or self.total is None:
+            return UNKNOWN
+        if grows == 1.0:
+            return self
+        return dataclasses.replace(
+            self, total=self.total * grows, summed=self.summed * grows, degree=self.degree + 1
+        )
+
+    def at(self, site: tuple[int | str, ...], *operands: Size) -> Size:
+        """The result of an equation at `site`: where its scale left 1, and nothing if it has not."""
+        if self.total is None:
+            return self
+        if self.is_one:
+            return ZERO if self.total == 0 else ONE
+        if self.origins:
+            return self
+        apart = [size for size in operands if not size.is_one]
+        origins = apart[0].origins if len(apart) == 1 and apart[0].origins else frozenset({site})
+        return dataclasses.replace(self, origins=origins)
+
+
+ONE: Final = Size()
+ZERO: Final = Size(0.0)
+UNKNOWN: Final = Size(None)
+
+
 @dataclasses.dataclass(slots=True)
 class Value:
     """The facts about one value.
@@ -79,9 +144,11 @@ class Value:
         kind: `"const"` depends on nothing, `"param"` on parameters only, `"data"` on anything.
         const: (base, target) where it is one known number throughout.
         views: for kind `"param"`, the parameters that it is a function of, axis by axis.
-        scale: size of the entries in the target over the base, as far as constants in the program set
-            it; 0 for identically zero, None if it can't be told.
+        size: how its entries scale.
         pending: undecided uses that this value is linear in.
+        products: products of two activations that this value is linear in.
+        heads: parameters whose product this value is linear in.
+        state: whether it depends on parameters and stored state only, and on no input: a statistic.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -90,8 +157,11 @@ class Value:
     kind: Kind
     const: tuple[float, float] | None = None
     views: tuple[View, ...] = ()
-    scale: float | None = 1.0
+    size: Size = ONE
     pending: tuple[Pending, ...] = ()
+    products: frozenset[tuple[int | str, ...]] = frozenset()
+    heads: frozenset[str] = frozenset()
+    state: bool = False
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
     @property
@@ -114,7 +184,7 @@ class Value:
 
 def constant(base: float, target: float, shape: Shape = (), base_shape: Shape = ()) -> Value:
     """A value that is one known number throughout."""
-    return Value(shape, base_shape, "const", const=(base, target), scale=ratio(base, target))
+    return Value(shape, base_shape, "const", const=(base, target), size=Size(ratio(base, target)))
 
 
 def ratio(base: float, target: float) -> float | None:
@@ -126,35 +196,42 @@ def ratio(base: float, target: float) -> float | None:
     return target / base
 
 
-def times(*scales: float | None) -> float | None:
-    """Scale of a product."""
-    out = 1.0
-    for scale in scales:
-        if scale == 0:
-            return 0.0
-    for scale in scales:
-        if scale is None:
-            return None
-        out *= scale
-    return out
+def product(sizes: Iterable[Size]) -> Size:
+    """Size of a product."""
+    total, summed, degree = 1.0, 1.0, 0.0
+    unknown = False
+    for size in sizes:
+        if size.total == 0:
+            return ZERO
+        unknown |= size.total is None
+        total *= size.total or 1.0
+        summed *= size.summed
+        degree += size.degree
+    return UNKNOWN if unknown else Size(total, summed, degree)
 
 
 def same(a: float, b: float) -> bool:
     """Equality of scales up to the rounding of float32 literals."""
-    return math.isclose(a, b, rel_tol=1e-6)
+    return math.isclose(a, b, rel_tol=1e-5)
 
 
-def plus(scales: Iterable[float | None]) -> float | None:
-    """Scale of a sum or of a choice: known only where all the terms that are not zero agree."""
-    out = 0.0
-    for scale in scales:
-        if scale is None:
+def common(sizes: Iterable[Size]) -> Size | None:
+    """The size of a sum or of a choice of values that scale alike; None if they do not.
+
+    Zeros scale like anything. A factor on the result is a factor on each of the values.
+    """
+    out = ZERO
+    for size in sizes:
+        if size.total is None:
             return None
-        if scale == 0 or (out and same(out, scale)):
+        if size.total == 0:
             continue
-        if out:
+        if out.total == 0:
+            out = size
+        elif out.total is None or not same(out.total, size.total):
             return None
-        out = scale
+        else:
+            out = dataclasses.replace(out, origins=out.origins | size.origins)
     return out
 
 
