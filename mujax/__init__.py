@@ -25,5 +25,11 @@ from mujax.init import Correction as Correction
 from mujax.init import MupModel as MupModel
 from mujax.init import audit as audit
 from mujax.init import mup_init as mup_init
+from mujax.optim import mup_adam as mup_adam
+from mujax.optim import mup_adamw as mup_adamw
+from mujax.optim import mup_scale_by_adam as mup_scale_by_adam
+from mujax.optim import mup_scale_by_sgd as mup_scale_by_sgd
+from mujax.optim import mup_sgd as mup_sgd
+from mujax.optim import mup_wrap as mup_wrap
 from mujax.rules import interpolate as interpolate
 from mujax.trace import Finding as Finding
