@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from mujax.errors import MujaxError
 from mujax.infshape import leaf_path
 
 
+@runtime_checkable
 class Loss(Protocol):
     """What to minimise: (params, model_state, batch, key) -> (loss, (model_state, metrics)).
 
@@ -254,6 +255,9 @@ def train_scan(
     loss: Loss, tx: optax.GradientTransformation, *, donate: bool = True, unroll: int = 1
 ) -> JittedStep:
     """Many optimizer steps as one jitted `lax.scan`; otherwise as `train_step`.
+
+    On CPU, XLA runs convolutions inside a loop tens of times slower than outside of one (jax-ml/jax#12868):
+    there, train a convolutional network with `train_step`, or set `unroll` to the number of steps.
 
     Args:
         loss: what to minimise; see `Loss`.

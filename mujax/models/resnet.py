@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final, Literal, get_args
+from typing import Final
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -20,9 +20,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mujax.errors import ConfigError
-
-BlockKind = Literal["basic", "bottleneck"]
-Stem = Literal["cifar", "imagenet"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +29,21 @@ class _Conv:
     expansion: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class _Stem:
+    kernel: int
+    stride: int
+    pool: bool
+
+
 # The convolutions of a residual branch, first to last.
-_BRANCH: Final[Mapping[BlockKind, tuple[_Conv, ...]]] = {
+_BRANCH: Final[Mapping[str, tuple[_Conv, ...]]] = {
     "basic": (_Conv(3, strided=True), _Conv(3)),
     "bottleneck": (_Conv(1), _Conv(3, strided=True), _Conv(1, expansion=4)),
+}
+_STEM: Final[Mapping[str, _Stem]] = {
+    "cifar": _Stem(kernel=3, stride=1, pool=False),
+    "imagenet": _Stem(kernel=7, stride=2, pool=True),
 }
 
 
@@ -72,9 +80,9 @@ class ResNetConfig:
     stage_sizes: tuple[int, ...] = (2, 2, 2, 2)
     stage_widths: tuple[int, ...] = (64, 128, 256, 512)
     width_multiplier: float = 1.0
-    block: BlockKind = "basic"
+    block: str = "basic"
     pre_activation: bool = False
-    stem: Stem = "cifar"
+    stem: str = "cifar"
     n_classes: int = 10
     zero_readout: bool = False
     momentum: float = 0.9
@@ -82,7 +90,7 @@ class ResNetConfig:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        for name, known in (("block", get_args(BlockKind)), ("stem", get_args(Stem))):
+        for name, known in (("block", _BRANCH), ("stem", _STEM)):
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"ResNetConfig.{name}: expected {' or '.join(map(repr, known))}, "
@@ -219,14 +227,12 @@ class ResNet(nn.Module):
         cfg = self.config
         block = PreActivationBlock if cfg.pre_activation else PostActivationBlock
 
-        if cfg.stem == "imagenet":
-            x_BxHxWxC = _conv(cfg, cfg.channels[0], 7, 2, name="stem_conv")(x_BxHxWxC)
-        else:
-            x_BxHxWxC = _conv(cfg, cfg.channels[0], 3, 1, name="stem_conv")(x_BxHxWxC)
+        stem = _STEM[cfg.stem]
+        x_BxHxWxC = _conv(cfg, cfg.channels[0], stem.kernel, stem.stride, name="stem_conv")(x_BxHxWxC)
         # The first pre-activation block brings its own norm.
         if not cfg.pre_activation:
             x_BxHxWxC = nn.relu(_norm(cfg, train, "stem_norm")(x_BxHxWxC))
-        if cfg.stem == "imagenet":
+        if stem.pool:
             x_BxHxWxC = nn.max_pool(x_BxHxWxC, (3, 3), (2, 2), padding="SAME")
 
         for i, (size, channels) in enumerate(zip(cfg.stage_sizes, cfg.channels, strict=True)):

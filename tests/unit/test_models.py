@@ -122,7 +122,7 @@ def test_zero_readout_starts_only_the_readout_at_zero(module, inputs):
 # Transformer
 
 TINY = TransformerConfig(d_model=16, n_layers=2, head_dim=4, max_len=12, vocab_size=11)
-TOKENS = np.random.default_rng(3).integers(0, 11, (2, 8), dtype=np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 11, (2, 8), dtype=np.int32))
 
 
 def transformer(**changes):
@@ -204,7 +204,7 @@ def test_grouped_attention_is_full_attention_with_shared_keys_and_values():
 
 def test_transformer_sees_the_past_only():
     model, params = transformer()
-    changed = TOKENS.copy()
+    changed = np.array(TOKENS)
     changed[:, 4] = (changed[:, 4] + 1) % 11
     before, after = (run(model, params, tokens) for tokens in (TOKENS, changed))
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
@@ -469,11 +469,11 @@ def test_batch_statistics_move_in_training_only():
             "shorten the sequence or raise TransformerConfig.max_len.",
         ),
         (
-            lambda: ResNetConfig(block="wide"),  # pyright: ignore[reportArgumentType]
+            lambda: ResNetConfig(block="wide"),
             "ResNetConfig.block: expected 'basic' or 'bottleneck', got 'wide'.",
         ),
         (
-            lambda: ResNetConfig(stem="mnist"),  # pyright: ignore[reportArgumentType]
+            lambda: ResNetConfig(stem="mnist"),
             "ResNetConfig.stem: expected 'cifar' or 'imagenet', got 'mnist'.",
         ),
         (
