@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jax.extend import core as jex
+
 from mujax.errors import TraceMismatchError
 from mujax.trace.interpret import Finding, Fix, Interpreter, Product, Use
 from mujax.trace.primitives import PRIMITIVES
@@ -92,9 +94,28 @@ def read_scales(base: Any, target: Any) -> list[float | None]:
     ]
     try:
         outs = Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
+        return [value.size.total for value in outs]
     except TraceMismatchError:
-        return [None] * len(target.jaxpr.outvars)
-    return [value.size.total for value in outs]
+        count = len(target.jaxpr.outvars)
+        if count == 1:
+            return [None]
+        # One initialiser that branches on a size must not cost all the others their exactness.
+        halves = (slice(0, count // 2), slice(count // 2, count))
+        return [scale for half in halves for scale in read_scales(_only(base, half), _only(target, half))]
+
+
+def _only(program: Any, which: slice) -> Any:
+    """The program with some of its outputs, and nothing that they do not need."""
+    jaxpr = program.jaxpr
+    outs = jaxpr.outvars[which]
+    needed = {atom for atom in outs if not isinstance(atom, jex.Literal)}
+    eqns = []
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, jex.Literal))
+    info = jaxpr.debug_info._replace(result_paths=("",) * len(outs)) if jaxpr.debug_info else None
+    return program.replace(jaxpr=jaxpr.replace(eqns=eqns[::-1], outvars=outs, debug_info=info))
 
 
 def _shape(var: Any) -> tuple[int, ...]:
