@@ -8,6 +8,7 @@ Reference:
     arXiv 2203.03466.
 """
 
+from mujax.corrections import Correction as Correction
 from mujax.errors import AuditError as AuditError
 from mujax.errors import ConfigError as ConfigError
 from mujax.errors import DataError as DataError
@@ -21,7 +22,6 @@ from mujax.frontend import Functional as Functional
 from mujax.infshape import MupSpec as MupSpec
 from mujax.infshape import Parametrization as Parametrization
 from mujax.infshape import ParamSpec as ParamSpec
-from mujax.init import Correction as Correction
 from mujax.init import MupModel as MupModel
 from mujax.init import audit as audit
 from mujax.init import mup_init as mup_init

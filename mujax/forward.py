@@ -144,8 +144,10 @@ def _rebuild(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
     rule = _REBUILD.get(eqn.primitive.name)
     if rule is None:
         raise MujaxError(
-            f"{where(eqn)}: expected the correction to stand outside of {eqn.primitive.name}, whose inside can't be "
-            "changed without losing what it is for; move the product out of it, or write the factor by hand there "
+            f"{where(eqn)}: expected the correction to stand outside of {eqn.primitive.name}, whose inside "
+            "can't be "
+            "changed without losing what it is for; move the product out of it, or write the factor by hand "
+            "there "
             "and switch this correction off with roles=."
         )
     name = scope(eqn)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -127,7 +127,7 @@ def frontend(model: Any) -> Frontend:
             f"{type(model).__name__}; pass lambda rngs: {type(model).__name__}(..., rngs=rngs)."
         )
     if callable(model):
-        return _NNX(model)
+        return _NNX(cast(Callable[[nnx.Rngs], nnx.Module], model))
     raise MujaxError(
         "model: expected a Flax Linen module, an NNX factory rngs -> nnx.Module or mujax.Functional(init, "
         f"apply), got {type(model).__name__}."
@@ -434,7 +434,8 @@ def shrink(
 def _base_shape(path: str, shape: Shape, sizes: Mapping[str, tuple[Shape, Shape]]) -> Shape:
     if path not in sizes:
         raise SpecMismatchError(
-            f"{path}: expected only variables that mup_init saw, got another one of shape {shape}; pass mup_init "
+            f"{path}: expected only variables that mup_init saw, got another one of shape {shape}; pass "
+            "mup_init "
             "the inputs and keyword arguments with which the model creates it."
         )
     target, base = sizes[path]
@@ -464,7 +465,8 @@ def _follow(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Module
             if hasattr(old, name) and getattr(old, name) != value:
                 if not hasattr(mine, name):
                     raise ShapeMismatchError(
-                        f"{'/'.join(map(str, path))}.{name}: expected it in the base as in the target, found none."
+                        f"{'/'.join(map(str, path))}.{name}: expected it in the base as in the target, "
+                        "found none."
                     )
                 setattr(mine, name, value)
     return base

@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import fnmatch
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from mujax import forward, rules
+from mujax import forward, report, rules
+from mujax.corrections import Correction, Kind, Reading, read_call, switched_off, zeros
 from mujax.errors import AuditError, MujaxError, RoleError, ShapeMismatchError, SpecMismatchError
 from mujax.frontend import Call, Frontend, Initial, frontend, shrink
 from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
-from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_scales, resolve, telling
-
-Kind = Literal["readout", "tied_readout", "attention", "scale"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_scales, resolve
 
 # Initialisers that the trace can't explain are sampled; up to this many entries that takes seconds.
 _SAMPLE_LIMIT = 1 << 26
-
-
-@dataclasses.dataclass(frozen=True)
-class Correction:
-    """A constant that the forward pass gets.
-
-    Attributes:
-        kind: `"readout"`: the product of an output weight; `"tied_readout"`: the readout use of a tied
-            embedding; `"attention"`: a product of two activations brought from 1/sqrt(d) to 1/d;
-            `"scale"`: any other constant of the model that scales with width, held at its base value, and
-            the size that a normalisation takes away given back.
-        factor: what the result is multiplied with.
-        where: `file:line` in the user's code.
-        path: the parameter of the product; None for a value that is no product with a parameter.
-    """
-
-    kind: Kind
-    factor: float
-    where: str
-    path: str | None = None
 
 
 def mup_init(
@@ -103,7 +79,7 @@ def mup_init(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
     """
     chosen = rules.parametrization(parametrization)
-    off = _switched_off(corrections or {})
+    off = switched_off(corrections or {})
     target_end, base_end = frontend(model), frontend(base)
     target = target_end.trace_init(inputs, kwargs)
     small = base_end.trace_init(inputs, kwargs)
@@ -151,8 +127,8 @@ def mup_init(
         _kwargs=dict(kwargs),
     )
     if zero_init:
-        zeros = dict.fromkeys(_zeros(zero_init, spec, mup._reading.analysis), 0.0)
-        mup = dataclasses.replace(mup, init_scales={**init_scales, **zeros})
+        at_zero = dict.fromkeys(zeros(zero_init, spec, mup._reading.analysis), 0.0)
+        mup = dataclasses.replace(mup, init_scales={**init_scales, **at_zero})
     if strict and mup.findings:
         first, *rest = mup.findings
         more = f" ({len(rest)} more in mup_init(..., strict=False).findings)" if rest else ""
@@ -176,23 +152,6 @@ def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, 
         MujaxError: as `mup_init` does.
     """
     return mup_init(model, base, *inputs, **kwargs).findings
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reading:
-    """What the analysis of one traced call comes to.
-
-    Attributes:
-        corrections: the constants of the forward pass, by place.
-        knobs: the places that the multipliers turn: name -> places.
-        findings: what can't be put right.
-        analysis: the uses and products that it was read from.
-    """
-
-    corrections: Mapping[EqnPath, Sequence[Correction]]
-    knobs: Mapping[str, Sequence[EqnPath]]
-    findings: tuple[Finding, ...]
-    analysis: Analysis
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -268,7 +227,7 @@ class MupModel:
             twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
             base, _ = _trace(twin)
             program, shape = _trace(call)
-            hooks = self._hooks(_read(self.spec, self._off, base, program, call))
+            hooks = self._hooks(read_call(self.spec, self._off, base, program, call))
         leaves = [
             leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
             for position, leaf in enumerate(call.leaves)
@@ -298,14 +257,13 @@ class MupModel:
         return dataclasses.replace(self, _multipliers={**self._multipliers, **chosen})
 
     @functools.cached_property
-    def _reading(self) -> _Reading:
-        return _read(self.spec, self._off, *self._example)
+    def _reading(self) -> Reading:
+        return read_call(self.spec, self._off, *self._example)
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
         """What the forward pass gets in the traced call, in program order."""
-        found = self._reading.corrections
-        return tuple(correction for site in sorted(found, key=_order) for correction in found[site])
+        return self._reading.in_order()
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -314,19 +272,21 @@ class MupModel:
 
     def explain(self) -> str:
         """The role table, the corrections and what was left alone, as text to read."""
-        return _explain(self)
+        return report.explain(self.spec, self.init_scales, self.corrections, self.findings)
 
     def _check(self, call: Call) -> None:
         found = {path: tuple(call.leaves[position].shape) for position, path in call.params.items()}
         for path, param in self.spec.items():
             if path not in found:
                 raise SpecMismatchError(
-                    f"{path}: expected a parameter of shape {param.shape} as in mup_init, found none; pass the "
+                    f"{path}: expected a parameter of shape {param.shape} as in mup_init, found none; pass "
+                    "the "
                     "variables that mup.init returns."
                 )
             if found[path] != param.shape:
                 raise SpecMismatchError(
-                    f"{path}: expected shape {param.shape} as in mup_init, got {found[path]}; build the variables "
+                    f"{path}: expected shape {param.shape} as in mup_init, got {found[path]}; build the "
+                    "variables "
                     "and the MupModel with the same widths."
                 )
 
@@ -345,7 +305,7 @@ class MupModel:
         grows = any(param.shape != param.base_shape for param in self.spec.values())
         return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
 
-    def _hooks(self, reading: _Reading) -> dict[EqnPath, forward.Hook]:
+    def _hooks(self, reading: Reading) -> dict[EqnPath, forward.Hook]:
         factors: dict[EqnPath, list[Any]] = {}
         for site, corrections in reading.corrections.items():
             factor = math.prod(correction.factor for correction in corrections)
@@ -370,12 +330,14 @@ def _same_structure(name: str, target: Initial, base: Initial) -> None:
         if path not in big or path not in small:
             where, other = ("base", name) if path in small else (name, "base")
             raise ShapeMismatchError(
-                f"{path}: expected the same parameters in base and {name}, found it in the {where} only and not in "
+                f"{path}: expected the same parameters in base and {name}, found it in the {where} only and "
+                "not in "
                 f"the {other}; they may differ in widths, not in depth or in kinds of layers."
             )
         if len(big[path]) != len(small[path]):
             raise ShapeMismatchError(
-                f"{path}: expected the same rank in base and {name}, found shape {small[path]} in the base and "
+                f"{path}: expected the same rank in base and {name}, found shape {small[path]} in the base "
+                "and "
                 f"{big[path]} in the {name}; they may differ in widths only."
             )
 
@@ -401,7 +363,8 @@ def _spec(
         growing = [axis for axis, (n, m) in enumerate(zip(shape, small[path], strict=True)) if n != m]
         if not set(growing) <= set(infinite):
             raise ShapeMismatchError(
-                f"{path}: expected the delta to differ from the base wherever the target does, but target {shape} "
+                f"{path}: expected the delta to differ from the base wherever the target does, but target "
+                f"{shape} "
                 f"and delta {found} against base {small[path]} do not; vary every width in the delta."
             )
         override = None
@@ -421,7 +384,8 @@ def _spec(
     if unused:
         pattern = sorted(unused)[0]
         raise RoleError(
-            f"roles: expected globs that match parameters, but {pattern!r} matches none of them; the first is "
+            f"roles: expected globs that match parameters, but {pattern!r} matches none of them; the first "
+            "is "
             f"{next(iter(params), None)!r}."
         )
     return MupSpec(params, chosen)
@@ -456,7 +420,8 @@ def _with_role(
     if role == "hidden":
         if len(infinite) < 2:
             raise RoleError(
-                f"{path}: expected two axes that grow with width for a hidden weight, found {len(infinite)} in shape "
+                f"{path}: expected two axes that grow with width for a hidden weight, found {len(infinite)} "
+                "in shape "
                 f"{shape}; give a ParamSpec."
             )
         # Flax's own layout, and only because the user asked for it: outputs last.
@@ -495,7 +460,8 @@ def _own_scales(
         large = next((path for path in unknown if math.prod(shapes[path]) > _SAMPLE_LIMIT), None)
         if large is not None:
             raise MujaxError(
-                f"{large}: expected an initialiser whose scale shows in its program, or a parameter of at most "
+                f"{large}: expected an initialiser whose scale shows in its program, or a parameter of at "
+                "most "
                 f"{_SAMPLE_LIMIT} entries to sample, got shape {shapes[large]}; use an initialiser of "
                 "jax.nn.initializers."
             )
@@ -516,196 +482,7 @@ def _root_mean_squares(base: Any, target: Any) -> float:
     return big / small if small else 0.0
 
 
-# ---- corrections -----------------------------------------------------------------------------------
-
-
-def _switched_off(said: Mapping[Kind, bool]) -> frozenset[Kind]:
-    for kind in said:
-        if kind not in KINDS:
-            raise MujaxError(
-                f"corrections: expected kinds out of {', '.join(map(repr, KINDS))}, got {kind!r}."
-            )
-    return frozenset(kind for kind, on in said.items() if not on)
-
-
-def _read(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call: Call) -> _Reading:
-    """Reads the factors of one call off its two programs."""
-    chosen = spec.parametrization
-    share = rules.mup_share(chosen)
-    prescribed = (
-        {path: rules.prescribed_scale(param, chosen) for path, param in spec.items()} if share else {}
-    )
-    analysis = analyse(base, program, call.params, call.state, prescribed)
-    found: dict[EqnPath, list[Correction]] = {}
-    findings = list(analysis.findings)
-    if share:
-        for site, correction in _of_products(spec, analysis).items():
-            found.setdefault(site, []).append(correction)
-        for fix in analysis.fixes:
-            kind: Kind = "attention" if fix.attention else "scale"
-            found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
-    out: dict[EqnPath, tuple[Correction, ...]] = {}
-    for site, corrections in found.items():
-        kept = tuple(correction for correction in corrections if correction.kind not in off)
-        block = forward.blocked(program, site) if kept else None
-        if block is not None:
-            findings.append(
-                Finding(
-                    "out of reach",
-                    f"a {kept[0].kind} factor of {kept[0].factor:.4g} is wanted inside {block}, whose inside can't be "
-                    "changed without losing its own derivative; move the product out of it or write the factor there",
-                    kept[0].where,
-                )
-            )
-        elif kept:
-            out[site] = kept
-    return _Reading(out, _knobs(spec, analysis), tuple(findings), analysis)
-
-
-def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]:
-    """The factor of each product with an output weight or a tied embedding, by place."""
-    at: dict[EqnPath, list[tuple[Use, Correction | None]]] = {}
-    for path, uses in analysis.uses.items():
-        for use in telling(uses):
-            if use.kind in ("contraction", "statistic") and any(role == "fan_in" for _, role, *_ in use.axes):
-                at.setdefault(use.site, []).append(
-                    (use, _correction(path, spec[path], use, spec.parametrization))
-                )
-    out: dict[EqnPath, Correction] = {}
-    for site, found in at.items():
-        factors = {1.0 if correction is None else correction.factor for _, correction in found}
-        if len(factors) > 1:
-            first, second = found[:2]
-            raise RoleError(
-                f"{first[0].path} and {second[0].path}: expected one factor for their common product at "
-                f"{first[0].where}, but their roles ask for different ones; use separate products, or give them the "
-                "same role with roles=."
-            )
-        correction = found[0][1]
-        if correction is not None:
-            out[site] = correction
-    return out
-
-
-def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) -> Correction | None:
-    if param.tied:
-        if read(use, param.shape, param.base_shape, param.infinite).role != "output":
-            return None
-        inside = {axis for axis, role, *_ in use.axes if role == "fan_in"}
-        grows = math.prod(param.shape[axis] for axis in inside) / math.prod(
-            param.base_shape[axis] for axis in inside
-        )
-        return Correction("tied_readout", rules.tied_factor(grows, chosen), use.where, path)
-    if param.role != "output":
-        return None
-    return Correction("readout", rules.forward_factor(param, chosen), use.where, path)
-
-
-def _knobs(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
-    """The places that the multipliers turn."""
-    heads = _readouts(spec, analysis)
-    inputs = [
-        use.site
-        for path, uses in analysis.uses.items()
-        for use in uses
-        if spec[path].role == "input"
-        and (use.kind == "lookup" or (use.kind == "contraction" and path not in heads))
-        and any(role == "fan_in" for _, role, *_ in use.axes)
-    ]
-    outputs = [use.site for path in heads for use in analysis.uses[path] if use.kind == "contraction"]
-    return {
-        "output_mult": list(dict.fromkeys(outputs)),
-        "attention_mult": [product.site for product in analysis.products if product.logits],
-        "input_mult": list(dict.fromkeys(inputs)),
-    }
-
-
-def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
-    """The output weights and tied embeddings whose product is an output of the model."""
-    return [path for path in analysis.heads if spec[path].role == "output" or spec[path].tied]
-
-
-def _zeros(what: Sequence[str], spec: MupSpec, analysis: Analysis) -> list[str]:
-    """The parameters that start at zero."""
-    known = {
-        "readout": [path for path in _readouts(spec, analysis) if not spec[path].tied],
-        "query": [path for product in analysis.products if product.logits for path in product.left],
-    }
-    for name in what:
-        if name not in known:
-            raise MujaxError(f"zero_init: expected names out of {', '.join(map(repr, known))}, got {name!r}.")
-    return [path for name in what for path in known[name]]
-
-
-def _order(site: EqnPath) -> tuple[tuple[int, str], ...]:
-    return tuple((step, "") if isinstance(step, int) else (0, step) for step in site)
-
-
 def _multiply(factors: Sequence[Any], out: Any) -> Any:
     for factor in factors:
         out = out * jnp.asarray(factor, out.dtype)
-    return out
-
-
-# ---- the report ------------------------------------------------------------------------------------
-
-
-def _explain(mup: MupModel) -> str:
-    spec = mup.spec
-    chosen = spec.parametrization
-    rows = [("parameter", "shape", "base shape", "role", "fan-in", "fan-out", "init", "Adam LR", "SGD LR")]
-    for name, paths in _alike(spec, mup.init_scales).items():
-        param = spec[paths[0]]
-        numbers = (
-            mup.init_scales.get(paths[0], 1.0),
-            rules.lr_factor(param, chosen, "adam"),
-            rules.lr_factor(param, chosen, "sgd"),
-        )
-        rows.append(
-            (
-                name if len(paths) == 1 else f"{name} ({len(paths)} alike)",
-                "x".join(map(str, param.shape)) or "scalar",
-                "x".join(map(str, param.base_shape)) or "scalar",
-                param.role + (", tied" if param.tied else ""),
-                ",".join(map(str, param.fan_in)) or "-",
-                ",".join(map(str, param.fan_out)) or "-",
-                *(f"{number:.4g}" for number in numbers),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        f"{len(spec)} parameters, {spec.size():,} entries, parametrization {chosen}. Factors are relative to the base; "
-        "init is what the user's own initial values are multiplied with.",
-        "",
-    ]
-    for number, row in enumerate(rows):
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    lines += ["", "Factors in the forward pass:"]
-    lines += [
-        f"  x {c.factor:.4g}  {c.kind}{f' of {c.path}' if c.path else ''} at {c.where}"
-        + (f" ({n} times)" if n > 1 else "")
-        for c, n in collections.Counter(mup.corrections).items()
-    ] or ["  none"]
-    lines += ["", "Found, and not put right:"]
-    counts = collections.Counter(mup.findings)
-    lines += [
-        f"  {f.kind} at {f.where}: {f.message}" + (f" ({n} times)" if n > 1 else "")
-        for f, n in counts.items()
-    ] or ["  nothing"]
-    return "\n".join(lines)
-
-
-def _alike(spec: MupSpec, scales: Mapping[str, float]) -> dict[str, list[str]]:
-    """Parameters that differ in a layer's number only, under one name."""
-    groups: dict[tuple[str, ParamSpec, float], list[str]] = {}
-    for path, param in spec.items():
-        key = (re.sub(r"\d+", "*", path), param, scales.get(path, 1.0))
-        groups.setdefault(key, []).append(path)
-    names = collections.Counter(pattern for pattern, *_ in groups)
-    out: dict[str, list[str]] = {}
-    for (pattern, *_), paths in groups.items():
-        alone = len(paths) == 1 or names[pattern] > 1
-        out[paths[0] if alone else pattern] = paths
     return out

@@ -12,7 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core as jex
 
 from mujax.errors import TraceMismatchError
@@ -41,6 +43,8 @@ EqnPath = tuple[int | str, ...]
 
 UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
 _TOLERANCE = 1e-6
+# Closed-over arrays up to this many entries are looked at: is it one number throughout?
+_SMALL = 64
 
 AxisRole = Literal["fan_in", "fan_out", "stack", "inner"]
 
@@ -327,9 +331,15 @@ class Interpreter:
         self, view: View, fan_in: Sequence[int], stack: Sequence[int], picked: AxisRole
     ) -> list[tuple[int, AxisRole, int, int]]:
         out: list[tuple[int, AxisRole, int, int]] = []
+
+        def add(axis: int, role: AxisRole, size: int, base: int) -> None:
+            out.append((axis, role, size, base))
+
         for position, axis in enumerate(view.axes):
             role: AxisRole = "fan_in" if position in fan_in else "stack" if position in stack else "fan_out"
-            out += [(f.axis, role, f.size, f.base) for f in axis if f.axis is not None]
+            for factor in axis:
+                if factor.axis is not None:
+                    add(factor.axis, role, factor.size, factor.base)
         shape, base = self._param_shapes[view.path]
         marks: list[tuple[frozenset[int], AxisRole]] = [
             (view.stack, "stack"),
@@ -337,7 +347,8 @@ class Interpreter:
             (view.inner, "inner"),
         ]
         for axes, role in marks:
-            out += [(axis, role, shape[axis], base[axis]) for axis in sorted(axes)]
+            for axis in sorted(axes):
+                add(axis, role, shape[axis], base[axis])
         return out
 
     def decide(self, value: Value) -> None:
@@ -459,8 +470,10 @@ class Interpreter:
                     "unscaled sum" if same(constants, 1.0) else "unknown scale",
                     site,
                     eqn,
-                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {size.total:.4g} times from base to target where "
-                    f"it is used at {source.where(pair.place)}, and its factor fits no known pattern (a mean, "
+                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {size.total:.4g} "
+                    "times from base to target where "
+                    f"it is used at {source.where(pair.place)}, and its factor fits no known pattern (a "
+                    "mean, "
                     "1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with width",
                 )
         return ONE
@@ -475,7 +488,8 @@ class Interpreter:
                 "disputed scale",
                 site,
                 known.eqn,
-                f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and {factor:.4g}; "
+                f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and "
+                f"{factor:.4g}; "
                 "compute the two uses from separate products",
             )
 
@@ -581,7 +595,8 @@ class Interpreter:
                 "opaque",
                 pair.site,
                 pair.place,
-                f"{pair.name} can't be looked into: products inside it get no factor, and how its results scale with "
+                f"{pair.name} can't be looked into: products inside it get no factor, and how its results "
+                "scale with "
                 "width is not known; check that nothing in it depends on the width",
             )
         return [
@@ -729,9 +744,9 @@ class _End:
 
 
 _CONTROL: dict[str, Rule] = {
-    "scan": Interpreter._scan,  # noqa: SLF001
-    "while": Interpreter._while,  # noqa: SLF001
-    "cond": Interpreter._cond,  # noqa: SLF001
+    "scan": Interpreter._scan,
+    "while": Interpreter._while,
+    "cond": Interpreter._cond,
 }
 
 
@@ -745,17 +760,23 @@ def _same_facts(a: Value, b: Value) -> bool:
 
 def _closed_over(base: Any, target: Any) -> Value:
     """An array that the program closes over: folded if it is the same number throughout."""
-    shape, small = tuple(np.shape(target)), tuple(np.shape(base))
-    if all(
-        isinstance(x, np.ndarray | np.generic | int | float) or hasattr(x, "dtype") for x in (base, target)
-    ):
-        try:
-            numbers = [np.asarray(x) for x in (base, target) if np.size(x) <= 64]
-            if len(numbers) == 2 and all(n.size and (n == n.flat[0]).all() for n in numbers):
-                return constant(*(float(n.flat[0]) for n in numbers), shape, fit(small, shape))
-        except Exception:  # noqa: BLE001 - a tracer, a key or an object array: no number to fold
-            pass
-    return Value(shape, fit(small, shape), "const")
+    shape = tuple(np.shape(target))
+    base_shape = fit(tuple(np.shape(base)), shape)
+    numbers = _number(base), _number(target)
+    if numbers[0] is None or numbers[1] is None:
+        return Value(shape, base_shape, "const")
+    return constant(numbers[0], numbers[1], shape, base_shape)
+
+
+def _number(array: Any) -> float | None:
+    """The one number that an array holds throughout, if it is small and known."""
+    if isinstance(array, Tracer) or not 0 < np.size(array) <= _SMALL:
+        return None
+    if not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
+        return None
+    entries = np.asarray(array)
+    first = entries.flat[0]
+    return float(first) if (entries == first).all() and np.isrealobj(entries) else None
 
 
 def _literal(base: Any, target: Any) -> Value:

@@ -730,8 +730,10 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> bool:
                     "computed kernel",
                     pair.site,
                     pair.place,
-                    f"{pending.view.path} is multiplied with values computed from data or state before it is a "
-                    "kernel here, so how the kernel scales is not known; check its size by hand at two widths",
+                    f"{pending.view.path} is multiplied with values computed from data or state before it "
+                    "is a "
+                    "kernel here, so how the kernel scales is not known; check its size by hand at two "
+                    "widths",
                 )
         else:
             interp.decide(alone)
@@ -764,7 +766,6 @@ def _conv(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     dims = pair.params["dimension_numbers"]
     groups = max(pair.params["feature_group_count"], pair.params["batch_group_count"])
     lhs, rhs = ins
-    _, feature, *_ = dims.lhs_spec
     out_axis, in_axis, *space = dims.rhs_spec
     ((shape, base),) = pair.shapes()
     contracted = rhs.sizes((in_axis, *space))
@@ -825,8 +826,10 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
             else:
                 if any(f.size != f.base for f in factors if f.axis is not None):
                     raise ShapeMismatchError(
-                        f"{view.path}: axis {axis} is looked up by index at {source.where(pair.target)}, so its "
-                        f"size is a vocabulary and not a width; expected {operand.base[axis]} as in the base, "
+                        f"{view.path}: axis {axis} is looked up by index at {source.where(pair.target)}, so "
+                        "its "
+                        f"size is a vocabulary and not a width; expected {operand.base[axis]} as in the "
+                        "base, "
                         f"got {operand.shape[axis]}. Give base and target the same size there."
                     )
                 picked |= mine

@@ -36,9 +36,7 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
         RoleError: it has an infinite axis and its uses do not tell its role, or contradict each other.
     """
     infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
-    readings = []
-    for use in telling(uses):
-        readings.append(_Reading(use, read(use, shape, base)))
+    readings = [_Reading(use, read(use, shape, base)) for use in telling(uses)]
     if not readings:
         if infinite:
             raise RoleError(_unseen(path, shape, uses))
@@ -63,14 +61,12 @@ def read(
     if infinite is None:
         infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     roles = _axis_roles(use, len(shape))
+
+    def axes(role: AxisRole) -> tuple[int, ...]:
+        return tuple(axis for axis, found in enumerate(roles) if found == role)
+
     return ParamSpec(
-        tuple(shape),
-        tuple(base),
-        **{
-            name: tuple(axis for axis, role in enumerate(roles) if role == name)
-            for name in ("fan_in", "fan_out", "stack")
-        },
-        infinite=infinite,
+        tuple(shape), tuple(base), axes("fan_in"), axes("fan_out"), axes("stack"), infinite=infinite
     )
 
 
@@ -81,13 +77,13 @@ def _axis_roles(use: Use, ndim: int) -> Roles:
     roles: list[AxisRole | None] = []
     for parts in found:
         # Of an axis in several parts (experts times features), the part that grows decides.
-        wide = [role for grows, role in parts if grows]
-        known = wide or [role for _, role in parts]
+        wide: list[AxisRole] = [role for grows, role in parts if grows]
+        known: list[AxisRole] = wide or [role for _, role in parts]
         roles.append(known[0] if known else None)
-    others = {role for role in roles if role not in (None, "inner")}
     # An axis contracted with another parameter (the rank of a low-rank pair) is opposite to the rest.
-    inner: AxisRole = "fan_out" if "fan_in" in others else "fan_in"
-    return tuple(inner if role == "inner" else role or "fan_out" for role in roles)
+    inner: AxisRole = "fan_out" if "fan_in" in roles else "fan_in"
+    missing: AxisRole = "fan_out"
+    return tuple(inner if role == "inner" else role or missing for role in roles)
 
 
 def _agree(path: str, readings: Sequence[_Reading]) -> ParamSpec:
@@ -113,7 +109,8 @@ def _agree(path: str, readings: Sequence[_Reading]) -> ParamSpec:
             other.use.kind != "elementwise"
         ):
             raise RoleError(
-                f"{path}: expected one fan-in, but it is used as {_say(chosen)} and as {_say(other)}, which grow "
+                f"{path}: expected one fan-in, but it is used as {_say(chosen)} and as {_say(other)}, which "
+                "grow "
                 "at different rates. " + _REMEDY.format(path=path)
             )
     return chosen.spec

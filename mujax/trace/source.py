@@ -42,7 +42,7 @@ def where(eqn: Any) -> str:
     if traceback is not None:
         for frame in traceback.frames:
             if not _is_library(frame.file_name):
-                return f"{os.path.relpath(frame.file_name) if _near(frame.file_name) else frame.file_name}:{frame.line_num}"
+                return f"{_short(frame.file_name)}:{frame.line_num}"
     return scope(eqn) or "unknown place"
 
 
@@ -54,8 +54,9 @@ def is_library_function(program: Any) -> bool:
     return bool(file) and _is_library(file)
 
 
-def _near(file: str) -> bool:
-    return file.startswith(os.getcwd() + os.sep)
+def _short(file: str) -> str:
+    """The path relative to the working directory, if it is below it."""
+    return os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
 
 
 def scope(eqn: Any) -> str:

@@ -237,7 +237,10 @@ def common(sizes: Iterable[Size]) -> Size | None:
 
 def widest(kinds: Iterable[Kind]) -> Kind:
     """The kind of a value computed from values of these kinds."""
-    return max(kinds, key=_ORDER.__getitem__, default="const")
+    out: Kind = "const"
+    for kind in kinds:
+        out = kind if _ORDER[kind] > _ORDER[out] else out
+    return out
 
 
 def whole(path: str, shape: Shape, base: Shape) -> View:

@@ -1,0 +1,184 @@
+"""The constants of the forward pass: from what the trace shows to a factor at a place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from mujax import forward, rules
+from mujax.errors import MujaxError, RoleError
+from mujax.frontend import Call
+from mujax.infshape import MupSpec, Parametrization, ParamSpec
+from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, telling
+
+Kind = Literal["readout", "tied_readout", "attention", "scale"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """A constant that the forward pass gets.
+
+    Attributes:
+        kind: `"readout"`: the product of an output weight; `"tied_readout"`: the readout use of a tied
+            embedding; `"attention"`: a product of two activations brought from 1/sqrt(d) to 1/d;
+            `"scale"`: any other constant of the model that scales with width, held at its base value, and
+            the size that a normalisation takes away given back.
+        factor: what the result is multiplied with.
+        where: `file:line` in the user's code.
+        path: the parameter of the product; None for a value that is no product with a parameter.
+    """
+
+    kind: Kind
+    factor: float
+    where: str
+    path: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What the analysis of one traced call comes to.
+
+    Attributes:
+        corrections: the constants of the forward pass, by place.
+        knobs: the places that the multipliers turn: name -> places.
+        findings: what can't be put right.
+        analysis: the uses and products that it was read from.
+    """
+
+    corrections: Mapping[EqnPath, Sequence[Correction]]
+    knobs: Mapping[str, Sequence[EqnPath]]
+    findings: tuple[Finding, ...]
+    analysis: Analysis
+
+    def in_order(self) -> tuple[Correction, ...]:
+        """The corrections in the order of the program."""
+        found = self.corrections
+        return tuple(correction for site in sorted(found, key=_order) for correction in found[site])
+
+
+def switched_off(said: Mapping[Kind, bool]) -> frozenset[Kind]:
+    for kind in said:
+        if kind not in KINDS:
+            raise MujaxError(
+                f"corrections: expected kinds out of {', '.join(map(repr, KINDS))}, got {kind!r}."
+            )
+    return frozenset(kind for kind, on in said.items() if not on)
+
+
+def read_call(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call: Call) -> Reading:
+    """Reads the factors of one call off its two programs."""
+    chosen = spec.parametrization
+    share = rules.mup_share(chosen)
+    prescribed = (
+        {path: rules.prescribed_scale(param, chosen) for path, param in spec.items()} if share else {}
+    )
+    analysis = analyse(base, program, call.params, call.state, prescribed)
+    found: dict[EqnPath, list[Correction]] = {}
+    findings = list(analysis.findings)
+    if share:
+        for site, correction in _of_products(spec, analysis).items():
+            found.setdefault(site, []).append(correction)
+        for fix in analysis.fixes:
+            kind: Kind = "attention" if fix.attention else "scale"
+            found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
+    out: dict[EqnPath, tuple[Correction, ...]] = {}
+    for site, corrections in found.items():
+        kept = tuple(correction for correction in corrections if correction.kind not in off)
+        block = forward.blocked(program, site) if kept else None
+        if block is not None:
+            findings.append(
+                Finding(
+                    "out of reach",
+                    f"a {kept[0].kind} factor of {kept[0].factor:.4g} is wanted inside {block}, whose "
+                    "inside can't be "
+                    "changed without losing its own derivative; move the product out of it or write the "
+                    "factor there",
+                    kept[0].where,
+                )
+            )
+        elif kept:
+            out[site] = kept
+    return Reading(out, _knobs(spec, analysis), tuple(findings), analysis)
+
+
+def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]:
+    """The factor of each product with an output weight or a tied embedding, by place."""
+    at: dict[EqnPath, list[tuple[Use, Correction | None]]] = {}
+    for path, uses in analysis.uses.items():
+        for use in telling(uses):
+            if use.kind in ("contraction", "statistic") and any(role == "fan_in" for _, role, *_ in use.axes):
+                at.setdefault(use.site, []).append(
+                    (use, _correction(path, spec[path], use, spec.parametrization))
+                )
+    out: dict[EqnPath, Correction] = {}
+    for site, found in at.items():
+        factors = {1.0 if correction is None else correction.factor for _, correction in found}
+        if len(factors) > 1:
+            first, second = found[:2]
+            raise RoleError(
+                f"{first[0].path} and {second[0].path}: expected one factor for their common product at "
+                f"{first[0].where}, but their roles ask for different ones; use separate products, or give "
+                "them the "
+                "same role with roles=."
+            )
+        correction = found[0][1]
+        if correction is not None:
+            out[site] = correction
+    return out
+
+
+def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) -> Correction | None:
+    if param.tied:
+        if read(use, param.shape, param.base_shape, param.infinite).role != "output":
+            return None
+        inside = {axis for axis, role, *_ in use.axes if role == "fan_in"}
+        grows = math.prod(param.shape[axis] for axis in inside) / math.prod(
+            param.base_shape[axis] for axis in inside
+        )
+        return Correction("tied_readout", rules.tied_factor(grows, chosen), use.where, path)
+    if param.role != "output":
+        return None
+    return Correction("readout", rules.forward_factor(param, chosen), use.where, path)
+
+
+def _knobs(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
+    """The places that the multipliers turn."""
+    heads = _readouts(spec, analysis)
+    inputs = [
+        use.site
+        for path, uses in analysis.uses.items()
+        for use in uses
+        if spec[path].role == "input"
+        and (use.kind == "lookup" or (use.kind == "contraction" and path not in heads))
+        and any(role == "fan_in" for _, role, *_ in use.axes)
+    ]
+    outputs = [use.site for path in heads for use in analysis.uses[path] if use.kind == "contraction"]
+    return {
+        "output_mult": list(dict.fromkeys(outputs)),
+        "attention_mult": [product.site for product in analysis.products if product.logits],
+        "input_mult": list(dict.fromkeys(inputs)),
+    }
+
+
+def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
+    """The output weights and tied embeddings whose product is an output of the model."""
+    return [path for path in analysis.heads if spec[path].role == "output" or spec[path].tied]
+
+
+def zeros(what: Sequence[str], spec: MupSpec, analysis: Analysis) -> list[str]:
+    """The parameters that start at zero."""
+    known = {
+        "readout": [path for path in _readouts(spec, analysis) if not spec[path].tied],
+        "query": [path for product in analysis.products if product.logits for path in product.left],
+    }
+    for name in what:
+        if name not in known:
+            raise MujaxError(f"zero_init: expected names out of {', '.join(map(repr, known))}, got {name!r}.")
+    return [path for name in what for path in known[name]]
+
+
+def _order(site: EqnPath) -> tuple[tuple[int, str], ...]:
+    return tuple((step, "") if isinstance(step, int) else (0, step) for step in site)
