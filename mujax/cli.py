@@ -1,0 +1,451 @@
+"""The command `mujax`: reads arguments, shows progress, prints tables. All the work is done elsewhere.
+
+Exit codes: 0 for success, 2 for bad input (one sentence on stderr), 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from mujax import models
+from mujax.errors import ConfigError, MujaxError
+from mujax.init import mup_init
+from mujax.transfer import (
+    OPTIMIZERS,
+    REPORT,
+    RUNS,
+    TASKS,
+    Progress,
+    Report,
+    TransferConfig,
+    parametrization_title,
+    transfer,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PICTURE: Final = "transfer.png"
+
+# What the extra `cli` brings and only the command needs. tyro and rich are imported where they are used, so
+# that a missing one is reported in a sentence; annotations are strings until tyro reads them.
+_EXTRA: Final = ("tyro", "rich", "matplotlib")
+
+# ---- arguments ------------------------------------------------------------------------------------------
+
+
+def _default(field: str) -> str:
+    """The default of an option that depends on the task, for the help text."""
+    values = {name: getattr(TransferConfig.for_task(name), field) for name in TASKS}
+    shown = {
+        name: " ".join(f"{entry:g}" for entry in value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+    }
+    return "(default: " + ", ".join(f"{value} for {name}" for name, value in shown.items()) + ")"
+
+
+def _option(metavar: str, text: str, default: str | None = None) -> Any:
+    from tyro.conf import arg
+
+    return arg(metavar=metavar, help=text, help_behavior_hint=default)
+
+
+def _numbers(kind: type[int] | type[float], many: bool = False) -> Any:
+    """How tyro reads one number or several: with an error that says what was expected."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    expected = "a whole number" if kind is int else "a number"
+
+    def read(arguments: list[str]) -> Any:
+        try:
+            values = tuple(kind(argument) for argument in arguments)
+        except ValueError:
+            raise ValueError(f"expected {expected}, got {' '.join(arguments)!r}") from None
+        return values if many else values[0]
+
+    return PrimitiveConstructorSpec(
+        nargs="*" if many else 1,
+        metavar="N",
+        instance_from_str=read,
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _positional() -> Any:
+    from tyro.conf import Positional
+
+    return Positional
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transfer:
+    """Tune the learning rate on a small model and train larger ones with it, on real data.
+
+    Sweeps the learning rate at every width, in µP and in standard parametrization, and shows which of the two
+    lets the small model's best one be used at every width. Writes runs.csv, report.json and transfer.png.
+    Interrupt it at any time: the same command goes on where it stopped.
+    """
+
+    task: Annotated[str, _option("NAME", f"What to train: {' or '.join(TASKS)}.")] = "mnist-mlp"
+    text: Annotated[
+        pathlib.Path | None, _option("FILE", "Text for text-transformer.", "(default: the KJV)")
+    ] = None
+    widths: Annotated[
+        tuple[int, ...] | None, _numbers(int, many=True), _option("N ...", "Widths.", _default("widths"))
+    ] = None
+    base_width: Annotated[
+        int | None,
+        _numbers(int),
+        _option("N", "Width of the proxy, where the rate is tuned.", "(default: the smallest width)"),
+    ] = None
+    log2_lrs: Annotated[
+        tuple[float, ...] | None,
+        _numbers(float, many=True),
+        _option("X ...", "Learning rates, as powers of two.", _default("log2_lrs") + " with adam"),
+    ] = None
+    seeds: Annotated[int | None, _numbers(int), _option("N", "Number of seeds.", _default("seeds"))] = None
+    seed: Annotated[int, _numbers(int), _option("N", "The first of them.")] = 0
+    steps: Annotated[int | None, _numbers(int), _option("N", "Steps of a run.", _default("steps"))] = None
+    batch: Annotated[int | None, _numbers(int), _option("N", "Examples a step.", _default("batch"))] = None
+    optimizer: Annotated[str, _option("NAME", f"One of {', '.join(OPTIMIZERS)}.")] = "adam"
+    momentum: Annotated[float, _numbers(float), _option("X", "Momentum of sgd.")] = 0.9
+    parametrizations: Annotated[
+        tuple[str, ...], _option("NAME ...", "Any of sp, mup, table3, table9.", "(default: sp mup)")
+    ] = ("sp", "mup")
+    out: Annotated[
+        pathlib.Path | None, _option("DIR", "Folder for the results.", "(default: transfer-TASK)")
+    ] = None
+    quick: Annotated[bool, _option("", "A smoke run: few widths, rates, steps; one seed.")] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Explain:
+    """Print what mujax reads off a model: the role of every parameter and what it does about it."""
+
+    model: Annotated[
+        str,
+        _positional(),
+        _option("MODEL", f"{', '.join(models.BUILD)}, or package.module:factory of your own."),
+    ]
+    width: Annotated[int, _numbers(int), _option("N", "Width of the target.")]
+    base_width: Annotated[int, _numbers(int), _option("N", "Width of the base.")]
+    parametrization: Annotated[str, _option("NAME", "One of mup, table3, table9, sp.")] = "mup"
+    inputs: Annotated[
+        tuple[str, ...],
+        _option("SHAPE ...", "Inputs, such as 8x784 or 8x64:int32, where the factory gives none.", ""),
+    ] = ()
+
+
+def _parse(argv: Sequence[str] | None) -> _Transfer | _Explain:
+    import tyro
+
+    commands = {"transfer": _Transfer, "explain": _Explain}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.extras.subcommand_cli_from_dict(
+                commands,
+                prog="mujax",
+                description="µP and hyperparameter transfer for JAX.",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(_one_line(printed.getvalue())) from None
+        raise
+
+
+def _one_line(message: str) -> str:
+    """What tyro's box says, up to its first rule, as one sentence."""
+    # Help texts are indented by eight or more, what they are about by less.
+    inside = [line for line in message.splitlines() if not re.match(r"\s*[╭╰]|│ {8}", line)]
+    said = re.split(r"─{5,}", " ".join(line.strip("│ ") for line in inside))[0]
+    return f"{' '.join(said.split()).rstrip('.')}; see mujax --help."
+
+
+# ---- mujax transfer -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress_display(console: Console) -> Iterator[Callable[[Progress], None]]:
+    """A bar with the time left on a terminal, a line for each width elsewhere."""
+    from rich import progress as rich_progress
+
+    if not console.is_terminal:
+        seen: set[tuple[str, int]] = set()
+
+        def print_line(now: Progress) -> None:
+            if (now.parametrization, now.width) not in seen:
+                seen.add((now.parametrization, now.width))
+                where = f"{now.parametrization}, width {now.width}"
+                print(f"{where}: {now.done} of {now.total} runs done", file=console.file, flush=True)
+
+        yield print_line
+        return
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=None),
+        rich_progress.TextColumn("{task.fields[runs]}"),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, transient=True, speed_estimate_period=60) as bar:
+        task = bar.add_task("reading data", total=1.0, runs="")
+
+        def advance(now: Progress) -> None:
+            bar.update(
+                task,
+                completed=now.work_done,
+                description=f"{now.parametrization}, width {now.width}",
+                runs=f"{now.done}/{now.total} runs",
+            )
+
+        yield advance
+
+
+def _config(options: _Transfer) -> TransferConfig:
+    folder = f"transfer-{options.task}" + ("-quick" if options.quick else "")
+    given: dict[str, Any] = {
+        field.name: getattr(options, field.name) for field in dataclasses.fields(options)
+    }
+    given["out"] = options.out or pathlib.Path(folder)
+    return TransferConfig.for_task(**given)
+
+
+def _run_transfer(options: _Transfer) -> None:
+    from rich.console import Console
+
+    # Imported before the sweep and not after it: a missing matplotlib must not show at the very end.
+    plot = importlib.import_module("mujax.plot")
+    config = _config(options)
+    assert config.out is not None
+    done = 0
+
+    def count(now: Progress) -> None:
+        nonlocal done
+        done = now.done
+        show(now)
+
+    try:
+        with _progress_display(Console(stderr=True)) as show:
+            report = transfer(config, progress=count)
+    except KeyboardInterrupt:
+        raise _StoppedError(
+            f"interrupted; {done} runs are stored in {config.out / RUNS}, the same command goes on there."
+        ) from None
+    plot.plot_transfer(report, config.out / PICTURE)
+    console = Console()
+    for name in config.parametrizations:
+        _print_table(console, report, name)
+    for name in config.parametrizations:
+        console.print(_verdict(report, name), highlight=False, markup=False)
+    files = ", ".join(str(config.out / name) for name in (REPORT, RUNS, PICTURE))
+    console.print(f"\nWritten: {files}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "diverged" if value is None else f"{value:.{digits}f}"
+
+
+def _print_table(console: Console, report: Report, name: str) -> None:
+    from rich.table import Table
+
+    config = report.config
+    rate = report.transferred_log2_lr[name]
+    at = None if rate is None else config.log2_lrs.index(rate)
+    transferred = "" if rate is None else f" 2^{rate:g}"
+    table = Table(title=f"{parametrization_title(name)}", title_justify="left", title_style="bold")
+    for heading in ("width", "best log2 lr", "loss at best", f"loss at the proxy's{transferred}", "regret"):
+        table.add_column(heading, justify="right")
+    for width in config.widths:
+        losses = report.loss[name][width]
+        lowest = min((loss for loss in losses if loss is not None), default=None)
+        edge = " (grid's edge)" if width in report.on_grid_edge[name] else ""
+        table.add_row(
+            f"{width} (proxy)" if width == config.base_width else str(width),
+            _number(report.best_log2_lr[name][width], 2) + edge,
+            _number(lowest),
+            _number(None if at is None else losses[at]),
+            _number(report.regret[name][width]),
+        )
+    console.print(table)
+
+
+def _verdict(report: Report, name: str) -> str:
+    """What the table says, in a sentence or two."""
+    config = report.config
+    title, narrowest, widest = parametrization_title(name), config.widths[0], config.widths[-1]
+    drift, rate = report.drift_log2[name], report.transferred_log2_lr[name]
+    if rate is None:
+        return f"{title}: every learning rate diverges at width {config.base_width}; try lower ones."
+    moves = (
+        "at some width every learning rate diverges"
+        if drift is None
+        else f"the best learning rate moves by {drift:.2f} powers of two from width {narrowest} to {widest}"
+    )
+    regret = report.regret[name][widest]
+    outcome = "diverges" if regret is None else f"costs {regret:.3f}"
+    better = "always" if report.wider_is_better[name] else "not always"
+    verdict = (
+        f"{title}: {moves}; the proxy's 2^{rate:g} {outcome} at width {widest}, "
+        f"and with it wider is {better} better."
+    )
+    edge = ", ".join(map(str, report.on_grid_edge[name]))
+    if edge:
+        verdict += f" At width {edge} the best rate is the last on the grid: extend --log2-lrs."
+    return verdict
+
+
+# ---- mujax explain --------------------------------------------------------------------------------------
+
+
+def _factory(name: str) -> Callable[[int], Any]:
+    if name in models.BUILD:
+        return models.BUILD[name]
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError(
+            f"MODEL: expected one of {', '.join(models.BUILD)} or package.module:factory, got {name!r}."
+        )
+    # The console script's folder is first on the path, not the user's; `python -m` has it already.
+    if "" not in sys.path and str(pathlib.Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(pathlib.Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"MODEL: expected a module {module_name!r} that can be imported from here, got {_said(error)}."
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        found = "no such name" if factory is None else f"a {type(factory).__name__}"
+        raise ConfigError(
+            f"MODEL: expected {attribute!r} in {module_name!r} to be a function of the width, found {found}."
+        )
+    return factory
+
+
+def _said(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _build(name: str, factory: Callable[[int], Any], width: int) -> tuple[Any, tuple[Any, ...] | None]:
+    """The model and its inputs, if the factory gives any."""
+    try:
+        made = factory(width)
+    except MujaxError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"MODEL: expected {name} to build width {width}, got {_said(error)}.") from error
+    if not isinstance(made, tuple):
+        return made, None
+    if len(made) != 2:
+        raise ConfigError(
+            f"MODEL: expected {name} to return the module or (module, inputs), got {len(made)} values."
+        )
+    model, inputs = made
+    return model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def _input(text: str) -> jax.ShapeDtypeStruct:
+    shape, _, dtype = text.partition(":")
+    try:
+        sizes = tuple(int(size) for size in shape.split("x"))
+        if any(size < 1 for size in sizes):
+            raise ValueError
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype or "float32"))
+    except (TypeError, ValueError):
+        raise ConfigError(f"inputs: expected a shape such as 8x784 or 8x64:int32, got {text!r}.") from None
+
+
+def _run_explain(options: _Explain) -> None:
+    for name in ("width", "base_width"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {getattr(options, name)}.")
+    factory = _factory(options.model)
+    model, inputs = _build(options.model, factory, options.width)
+    base, _ = _build(options.model, factory, options.base_width)
+    if options.inputs:
+        inputs = tuple(map(_input, options.inputs))
+    if inputs is None:
+        raise ConfigError(
+            f"MODEL: expected inputs to trace {options.model} with, got the module only; "
+            "return (module, inputs) or say --inputs, for instance --inputs 8x784."
+        )
+    # At the base's own width nothing differs: a third width tells what is infinite.
+    delta = (
+        _build(options.model, factory, 2 * options.base_width)[0]
+        if options.width == options.base_width
+        else None
+    )
+    try:
+        mup = mup_init(model, base, *inputs, delta=delta, parametrization=options.parametrization)
+    except MujaxError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"MODEL: expected {options.model} to run on its inputs, got {_said(error)}."
+        ) from error
+    print(mup.explain())
+
+
+# ---- main -----------------------------------------------------------------------------------------------
+
+
+class _StoppedError(Exception):
+    """Ctrl-C, with what to say about it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments after the command's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        options = _parse(argv)
+        if isinstance(options, _Transfer):
+            _run_transfer(options)
+        else:
+            _run_explain(options)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except _StoppedError as stopped:
+        return _fail(str(stopped), 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", 130)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        return _fail(f'the command needs the package {package}; pip install "mujax-mup[cli]".', 2)
+    except (MujaxError, OSError) as error:
+        return _fail(str(error), 2)
+    return 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"mujax: {sentence}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

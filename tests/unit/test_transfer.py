@@ -1,0 +1,607 @@
+"""The sweep's report on curves with known answers, its storage, and small real runs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mujax.data import Examples, batch_indices
+from mujax.errors import ConfigError, DataError
+from mujax.models import MLP, MLPConfig
+from mujax.transfer import (
+    TASKS,
+    Losses,
+    Optimum,
+    Progress,
+    Run,
+    RunsFile,
+    Task,
+    TransferConfig,
+    fitted_optimum,
+    summarise,
+    transfer,
+)
+
+GRID = tuple(float(rate) for rate in range(-12, -3))
+
+# ---- where a curve is lowest ----------------------------------------------------------------------------
+
+
+def bowl(centre: float, grid: tuple[float, ...] = GRID, steepness: float = 0.1) -> list[float | None]:
+    return [1 + steepness * (rate - centre) ** 2 for rate in grid]
+
+
+@pytest.mark.parametrize("centre", [-10.6, -9.5, -8.0, -7.3, -5.1])
+@pytest.mark.parametrize("spacing", [1.0, 0.5, 2.0])
+def test_the_optimum_of_a_parabola_is_exact(centre: float, spacing: float) -> None:
+    grid = tuple(float(rate) for rate in np.arange(-14, -1.9, spacing))
+    found = fitted_optimum(grid, bowl(centre, grid))
+    assert found == Optimum(pytest.approx(centre, abs=1e-9), False)
+
+
+def test_the_optimum_follows_the_curve_and_is_not_the_best_grid_point() -> None:
+    at = [fitted_optimum(GRID, bowl(centre)).log2_lr for centre in (-8.4, -8.2, -7.9)]
+    assert at == pytest.approx([-8.4, -8.2, -7.9])
+
+
+def test_noise_is_averaged_over_more_than_the_three_best_points() -> None:
+    rng = np.random.default_rng(0)
+
+    def spread(reach: int) -> float:
+        errors = []
+        for _ in range(200):
+            curve = np.array(bowl(-8.0)) + 0.02 * rng.standard_normal(len(GRID))
+            best = int(curve.argmin())
+            near = slice(best - reach, best + reach + 1)
+            grid, part = GRID[near], [float(loss) for loss in curve[near]]
+            errors.append(fitted_optimum(grid, part).log2_lr + 8.0)
+        return float(np.std(errors))
+
+    assert spread(2) < 0.75 * spread(1)
+
+
+def test_far_walls_do_not_move_the_optimum() -> None:
+    curve = bowl(-8.25)
+    walled = [1e6 if abs(rate + 8.25) > 3 else loss for rate, loss in zip(GRID, curve, strict=True)]
+    assert fitted_optimum(GRID, walled).log2_lr == pytest.approx(-8.25)
+
+
+def test_the_optimum_stays_between_the_neighbours_of_the_best_point() -> None:
+    # Steep on one side only: the least-squares parabola is lowest far out on the flat side.
+    curve = [1.00, 1.001, 1.002, 1.003, 0.999, 5.0, 30.0, 90.0, 200.0]
+    found = fitted_optimum(GRID, curve)
+    assert found.log2_lr is not None
+    assert -9.0 <= found.log2_lr <= -7.0
+
+
+@pytest.mark.parametrize(("centre", "edge"), [(-14.0, -12.0), (-2.0, -4.0)])
+def test_an_optimum_beyond_the_grid_is_its_edge_and_flagged(centre: float, edge: float) -> None:
+    assert fitted_optimum(GRID, bowl(centre)) == Optimum(edge, True)
+
+
+def test_next_to_divergence_the_best_point_is_the_limit_and_no_edge() -> None:
+    curve = [None if rate > -8 else loss for rate, loss in zip(GRID, bowl(-6.0), strict=True)]
+    assert fitted_optimum(GRID, curve) == Optimum(-8.0, False)
+
+
+def test_diverged_points_are_left_out_of_the_fit() -> None:
+    curve = [None if rate > -7 else loss for rate, loss in zip(GRID, bowl(-8.3), strict=True)]
+    assert fitted_optimum(GRID, curve).log2_lr == pytest.approx(-8.3)
+
+
+def test_a_curve_without_a_lowest_point_in_its_fit_gives_the_best_grid_point() -> None:
+    curve: list[float | None] = [None, None, 3.0, 2.0, None, None, None, None, None]
+    assert fitted_optimum(GRID, curve) == Optimum(-9.0, False)
+
+
+def test_no_optimum_where_everything_diverged() -> None:
+    assert fitted_optimum(GRID, [None] * len(GRID)) == Optimum(None, False)
+
+
+# ---- the report -----------------------------------------------------------------------------------------
+
+WIDTHS = (32, 64, 128, 256)
+
+
+def synthetic(
+    centre: Callable[[str, int], float], noise: Callable[[int], float] = lambda seed: 0.0, seeds: int = 2
+) -> tuple[TransferConfig, dict[Run, float | None]]:
+    """Parabolas around `centre`, lower by 0.1 each time that the width doubles."""
+    config = TransferConfig.for_task(widths=WIDTHS, log2_lrs=GRID, seeds=seeds)
+    runs: dict[Run, float | None] = {
+        Run(name, width, rate, seed): (
+            1 + 0.1 * (rate - centre(name, width)) ** 2 - 0.1 * math.log2(width / 32) + noise(seed)
+        )
+        for name in config.parametrizations
+        for width in config.widths
+        for rate in config.log2_lrs
+        for seed in config.all_seeds
+    }
+    return config, runs
+
+
+def mup_stays_and_sp_drifts(name: str, width: int) -> float:
+    return -8.0 if name == "mup" else -8.0 - math.log2(width / 32)
+
+
+def test_report_of_curves_with_known_optima() -> None:
+    report = summarise(*synthetic(mup_stays_and_sp_drifts))
+    assert report.best_log2_lr["mup"] == pytest.approx(dict.fromkeys(WIDTHS, -8.0))
+    assert report.best_log2_lr["sp"] == pytest.approx({32: -8, 64: -9, 128: -10, 256: -11})
+    assert report.drift_log2 == pytest.approx({"mup": 0.0, "sp": 3.0})
+    assert report.transferred_log2_lr == {"mup": -8.0, "sp": -8.0}
+    assert report.regret["mup"] == pytest.approx(dict.fromkeys(WIDTHS, 0.0))
+    assert report.regret["sp"] == pytest.approx({32: 0.0, 64: 0.1, 128: 0.4, 256: 0.9})
+    assert report.wider_is_better == {"mup": True, "sp": False}
+    assert report.on_grid_edge == {"mup": (), "sp": ()}
+
+
+def test_drift_is_over_all_widths_and_not_between_the_ends() -> None:
+    there_and_back = {32: -8.0, 64: -6.5, 128: -9.0, 256: -8.0}
+    report = summarise(*synthetic(lambda _, width: there_and_back[width]))
+    assert report.drift_log2["mup"] == pytest.approx(2.5)
+
+
+def test_the_transferred_rate_is_the_best_of_the_base_width_and_of_no_other() -> None:
+    config, runs = synthetic(lambda _, width: -8.0 - math.log2(width / 32))
+    report = summarise(dataclasses.replace(config, base_width=128), runs)
+    assert report.transferred_log2_lr["mup"] == -10.0
+    assert report.regret["mup"] == pytest.approx({32: 0.4, 64: 0.1, 128: 0.0, 256: 0.1})
+
+
+def test_loss_is_the_mean_over_seeds_with_its_standard_error() -> None:
+    noise = {0: 0.3, 1: -0.1, 2: 0.1}
+    config, runs = synthetic(mup_stays_and_sp_drifts, noise.__getitem__, seeds=3)
+    report = summarise(config, runs)
+    at = config.log2_lrs.index(-8.0)
+    assert report.loss["mup"][32][at] == pytest.approx(1.1)
+    assert report.standard_error["mup"][32][at] == pytest.approx(0.2 / math.sqrt(3))
+
+
+def test_one_diverged_seed_makes_a_null_and_the_rest_stands() -> None:
+    config, runs = synthetic(mup_stays_and_sp_drifts)
+    runs[Run("sp", 256, -8.0, 1)] = None
+    report = summarise(config, runs)
+    at = config.log2_lrs.index(-8.0)
+    assert report.loss["sp"][256][at] is None
+    assert report.standard_error["sp"][256][at] is None
+    assert report.regret["sp"][256] is None
+    assert report.best_log2_lr["sp"][256] == pytest.approx(-11.0)
+    assert report.regret["sp"][128] == pytest.approx(0.4)
+    assert report.wider_is_better["sp"] is False
+
+
+def test_a_width_where_everything_diverged_has_no_optimum_and_no_drift() -> None:
+    config, runs = synthetic(mup_stays_and_sp_drifts)
+    runs |= {run: None for run in runs if run.parametrization == "sp" and run.width == 32}
+    report = summarise(config, runs)
+    assert report.best_log2_lr["sp"][32] is None
+    assert report.drift_log2["sp"] is None
+    assert report.transferred_log2_lr["sp"] is None
+    assert report.regret["sp"] == dict.fromkeys(WIDTHS)
+    assert report.wider_is_better == {"sp": False, "mup": True}
+    assert report.drift_log2["mup"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(("rise", "better"), [(0.0, True), (0.19, True), (0.21, False)])
+def test_wider_is_better_up_to_two_standard_errors_of_the_difference(rise: float, better: bool) -> None:
+    # Two seeds at +-d give a standard error of d each, so the difference has sqrt(2) d: 0.1 here.
+    config, runs = synthetic(lambda *_: -8.0, {0: 0.1 / math.sqrt(2), 1: -0.1 / math.sqrt(2)}.__getitem__)
+    for run, loss in runs.items():
+        assert loss is not None
+        # Undo the improvement from 64 to 128 and add the rise.
+        runs[run] = loss + 0.1 + rise if run.width == 128 else loss
+    assert summarise(config, runs).wider_is_better["mup"] is better
+
+
+@pytest.mark.parametrize(("rise", "better"), [(-1e-6, True), (1e-6, False)])
+def test_with_one_seed_any_rise_counts(rise: float, better: bool) -> None:
+    config, runs = synthetic(lambda *_: -8.0, seeds=1)
+    for run, loss in runs.items():
+        assert loss is not None
+        runs[run] = loss + 0.1 + rise if run.width == 128 else loss
+    assert summarise(config, runs).wider_is_better["mup"] is better
+
+
+def strict_json(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_report_json_has_the_keys_that_are_promised() -> None:
+    config, runs = synthetic(mup_stays_and_sp_drifts)
+    runs[Run("sp", 256, -4.0, 0)] = None
+    read = strict_json(summarise(config, runs).to_json())
+    assert read["task"] == "mnist-mlp"
+    assert read["widths"] == list(WIDTHS)
+    assert read["base_width"] == 32
+    assert read["log2_lrs"] == list(GRID)
+    assert read["seeds"] == [0, 1]
+    assert read["loss"]["sp"]["256"][-1] is None
+    assert read["loss"]["mup"]["256"][-1] == pytest.approx(1 + 1.6 - 0.3)
+    assert read["best_log2_lr"]["sp"]["256"] == pytest.approx(-11.0)
+    assert read["drift_log2"] == pytest.approx({"sp": 3.0, "mup": 0.0})
+    assert read["regret"]["sp"]["256"] == pytest.approx(0.9)
+    assert read["wider_is_better"] == {"sp": False, "mup": True}
+
+
+# ---- configuration --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"task": "cifar"}, "task: expected one of 'mnist-mlp', 'text-transformer', got 'cifar'."),
+        ({"optimizer": "lion"}, "optimizer: expected one of 'adam', 'adamw', 'sgd', got 'lion'."),
+        ({"parametrizations": ("sp", "ntk")}, "got 'ntk'."),
+        ({"parametrizations": ()}, "parametrizations: expected at least one, got none."),
+        ({"widths": ()}, "widths: expected at least one, got none."),
+        ({"widths": (0, 32)}, "widths: expected positive numbers for the task 'mnist-mlp', got 0."),
+        ({"widths": (32, 64), "base_width": -1}, "widths: expected positive numbers"),
+        ({"widths": (32,)}, "widths: expected at least one besides the base width 32, got (32,)."),
+        ({"task": "text-transformer", "widths": (32, 40)}, "positive multiples of 16"),
+        ({"log2_lrs": (-8, -7)}, "log2_lrs: expected at least three different powers of two"),
+        ({"log2_lrs": (-8, -7, math.nan)}, "log2_lrs: expected"),
+        ({"log2_lrs": (-8, -7, 1000)}, "from -126 to 126, got (-8.0, -7.0, 1000.0)."),
+        ({"seeds": 0}, "seeds: expected at least 1, got 0."),
+        ({"steps": 0}, "steps: expected at least 1, got 0."),
+        ({"batch": -4}, "batch: expected at least 1, got -4."),
+        ({"seed": -1}, "seed: expected a number from 0 up to 2^31, got -1."),
+        ({"momentum": 1.0}, "momentum: expected a number from 0 up to 1, 1 excluded, got 1.0."),
+        ({"text": pathlib.Path("a.txt")}, "text: the task 'mnist-mlp' does not read a text"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        TransferConfig.for_task(**given)
+
+
+def test_defaults_of_a_task_depend_on_the_optimizer_and_give_way_to_what_is_given() -> None:
+    adam, sgd = TransferConfig.for_task(), TransferConfig.for_task(optimizer="sgd", steps=7, batch=None)
+    assert adam.task == "mnist-mlp"
+    assert adam.widths[-1] == 16 * adam.base_width
+    assert max(adam.log2_lrs) < max(sgd.log2_lrs)
+    assert (sgd.steps, sgd.batch) == (7, adam.batch)
+
+
+def test_widths_and_rates_are_sorted_and_hold_the_base() -> None:
+    config = TransferConfig.for_task(widths=(256, 128, 256), base_width=64, log2_lrs=(-3, -8, -5, -8))
+    assert config.widths == (64, 128, 256)
+    assert config.log2_lrs == (-8.0, -5.0, -3.0)
+    assert TransferConfig.for_task(widths=(256, 128)).base_width == 128
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_quick_is_a_small_part_of_the_default(task: str) -> None:
+    quick, full = TransferConfig.for_task(task, quick=True), TransferConfig.for_task(task)
+    assert set(quick.widths) < set(full.widths)
+    assert set(quick.log2_lrs) < set(full.log2_lrs)
+    assert quick.seeds == 1
+    assert quick.steps < full.steps
+    assert TransferConfig.for_task(task, quick=True, steps=33).steps == 33
+
+
+# ---- small runs -----------------------------------------------------------------------------------------
+
+
+def toy_examples(_: pathlib.Path | None = None) -> Examples:
+    """Two classes that a plane separates."""
+    inputs = np.random.RandomState(0).standard_normal((256, 8)).astype(np.float32)
+    return Examples(jnp.asarray(inputs), jnp.asarray((inputs[:, 0] > 0).astype(np.int32)))
+
+
+def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    return MLP(MLPConfig(width=width, n_classes=2)), (jax.ShapeDtypeStruct((1, 8), jnp.float32),)
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The task "toy", which trains in no time; a 0 for each time that a program of its was traced."""
+    traced: list[int] = []
+
+    def draw(train: Examples, key: jax.Array, batch: int, steps: int) -> jax.Array:
+        traced.append(0)
+        return batch_indices(key, len(train.targets), batch=batch, steps=steps)
+
+    task = Task(
+        title="toy",
+        build=toy_model,
+        load=toy_examples,
+        draw=draw,
+        fetch=lambda train, order: Examples(train.inputs[order], train.targets[order]),
+        takes_text=False,
+        width_step=1,
+        widths=(8, 16),
+        log2_lrs=dict.fromkeys(("adam", "adamw", "sgd"), (-9.0, -6.0, -3.0)),
+        seeds=2,
+        steps=20,
+        batch=32,
+    )
+    monkeypatch.setitem(TASKS, "toy", task)  # pyright: ignore[reportArgumentType]
+    return traced
+
+
+def rows(folder: pathlib.Path) -> list[dict[str, str]]:
+    with (folder / "runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_real_runs_in_both_parametrizations(draws: list[int], tmp_path: pathlib.Path) -> None:
+    report = transfer(TransferConfig.for_task("toy", log2_lrs=(-20, -9, -6, -3, 100), out=tmp_path))
+    assert len(draws) == 4, "one program serves all learning rates and seeds"
+    # At the base width µP is the user's own model; elsewhere it is not.
+    assert report.loss["mup"][8] == report.loss["sp"][8]
+    for mup, sp in zip(report.loss["mup"][16][1:-1], report.loss["sp"][16][1:-1], strict=True):
+        assert mup != pytest.approx(sp, rel=1e-3)
+    for name in ("sp", "mup"):
+        losses = report.loss[name][16]
+        assert losses[-1] is None, "2^100 diverges, which is a null and no crash"
+        assert None not in losses[:-1], "2^-20 hardly moves, which is no divergence"
+        assert losses[3] < losses[1] < losses[0]
+    assert [row["loss"] == "" for row in rows(tmp_path)] == [False, False, False, False, True] * 8
+    assert strict_json((tmp_path / "report.json").read_text())["loss"]["mup"]["16"][-1] is None
+
+
+@pytest.mark.usefixtures("draws")
+def test_seeds_differ_and_a_seed_is_the_same_run_every_time() -> None:
+    config = TransferConfig.for_task("toy", parametrizations=("mup",), widths=(8, 9), seeds=1, steps=2)
+    first, again, other = (transfer(dataclasses.replace(config, seed=seed)) for seed in (3, 3, 4))
+    assert first == again
+    assert all(a != b for a, b in zip(first.loss["mup"][8], other.loss["mup"][8], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"optimizer": "adam"}, {"optimizer": "adamw"}),
+        ({"optimizer": "sgd", "momentum": 0.0}, {"optimizer": "sgd", "momentum": 0.9}),
+    ],
+)
+@pytest.mark.usefixtures("draws")
+def test_optimizer_and_momentum_are_heeded(one: dict[str, Any], other: dict[str, Any]) -> None:
+    config = {"parametrizations": ("mup",), "widths": (8, 9), "seeds": 1, "log2_lrs": (-5, -4, -3)}
+    losses = [
+        transfer(TransferConfig.for_task("toy", **config, **kind)).loss["mup"][8] for kind in (one, other)
+    ]
+    assert all(a != b for a, b in zip(*losses, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        (Losses(mean=0.7, final=0.5, untrained=0.9), 0.7),
+        (Losses(mean=5.0, final=0.5, untrained=0.9), 5.0),
+        (Losses(mean=0.7, final=0.95, untrained=0.9), None),
+        (Losses(mean=math.inf, final=0.5, untrained=0.9), None),
+        (Losses(mean=math.nan, final=math.nan, untrained=0.9), None),
+    ],
+)
+def test_diverged_means_not_finite_or_in_the_end_worse_than_untrained(
+    losses: Losses, kept: float | None
+) -> None:
+    assert losses.kept == kept
+
+
+# ---- what is stored -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def done(draws: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The task "toy" without the training: a formula gives the losses. The runs that were asked for."""
+    asked: list[Run] = []
+
+    def program(config: TransferConfig, parametrization: str, width: int) -> Callable[..., Losses]:
+        def run(_: Any, lr: Any, seed: Any) -> Losses:
+            asked.append(Run(parametrization, width, math.log2(lr), int(seed)))
+            return Losses((math.log2(lr) + 6) ** 2 + 1 / width + 0.01 * float(seed), 0.0, 1.0)
+
+        return run
+
+    monkeypatch.setattr(sys.modules["mujax.transfer"], "_program", program)
+    return asked
+
+
+def stop_after(count: int) -> Callable[[Progress], None]:
+    def progress(now: Progress) -> None:
+        if now.done == count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("torn", ["", "toy,1f", "toy,,8,20,32,adam,,0.1.0,mup,16,-3.0,1,0.51"])
+def test_an_interrupted_sweep_goes_on_where_it_stopped(
+    done: list[Run], tmp_path: pathlib.Path, torn: str
+) -> None:
+    config = TransferConfig.for_task("toy", out=tmp_path / "new" / "folder")
+    with pytest.raises(KeyboardInterrupt):
+        transfer(config, progress=stop_after(9))
+    runs_file = tmp_path / "new" / "folder" / "runs.csv"
+    before = runs_file.read_text()
+    assert before.count("\n") == 1 + 9
+    runs_file.write_text(before + torn)
+
+    fresh: list[Progress] = []
+    report = transfer(config, progress=fresh.append)
+    after = runs_file.read_text()
+    assert after.startswith(before)
+    assert after.count("\n") == 1 + 24
+    assert (fresh[0].done, fresh[-1].done) == (9, 24)
+    assert len(done) == len(set(done)) == 24
+    assert fresh[-1].work_done == pytest.approx(1.0)
+    assert report.loss == transfer(dataclasses.replace(config, out=None)).loss
+
+
+def test_a_finished_sweep_is_not_run_again(done: list[Run], tmp_path: pathlib.Path) -> None:
+    config = TransferConfig.for_task("toy", out=tmp_path)
+    first = transfer(config)
+    content = (tmp_path / "runs.csv").read_bytes()
+    assert transfer(config) == first
+    assert len(done) == 24
+    assert (tmp_path / "runs.csv").read_bytes() == content
+
+
+def test_a_sweep_may_grow(done: list[Run], tmp_path: pathlib.Path) -> None:
+    transfer(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
+    report = transfer(TransferConfig.for_task("toy", seeds=1, widths=(8, 16, 24), out=tmp_path))
+    assert [run.width for run in done[12:]] == [24] * 6
+    assert len(rows(tmp_path)) == 18
+    assert sorted(report.regret["mup"]) == [8, 16, 24]
+
+
+@pytest.mark.usefixtures("done")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"steps": 21}, "expected runs with steps 21 in {file}, found runs with steps 20"),
+        ({"batch": 16}, "expected runs with batch 16 in {file}, found runs with batch 32"),
+        ({"optimizer": "sgd"}, "expected runs with optimizer sgd in {file}, found runs with optimizer adam"),
+        ({"base_width": 16, "widths": (8, 16)}, "expected runs with base_width 16"),
+    ],
+)
+def test_runs_with_other_settings_are_left_alone(
+    tmp_path: pathlib.Path, changed: dict[str, Any], said: str
+) -> None:
+    transfer(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    said = said.format(file=tmp_path / "runs.csv")
+    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+        transfer(TransferConfig.for_task("toy", **({"seeds": 1, "out": tmp_path} | changed)))
+    assert "take another folder" in str(raised.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.usefixtures("done")
+def test_runs_on_other_data_are_left_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TransferConfig.for_task("toy", seeds=1, out=tmp_path)
+    transfer(config)
+    longer = dataclasses.replace(
+        TASKS["toy"], load=lambda _: jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), toy_examples())
+    )
+    monkeypatch.setitem(TASKS, "toy", longer)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="expected runs with data "):
+        transfer(config)
+
+
+SETTINGS = {
+    "task": "toy",
+    "data": "0" * 16,
+    "base_width": "8",
+    "steps": "20",
+    "batch": "32",
+    "optimizer": "adam",
+    "momentum": "",
+    "mujax": "1",
+}
+LINE = "toy," + "0" * 16 + ",8,20,32,adam,,1,mup,16,-3.0,1,0.5,0.4,0.01\n"
+
+
+def open_with(folder: pathlib.Path, content: str) -> dict[Run, float | None]:
+    (folder / "runs.csv").write_text(content)
+    with RunsFile(folder, SETTINGS) as file:
+        return dict(file.runs)
+
+
+@pytest.fixture
+def header(tmp_path: pathlib.Path) -> str:
+    with RunsFile(tmp_path, SETTINGS):
+        return (tmp_path / "runs.csv").read_text()
+
+
+def test_stored_runs_are_read_back(tmp_path: pathlib.Path, header: str) -> None:
+    with RunsFile(tmp_path, SETTINGS) as file:
+        file.append(Run("mup", 16, -3.5, 7), Losses(0.1 + 0.2, 0.25, 1.0), 0.5)
+        file.append(Run("sp", 16, 3.0, 7), Losses(math.nan, math.nan, 1.0), 0.5)
+    with RunsFile(tmp_path, SETTINGS) as file:
+        assert file.runs == {Run("mup", 16, -3.5, 7): 0.1 + 0.2, Run("sp", 16, 3.0, 7): None}
+    assert [row["final_loss"] for row in rows(tmp_path)] == ["0.25", ""]
+    assert (tmp_path / "runs.csv").read_text().startswith(header)
+
+
+def test_a_torn_header_is_written_again(tmp_path: pathlib.Path, header: str) -> None:
+    assert open_with(tmp_path, header[:9]) == {}
+    assert (tmp_path / "runs.csv").read_text() == header
+
+
+@pytest.mark.parametrize("bad", ["something else\n", "\n", "loss,width\n1,2\n"])
+def test_a_file_of_another_kind_is_left_alone(tmp_path: pathlib.Path, bad: str) -> None:
+    with pytest.raises(ConfigError, match="to be the runs of a sweep, found something else"):
+        open_with(tmp_path, bad)
+    assert (tmp_path / "runs.csv").read_text() == bad
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        LINE.replace("16,", "wide,"),
+        LINE.replace("0.5", "nan"),
+        LINE.replace(",0.01", ""),
+        LINE.replace("\n", ",1\n"),
+        "\n",
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: pathlib.Path, header: str, bad: str) -> None:
+    assert open_with(tmp_path, header + LINE) == {Run("mup", 16, -3.0, 1): 0.5}
+    with pytest.raises(ConfigError, match=r"expected line 3 of .*runs\.csv to be a run, found"):
+        open_with(tmp_path, header + LINE + bad)
+    assert (tmp_path / "runs.csv").read_text() == header + LINE + bad
+
+
+def test_a_folder_that_can_not_be_one_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out: expected a folder to write to, found that .*file is not"):
+        RunsFile(tmp_path / "file", SETTINGS)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "runs.csv").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ConfigError, match="out: expected"):
+        RunsFile(tmp_path, SETTINGS)
+
+
+# ---- the real tasks -------------------------------------------------------------------------------------
+
+
+def test_text_transformer_learns_from_the_users_text(tmp_path: pathlib.Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 300)
+    config = TransferConfig.for_task(
+        "text-transformer",
+        text=text,
+        widths=(16, 32),
+        steps=12,
+        batch=4,
+        seeds=1,
+        log2_lrs=(-12, -9, -6),
+        parametrizations=("mup",),
+    )
+    report = transfer(config)
+    slow, _, fast = report.loss["mup"][32]
+    # Guessing costs log 256.
+    assert fast < slow < math.log(256) + 0.5
+
+
+def test_a_missing_text_is_an_error_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+    config = TransferConfig.for_task("text-transformer", text=tmp_path / "none.txt", out=tmp_path / "out")
+    with pytest.raises(DataError, match=r"none\.txt"):
+        transfer(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_transfer_does_not_need_what_only_pictures_and_the_command_need() -> None:
+    names = set(vars(sys.modules["mujax.transfer"]))
+    assert not names & {"matplotlib", "tyro", "rich"}
