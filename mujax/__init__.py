@@ -13,6 +13,7 @@ from mujax.errors import AuditError as AuditError
 from mujax.errors import ConfigError as ConfigError
 from mujax.errors import DataError as DataError
 from mujax.errors import MujaxError as MujaxError
+from mujax.errors import MujaxWarning as MujaxWarning
 from mujax.errors import ParametrizationError as ParametrizationError
 from mujax.errors import RoleError as RoleError
 from mujax.errors import ShapeMismatchError as ShapeMismatchError

@@ -38,6 +38,10 @@ class AuditError(MujaxError):
     """`mup_init(..., strict=True)` found something in the model that it can't put right."""
 
 
+class MujaxWarning(UserWarning):
+    """`mup_init` found something in the model that it can't put right; `mup.findings` lists it all."""
+
+
 class SpecMismatchError(MujaxError):
     """A parameter tree does not match the `MupSpec`; the text names the first path that differs."""
 

@@ -230,12 +230,25 @@ def _cond(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
     return jax.lax.switch(args[0], branches, *args[1:])
 
 
+def _shard_map(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+    function = jax.shard_map(
+        lambda *args: _inline(eqn, args, hooks),
+        mesh=eqn.params["mesh"],
+        in_specs=tuple(eqn.params["in_specs"]),
+        out_specs=list(eqn.params["out_specs"]),
+        axis_names=eqn.params["newly_manual_axes"],
+        check_vma=eqn.params["check_vma"],
+    )
+    return function(*args)
+
+
 _REBUILD: dict[str, Callable[[Any, Sequence[Any], Hooks], Sequence[Any]]] = {
     "jit": _jit,
     "remat2": _checkpoint,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
     # The rule for derivatives of the inside comes from the inside: nothing is lost by unrolling it.
     "custom_jvp_call": _inline,
     "closed_call": _inline,

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,14 @@ import jax.numpy as jnp
 
 from mujax import forward, report, rules
 from mujax.corrections import Correction, Kind, Reading, read_call, switched_off, zeros
-from mujax.errors import AuditError, MujaxError, RoleError, ShapeMismatchError, SpecMismatchError
+from mujax.errors import (
+    AuditError,
+    MujaxError,
+    MujaxWarning,
+    RoleError,
+    ShapeMismatchError,
+    SpecMismatchError,
+)
 from mujax.frontend import Call, Frontend, Initial, frontend, shrink
 from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
 from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_scales, resolve
@@ -54,7 +62,8 @@ def mup_init(
         zero_init: what starts at zero instead of at the rule's standard deviation, as the paper's
             Appendix D.2 recommends: `"readout"`, the kernels whose product is an output of the model;
             `"query"`, those whose product is the first operand of attention logits.
-        strict: raise on any finding of `mup.findings`, that is on anything which can't be put right.
+        strict: raise on any finding of `mup.findings`, that is on anything which can't be put right, where
+            otherwise a `MujaxWarning` says it.
         **kwargs: passed to the model with `inputs`.
 
     Raises:
@@ -129,10 +138,13 @@ def mup_init(
     if zero_init:
         at_zero = dict.fromkeys(zeros(zero_init, spec, mup._reading.analysis), 0.0)
         mup = dataclasses.replace(mup, init_scales={**init_scales, **at_zero})
-    if strict and mup.findings:
+    if mup.findings:
         first, *rest = mup.findings
-        more = f" ({len(rest)} more in mup_init(..., strict=False).findings)" if rest else ""
-        raise AuditError(f"{first.where}: {first.message}{more}.")
+        more = f" There are {len(rest)} more: see mup.findings." if rest else ""
+        said = f"{first.where}: {first.message}.{more}"
+        if strict:
+            raise AuditError(said)
+        warnings.warn(MujaxWarning(said), stacklevel=2)
     return mup
 
 
@@ -151,7 +163,9 @@ def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, 
     Raises:
         MujaxError: as `mup_init` does.
     """
-    return mup_init(model, base, *inputs, **kwargs).findings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MujaxWarning)
+        return mup_init(model, base, *inputs, **kwargs).findings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

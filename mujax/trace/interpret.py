@@ -610,7 +610,7 @@ class Interpreter:
         """`jit`, `remat`, `custom_jvp`, …: a program that is run once."""
         inner = getattr(pair.params[name], "jaxpr", pair.params[name])
         fitted = [
-            _resized(value, *_shapes(b.aval, t.aval))
+            resized(value, *_shapes(b.aval, t.aval))
             for value, b, t in zip(
                 ins,
                 getattr(pair.base.params[name], "jaxpr", pair.base.params[name]).invars,
@@ -625,9 +625,7 @@ class Interpreter:
             self._caller = pair.target
         outs = self._sub(pair.base.params[name], pair.params[name], fitted, (*pair.site, name))
         self._caller = caller
-        return [
-            _resized(value, shape, base) for value, (shape, base) in zip(outs, pair.shapes(), strict=True)
-        ]
+        return [resized(value, shape, base) for value, (shape, base) in zip(outs, pair.shapes(), strict=True)]
 
     def _scan(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
         consts, carry = pair.params["num_consts"], pair.params["num_carry"]
@@ -865,7 +863,7 @@ def _reshaped(value: Value, shape: Shape) -> Value:
     )
 
 
-def _resized(value: Value, shape: Shape, base: Shape) -> Value:
+def resized(value: Value, shape: Shape, base: Shape) -> Value:
     """The value as a program sees that holds a shard of it: same axes, other sizes."""
     if (value.shape, value.base) == (shape, base) or len(value.shape) != len(shape):
         return value

@@ -16,7 +16,7 @@ import numpy as np
 
 from mujax.errors import ShapeMismatchError
 from mujax.trace import source
-from mujax.trace.interpret import EqnPath, Interpreter, Pair, Rule
+from mujax.trace.interpret import EqnPath, Interpreter, Pair, Rule, resized
 from mujax.trace.values import (
     ONE,
     UNKNOWN,
@@ -885,6 +885,14 @@ def _qr(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     ]
 
 
+def _collective(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
+    """Communication between devices: the same axes, of a shard or of the whole."""
+    shapes = pair.shapes()
+    if len(ins) != len(shapes) or any(v.ndim != len(s) for v, (s, _) in zip(ins, shapes, strict=True)):
+        return interp.unknown(pair, ins)
+    return [resized(value.replace(), *shape) for value, shape in zip(ins, shapes, strict=True)]
+
+
 def _random(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """Random bits, keys: of the same distribution at every width."""
     for value in ins:
@@ -906,6 +914,14 @@ PRIMITIVES: Final[dict[str, Rule]] = {
         ],
         _identity,
     ),
+    **dict.fromkeys(
+        [
+            *["psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast", "all_to_all", "all_gather"],
+            *["all_gather_invariant", "reduce_scatter"],
+        ],
+        _collective,
+    ),
+    "axis_index": _random,
     "transpose": _transpose,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
