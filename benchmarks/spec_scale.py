@@ -1,0 +1,228 @@
+"""How long `mup_init` takes, and how much memory, on models too large to hold.
+
+    python benchmarks/spec_scale.py [--quick] [--runs 3] [--out FILE]
+
+Decoder Transformers of 1, 7 and 70 billion parameters, their layers unrolled, so that every layer is traced
+and read; then the largest with fewer layers, to see that the cost is linear in them. Everything is
+abstract: no parameter is ever allocated. Each measurement has a process of its own, and of several the
+median counts:
+
+- seconds: wall time of `mup_init`, the start of JAX's backend included;
+- CPU: processor time of the same, which other work on the machine disturbs less;
+- memory: peak resident set of the process minus the resident set after the imports;
+- linearity: CPU seconds that each added layer costs between the two largest numbers of layers, over the
+  same between the two smallest. It is 1 for a cost linear in layers and 4 for a quadratic one at 10, 20,
+  40 and 80 layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import common
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A decoder Transformer with heads of size 128, and the base it is compared with.
+
+    Attributes:
+        n_layers: blocks, unrolled.
+        d_model: width of the target.
+        base_d_model: width of the base.
+        ff_ratio: feed-forward width over `d_model`.
+        vocab_size: tokens; embedding and readout are separate.
+        queries_per_key: query heads to one key and value head.
+    """
+
+    n_layers: int
+    d_model: int
+    base_d_model: int
+    ff_ratio: int
+    vocab_size: int
+    queries_per_key: int = 1
+
+    def model(self, d_model: int) -> Any:
+        """The Flax module at a width."""
+        from mujax import models
+
+        head_dim = 128
+        return models.Transformer(
+            models.TransformerConfig(
+                d_model=d_model,
+                n_layers=self.n_layers,
+                head_dim=head_dim,
+                n_kv_heads=d_model // head_dim // self.queries_per_key,
+                ff_ratio=self.ff_ratio,
+                vocab_size=self.vocab_size,
+                max_len=2048,
+            )
+        )
+
+
+SIZES: Final[Mapping[str, Size]] = {
+    "1e9": Size(n_layers=16, d_model=2048, base_d_model=512, ff_ratio=4, vocab_size=50_304),
+    "7e9": Size(n_layers=32, d_model=4096, base_d_model=512, ff_ratio=4, vocab_size=64_000),
+    "70e9": Size(
+        n_layers=80, d_model=8192, base_d_model=2048, ff_ratio=5, vocab_size=256_000, queries_per_key=8
+    ),
+}
+LAYERS: Final = (10, 20, 40, 80)
+"""Of the largest size, to measure linearity with."""
+
+GOALS: Final[Mapping[str, common.Goal]] = {
+    "seconds": common.Goal(15.0, "15 s of wall time"),
+    "megabytes": common.Goal(500.0, "500 MB above what the imports take"),
+    "linearity": common.Goal(1.5, "1.5 times as much for one of the last layers as for one of the first"),
+}
+
+# ---- in a process of its own -----------------------------------------------------------------------
+
+
+def _resident() -> tuple[int, int]:
+    """Resident set of this process and its peak, in bytes."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: the peak it gives on Linux begins with that of the process that started this one.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def measure(size: Size) -> dict[str, float]:
+    """Figures of one `mup_init`, the first in this process."""
+    import jax
+    import jax.numpy as jnp
+
+    import mujax
+
+    target, base = size.model(size.d_model), size.model(size.base_d_model)
+    tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+    before, _ = _resident()
+    wall, cpu = time.perf_counter(), time.process_time()
+    mup = mujax.mup_init(target, base, tokens)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    _, peak = _resident()
+    return {
+        "parameters": mup.spec.size(),
+        "leaves": len(mup.spec),
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "megabytes": (peak - before) / 1e6,
+        "import_megabytes": before / 1e6,
+    }
+
+
+def measured(size: Size, runs: int) -> dict[str, float]:
+    """Medians of `measure` over fresh processes."""
+    command = [sys.executable, __file__, "--measure", json.dumps(dataclasses.asdict(size))]
+    figures = [
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(runs)
+    ]
+    return {name: statistics.median(figure[name] for figure in figures) for name in figures[0]}
+
+
+# ---- the report ------------------------------------------------------------------------------------
+
+
+def linearity(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Cost of a layer at the largest depths over the cost of one at the smallest."""
+    ordered = sorted(rows, key=lambda row: row["layers"])
+
+    def each(few: Mapping[str, Any], many: Mapping[str, Any]) -> float:
+        return (many["cpu_seconds"] - few["cpu_seconds"]) / (many["layers"] - few["layers"])
+
+    return each(*ordered[-2:]) / each(*ordered[:2])
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table."""
+    header = ("size", "layers", "d_model", "parameters", "leaves", "seconds", "CPU s", "ms per layer", "MB")
+    return common.table(
+        header,
+        [
+            (
+                row["size"],
+                str(row["layers"]),
+                str(row["d_model"]),
+                f"{row['parameters']:,.0f}",
+                f"{row['leaves']:.0f}",
+                f"{row['seconds']:.2f}",
+                f"{row['cpu_seconds']:.2f}",
+                f"{1000 * row['cpu_seconds'] / row['layers']:.0f}",
+                f"{row['megabytes']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints the tables and writes the report, which grows with every row."""
+    parser = argparse.ArgumentParser(description="Time and memory of mup_init on 1 to 70 billion parameters.")
+    parser.add_argument("--runs", type=int, default=3, help="processes per figure (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: few layers, one process for each")
+    parser.add_argument("--out", type=pathlib.Path, default=common.OUT / "spec_scale.json", help="the report")
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.measure is not None:
+        print(json.dumps(measure(Size(**args.measure))))
+        return
+    if args.runs < 1:
+        parser.error(f"--runs: expected at least 1, got {args.runs}.")
+
+    runs = 1 if args.quick else args.runs
+    sizes = {"1e9": dataclasses.replace(SIZES["1e9"], n_layers=1)} if args.quick else SIZES
+    depths = (1, 2, 3) if args.quick else LAYERS
+    report: dict[str, Any] = {
+        "quick": args.quick,
+        "environment": common.environment(),
+        "goals": {figure: goal.limit for figure, goal in GOALS.items()},
+        "sizes": [],
+        "layers": [],
+    }
+
+    def row(name: str, size: Size) -> dict[str, Any]:
+        print(f"{name} with {size.n_layers} layers ...", file=sys.stderr, flush=True)
+        return {"size": name, "layers": size.n_layers, "d_model": size.d_model, **measured(size, runs)}
+
+    for name, size in sizes.items():
+        report["sizes"].append(row(name, size))
+        common.write(args.out, report)
+    largest, size = list(sizes.items())[-1]
+    full = report["sizes"][-1]
+    for n_layers in depths:
+        whole = n_layers == size.n_layers
+        report["layers"].append(full if whole else row(largest, dataclasses.replace(size, n_layers=n_layers)))
+        common.write(args.out, report)
+    report["linearity"] = linearity(report["layers"])
+    figures = {**full, "linearity": report["linearity"]}
+    report["missed"] = [
+        line
+        for figure, goal in GOALS.items()
+        for line in goal.missed_by(f"{largest}: {figure}", figures[figure])
+    ]
+    common.write(args.out, report)
+    print("mup_init, abstract.\n")
+    print(show(report["sizes"]))
+    print("\nThe largest size, by layers:\n")
+    print(show(report["layers"]))
+    print(f"\nLinearity: {report['linearity']:.2f}.")
+    print("\n" + common.verdict(report["missed"], quick=args.quick))
+    print(f"\nWritten to {args.out}.")
+
+
+if __name__ == "__main__":
+    main()

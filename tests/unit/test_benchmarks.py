@@ -1,0 +1,60 @@
+"""The benchmarks run and write what they say; timed figures are not judged here."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script, *args):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def report(script, out, *args):
+    done = run(script, "--quick", "--out", out, *args)
+    assert done.returncode == 0, done.stderr
+    assert "goals are not judged" in done.stdout
+    return json.loads(out.read_text())
+
+
+def test_overhead_compares_compiled_steps(tmp_path):
+    (row,) = report("overhead.py", tmp_path / "deep" / "overhead.json", "--cases", "mlp")["rows"]
+    assert (row["case"], row["width"], row["base_width"]) == ("mlp", 128, 64)
+    assert row["parameters"] == 784 * 128 + 128 * 128 + 128 * 10
+    for figures in row["programs"].values():
+        # Three layers: a product each forward, two each backward but one for the first.
+        assert figures["optax"]["products"] == figures["mujax"]["products"] == 8
+        # The products alone, two operations to a parameter and example.
+        assert figures["optax"]["flops"] > 2 * 128 * (2 * row["parameters"] + 128 * 128 + 128 * 10)
+        assert figures["ratio"] == {
+            name: figures["mujax"][name] / figures["optax"][name] for name in ("flops", "bytes", "products")
+        }
+        # The factors are there: equal counts would mean that a module was compared with itself.
+        assert 1 < figures["ratio"]["flops"] < 1.01
+    assert set(row["timed"]) == {"time", "control", "trace", "trace_forward"}
+    for figure in row["timed"].values():
+        assert 0 < figure["low"] <= figure["median"] <= figure["high"]
+
+
+def test_spec_scale_measures_in_processes_of_their_own(tmp_path):
+    found = report("spec_scale.py", tmp_path / "spec_scale.json")
+    (size,) = found["sizes"]
+    block = 12 * 2048**2 + 2 * 2048
+    assert size["parameters"] == 2 * 50_304 * 2048 + 2048 * 2048 + block + 2048
+    assert [row["layers"] for row in found["layers"]] == [1, 2, 3]
+    assert [row["parameters"] - size["parameters"] for row in found["layers"]] == [0, block, 2 * block]
+    # The baseline is after the import of JAX; the parameters, 1 GB in the smallest, are never allocated.
+    assert all(row["import_megabytes"] > 50 and 0 < row["megabytes"] < 500 for row in found["layers"])
+
+
+@pytest.mark.parametrize("script", ["overhead.py", "spec_scale.py"])
+def test_bad_options_are_one_line(script):
+    done = run(script, "--runs", "0")
+    assert done.returncode == 2
+    assert "expected at least 1, got 0" in done.stderr
+    assert "Traceback" not in done.stderr
