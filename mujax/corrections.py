@@ -131,31 +131,41 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
 
 
 def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) -> Correction | None:
-    if param.tied:
-        if read(use, param.shape, param.base_shape, param.infinite).role != "output":
-            return None
+    if not _reads_out(param, use):
+        return None
+    if param.role == "input":
+        # Tied, be it in the traced call or in another one: looked up there, read out here.
         inside = {axis for axis, role, *_ in use.axes if role == "fan_in"}
         grows = math.prod(param.shape[axis] for axis in inside) / math.prod(
             param.base_shape[axis] for axis in inside
         )
         return Correction("tied_readout", rules.tied_factor(grows, chosen), use.where, path)
-    if param.role != "output":
-        return None
     return Correction("readout", rules.forward_factor(param, chosen), use.where, path)
+
+
+def _reads_out(param: ParamSpec, use: Use) -> bool:
+    """Whether a product is one of an output weight, or the readout use of an input weight."""
+    if param.role == "input":
+        return read(use, param.shape, param.base_shape, param.infinite).role == "output"
+    return param.role == "output"
 
 
 def _knobs(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
     """The places that the multipliers turn."""
-    heads = _readouts(spec, analysis)
     inputs = [
         use.site
         for path, uses in analysis.uses.items()
         for use in uses
         if spec[path].role == "input"
-        and (use.kind == "lookup" or (use.kind == "contraction" and path not in heads))
+        and (use.kind == "lookup" or (use.kind == "contraction" and not _reads_out(spec[path], use)))
         and any(role == "fan_in" for _, role, *_ in use.axes)
     ]
-    outputs = [use.site for path in heads for use in analysis.uses[path] if use.kind == "contraction"]
+    outputs = [
+        use.site
+        for path in _readouts(spec, analysis)
+        for use in analysis.uses[path]
+        if use.kind == "contraction" and _reads_out(spec[path], use)
+    ]
     return {
         "output_mult": list(dict.fromkeys(outputs)),
         "attention_mult": [product.site for product in analysis.products if product.logits],
@@ -165,13 +175,17 @@ def _knobs(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
 
 def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
     """The output weights and tied embeddings whose product is an output of the model."""
-    return [path for path in analysis.heads if spec[path].role == "output" or spec[path].tied]
+    return [
+        path
+        for path in analysis.heads
+        if any(_reads_out(spec[path], use) for use in analysis.uses[path] if use.kind == "contraction")
+    ]
 
 
 def zeros(what: Sequence[str], spec: MupSpec, analysis: Analysis) -> list[str]:
     """The parameters that start at zero."""
     known = {
-        "readout": [path for path in _readouts(spec, analysis) if not spec[path].tied],
+        "readout": [path for path in _readouts(spec, analysis) if spec[path].role == "output"],
         "query": [path for product in analysis.products if product.logits for path in product.left],
     }
     for name in what:
