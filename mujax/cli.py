@@ -169,11 +169,17 @@ def _parse(argv: Sequence[str] | None) -> _Transfer | _Explain:
 
 
 def _one_line(message: str) -> str:
-    """What tyro's box says, up to its first rule, as one sentence."""
-    # Help texts are indented by eight or more, what they are about by less.
-    inside = [line for line in message.splitlines() if not re.match(r"\s*[╭╰]|│ {8}", line)]
-    said = re.split(r"─{5,}", " ".join(line.strip("│ ") for line in inside))[0]
-    return f"{' '.join(said.split()).rstrip('.')}; see mujax --help."
+    """What tyro's box says under its title, up to the first rule, as one sentence."""
+    paragraphs: list[list[str]] = [[]]
+    for line in message.replace("│", " ").splitlines():
+        if re.fullmatch(r"\s*(╭.*|-{5,}|─{5,})\s*", line):
+            paragraphs.append([])
+        # Help texts are indented by ten, the options that they are about by less.
+        elif not line.startswith(" " * 10):
+            paragraphs[-1] += line.split()
+    # Without Unicode the title is a paragraph of its own, else it is part of the frame.
+    said = next((words for words in paragraphs[1:] if words), ["wrong arguments"])
+    return f"{' '.join(said).rstrip('.')}; see mujax --help."
 
 
 # ---- mujax transfer -------------------------------------------------------------------------------------
@@ -332,7 +338,7 @@ def _factory(name: str) -> Callable[[int], Any]:
         ) from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
-        found = "no such name" if factory is None else f"a {type(factory).__name__}"
+        found = "no such name" if factory is None else f"an object of type {type(factory).__name__}"
         raise ConfigError(
             f"MODEL: expected {attribute!r} in {module_name!r} to be a function of the width, found {found}."
         )
