@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -34,6 +35,7 @@ from mujax.trace.values import (
     common,
     constant,
     fit,
+    ratio,
     same,
     widest,
 )
@@ -522,7 +524,10 @@ class Interpreter:
         return outs
 
     def _closed(self, base: Any, target: Any, inputs: Sequence[Value], site: EqnPath) -> list[Value]:
-        consts = [_closed_over(small, big) for small, big in zip(base.consts, target.consts, strict=False)]
+        consts = [
+            _closed_over(small, big, self.exact)
+            for small, big in zip(base.consts, target.consts, strict=False)
+        ]
         if len(base.consts) != len(target.consts):
             raise TraceMismatchError(
                 f"the traced programs of base and target must close over the same arrays; found "
@@ -756,14 +761,24 @@ def _same_facts(a: Value, b: Value) -> bool:
     return same(a.size.total, b.size.total)
 
 
-def _closed_over(base: Any, target: Any) -> Value:
+def _closed_over(base: Any, target: Any, exact: bool) -> Value:
     """An array that the program closes over: folded if it is the same number throughout."""
     shape = tuple(np.shape(target))
     base_shape = fit(tuple(np.shape(base)), shape)
     numbers = _number(base), _number(target)
     if numbers[0] is None or numbers[1] is None:
-        return Value(shape, base_shape, "const")
+        # Values made by numpy for an initialiser: they hold whatever scale their maker gave them.
+        unknown = exact and not _identical(base, target)
+        return Value(shape, base_shape, "const", size=UNKNOWN if unknown else ONE)
     return constant(numbers[0], numbers[1], shape, base_shape)
+
+
+def _identical(base: Any, target: Any) -> bool:
+    if isinstance(base, Tracer) or isinstance(target, Tracer):
+        return base is target
+    if np.shape(base) != np.shape(target) or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
+        return np.shape(base) == np.shape(target)
+    return np.array_equal(np.asarray(base), np.asarray(target))
 
 
 def _number(array: Any) -> float | None:
@@ -778,6 +793,8 @@ def _number(array: Any) -> float | None:
 
 
 def _literal(base: Any, target: Any) -> Value:
+    if np.iscomplexobj(base.val) or np.iscomplexobj(target.val):
+        return Value((), (), "const", size=Size(ratio(abs(base.val), abs(target.val))))
     try:
         return constant(float(base.val), float(target.val))
     except (TypeError, ValueError):

@@ -122,7 +122,16 @@ def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Se
     return ONE
 
 
+def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """Zeros and ones. How many of each there are tells only on entries of the same size at every width."""
+    if interp.exact and not all(size.is_one for size in sizes):
+        return UNKNOWN
+    return ONE
+
+
 def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    if interp.exact and not sizes[0].is_one:
+        return UNKNOWN
     return _agree(interp, pair, ins[1:], sizes[1:])
 
 
@@ -300,9 +309,10 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     "integer_pow": Elementwise(_integer_pow, logits=False),
     "pow": Elementwise(_pow, logits=False),
     **dict.fromkeys(
-        ["sign", "eq", "ne", "lt", "le", "gt", "ge", "is_finite", "eq_to", "le_to", "lt_to", "atan2"],
-        Elementwise(_always_one, logits=False),
+        ["eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to"],
+        Elementwise(_comparison, logits=False),
     ),
+    **dict.fromkeys(["sign", "is_finite", "atan2"], Elementwise(_always_one, logits=False)),
     **dict.fromkeys(["exp", "exp2"], Elementwise(_exponential, logits=False)),
     "tanh": Elementwise(),
     **dict.fromkeys(
@@ -466,7 +476,7 @@ def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
     """The view of one part of a concatenation, over the whole of the joined axis."""
     old, old_base = value.shape[at], value.base[at]
     axis = view.axes[at]
-    if size % old == 0 and base % old_base == 0:
+    if old and old_base and size % old == 0 and base % old_base == 0:
         axis = (*broadcast_axis(size // old, base // old_base), *axis)
     else:
         # Uneven parts: the axis as a whole is the part's, as far as growing is concerned.
@@ -522,7 +532,9 @@ def _tile(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
 def _iota(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     ((shape, base),) = pair.shapes()
     axis = pair.params["dimension"]
-    return [Value(shape, base, "const", size=Size(ratio(base[axis], shape[axis])))]
+    grows = ratio(base[axis], shape[axis])
+    # Entries 0, 1, 2, ... scale about as their number does: near enough for everything but an initialiser.
+    return [Value(shape, base, "const", size=UNKNOWN if interp.exact and grows != 1 else Size(grows))]
 
 
 # ---- reductions ------------------------------------------------------------------------------------

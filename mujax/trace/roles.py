@@ -36,12 +36,27 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
         RoleError: it has an infinite axis and its uses do not tell its role, or contradict each other.
     """
     infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
-    readings = [_Reading(use, read(use, shape, base)) for use in telling(uses)]
+    readings = []
+    for use in telling(uses):
+        _refuse_axes_cut_in_two(path, shape, use)
+        readings.append(_Reading(use, read(use, shape, base)))
     if not readings:
         if infinite:
             raise RoleError(_unseen(path, shape, uses))
         return ParamSpec(tuple(shape), tuple(base), fan_out=tuple(range(len(shape))))
     return _agree(path, readings)
+
+
+def _refuse_axes_cut_in_two(path: str, shape: Sequence[int], use: Use) -> None:
+    """Refuses a parameter stored flat: one axis that is fan-in and fan-out at once."""
+    for number in range(len(shape)):
+        growing = {role for axis, role, size, base in use.axes if axis == number and size != base}
+        if "fan_in" in growing and len(growing) > 1:
+            raise RoleError(
+                f"{path}: expected each axis to be fan-in or fan-out, but parts of axis {number} of shape "
+                f"{tuple(shape)} are used as both at {use.where} and grow with width; store the parameter "
+                "with an axis for each."
+            )
 
 
 def telling(uses: Sequence[Use]) -> list[Use]:
