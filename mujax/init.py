@@ -479,8 +479,8 @@ def _own_scales(
                 f"{_SAMPLE_LIMIT} entries to sample, got shape {shapes[large]}; use an initialiser of "
                 "jax.nn.initializers."
             )
-        key = jax.random.key(0)
         with jax.ensure_compile_time_eval():
+            key = jax.random.key(0)
             pairs = zip(
                 unknown,
                 base_end.sample_init(inputs, kwargs, key, unknown),
@@ -492,7 +492,9 @@ def _own_scales(
 
 
 def _root_mean_squares(base: Any, target: Any) -> float:
-    small, big = (float(jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))) for x in (base, target))
+    small, big = (
+        float(jnp.sqrt(jnp.mean(jnp.square(jnp.abs(x).astype(jnp.float32))))) for x in (base, target)
+    )
     return big / small if small else 0.0
 
 
