@@ -234,11 +234,13 @@ def program(setting: Setting, side: Side, sharding: jax.sharding.Sharding | None
         (setting.abstract_state(side), (setting.case.inputs, setting.case.labels)),
     )
     compiled = side.step().lower(state, batch).compile()
-    cost = compiled.cost_analysis()
+    cost, text = compiled.cost_analysis(), compiled.as_text()
+    if cost is None or text is None:
+        raise RuntimeError(f"{jax.default_backend()}: this compiler tells neither costs nor its program.")
     return {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
-        "products": len(_PRODUCT.findall(compiled.as_text())),
+        "products": len(_PRODUCT.findall(text)),
     }
 
 
