@@ -259,6 +259,8 @@ def _run_transfer(options: _Transfer) -> None:
         _print_table(console, report, name)
     for name in config.parametrizations:
         console.print(_verdict(report, name), highlight=False, markup=False)
+    if options.quick:
+        console.print("A smoke run is too small to conclude anything from.")
     files = ", ".join(str(config.out / name) for name in (REPORT, RUNS, PICTURE))
     console.print(f"\nWritten: {files}", highlight=False, markup=False, soft_wrap=True)
 
@@ -280,7 +282,7 @@ def _print_table(console: Console, report: Report, name: str) -> None:
     for width in config.widths:
         losses = report.loss[name][width]
         lowest = min((loss for loss in losses if loss is not None), default=None)
-        edge = " (grid's edge)" if width in report.on_grid_edge[name] else ""
+        edge = " (edge)" if width in report.on_grid_edge[name] else ""
         table.add_row(
             f"{width} (proxy)" if width == config.base_width else str(width),
             _number(report.best_log2_lr[name][width], 2) + edge,

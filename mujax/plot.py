@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mujax.transfer import TASKS, Report, parametrization_title
 
+_OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
 _INK: Final = "#222222"
 _MUTED: Final = "#6b6b6b"
 _RULE: Final = "#d0342c"
@@ -152,9 +153,10 @@ def transfer_figure(report: Report) -> Figure:
         loc="center left",
         bbox_to_anchor=(1, 0.5),
     )
+    optimizer = _OPTIMIZERS.get(config.optimizer, config.optimizer)
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
     figure.suptitle(
-        f"{TASKS[config.task].title}: {config.optimizer}, {config.steps} steps of {config.batch}, {seeds}",
+        f"{TASKS[config.task].title}: {optimizer}, {config.steps} steps of batch {config.batch}, {seeds}",
         fontsize=11.5,
         color=_MUTED,
         x=0.01,

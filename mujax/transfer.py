@@ -127,9 +127,9 @@ TASKS: Final[Mapping[str, Task]] = {
         width_step=_HEAD,
         widths=(32, 64, 128, 256),
         log2_lrs={"adam": _octaves(-11, -4), "adamw": _octaves(-11, -4), "sgd": _octaves(-7, 3)},
-        seeds=2,
-        steps=150,
-        batch=16,
+        seeds=1,
+        steps=100,
+        batch=8,
     ),
 }
 
@@ -260,7 +260,7 @@ class TransferConfig:
             "batch": chosen.batch,
         }
         if quick:
-            default |= {"widths": chosen.widths[:2], "log2_lrs": grid[::2], "seeds": 1, "steps": 20}
+            default |= {"widths": chosen.widths[:2], "log2_lrs": grid[1::2], "seeds": 1, "steps": 40}
         default |= {name: value for name, value in given.items() if value is not None}
         default.setdefault("base_width", min(default["widths"], default=0))
         return cls(task=task, optimizer=optimizer, **default)
@@ -658,9 +658,13 @@ class Progress:
     work_done: float
 
 
-def _work(width: int, narrowest: int) -> float:
-    # In units of the narrowest model's run: fixed costs first, then the cost of width x width kernels.
-    return 1 + (width / narrowest) ** 2 / 8
+# What compiling costs, in steps of the narrowest model.
+_COMPILE_WORK: Final = 1000.0
+
+
+def _work(config: TransferConfig, width: int) -> float:
+    # In steps of the narrowest model: what every step costs, and what grows with the kernels.
+    return config.steps * (1 + (width / config.widths[0]) ** 2 / 8)
 
 
 def _program(config: TransferConfig, parametrization: str, width: int) -> Program:
@@ -742,12 +746,18 @@ def _sweep(
 ) -> Runs:
     wanted = _all_runs(config)
     runs = {run: stored.runs[run] for run in wanted if stored is not None and run in stored.runs}
-    work = {run: _work(run.width, config.widths[0]) for run in wanted}
-    whole, finished = sum(work.values()), sum(work[run] for run in runs)
-    missing = [run for run in wanted if run not in runs]
-    for (parametrization, width), group in itertools.groupby(missing, key=lambda run: run[:2]):
+    missing = [
+        (kind, list(group))
+        for kind, group in itertools.groupby(
+            (run for run in wanted if run not in runs), key=lambda run: run[:2]
+        )
+    ]
+    finished = sum(_work(config, run.width) for run in runs)
+    whole = sum(_work(config, run.width) for run in wanted) + _COMPILE_WORK * len(missing)
+    for (parametrization, width), group in missing:
         progress(Progress(parametrization, width, len(runs), len(wanted), finished / whole))
         program = _program(config, parametrization, width)
+        finished += _COMPILE_WORK
         for run in group:
             start = time.perf_counter()
             lr, seed = jnp.float32(2.0**run.log2_lr), jnp.int32(run.seed)
@@ -755,6 +765,6 @@ def _sweep(
             if stored is not None:
                 stored.append(run, losses, time.perf_counter() - start)
             runs[run] = losses.kept
-            finished += work[run]
+            finished += _work(config, width)
             progress(Progress(parametrization, width, len(runs), len(wanted), finished / whole))
     return runs

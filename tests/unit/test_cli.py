@@ -114,9 +114,13 @@ def test_every_option_reaches_the_configuration(asked: list[TransferConfig]) -> 
     ]
 
 
-def test_defaults_are_those_of_the_task_and_a_smoke_run_goes_elsewhere(asked: list[TransferConfig]) -> None:
+def test_defaults_are_those_of_the_task_and_a_smoke_run_goes_elsewhere(
+    asked: list[TransferConfig], capsys: Captured
+) -> None:
     assert cli.main(["transfer"]) == 0
+    assert "too small to conclude" not in capsys.readouterr().out
     assert cli.main(["transfer", "--quick"]) == 0
+    assert "too small to conclude" in capsys.readouterr().out
     full, quick = pathlib.Path("transfer-mnist-mlp"), pathlib.Path("transfer-mnist-mlp-quick")
     assert asked == [TransferConfig.for_task(out=full), TransferConfig.for_task(quick=True, out=quick)]
 
