@@ -110,7 +110,7 @@ TASKS: Final[Mapping[str, Task]] = {
         takes_text=False,
         width_step=1,
         widths=(64, 128, 256, 512, 1024),
-        log2_lrs={"adam": _octaves(-12, -5), "adamw": _octaves(-12, -5), "sgd": _octaves(-9, 1)},
+        log2_lrs={"adam": _octaves(-12, -5), "adamw": _octaves(-12, -5), "sgd": _octaves(-8, 1)},
         seeds=3,
         steps=80,
         batch=64,
@@ -627,9 +627,13 @@ class Losses(NamedTuple):
 
     @property
     def kept(self) -> float | None:
-        """The run's loss; None if it diverged: not finite, or in the end worse than the untrained model."""
-        healthy = math.isfinite(self.mean) and self.final <= self.untrained
-        return self.mean if healthy else None
+        """The run's loss, `mean`; None if it diverged.
+
+        It did if a loss was not finite, if it ended worse than the untrained model, or if it came back from
+        so far away that on average it was more than twice as bad as the untrained model.
+        """
+        healthy = self.final <= self.untrained and self.mean <= 2 * self.untrained
+        return self.mean if healthy and math.isfinite(self.mean) else None
 
 
 def _tail(steps: int) -> int:
