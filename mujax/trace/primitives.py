@@ -691,7 +691,11 @@ def _multiply(
         return [dataclasses.replace(data, kind="const")]
     if "param" not in kinds:
         kernels = [_settle(interp, pair, side) for side in (left, right)]
-        if "const" in kinds or any(kernels) or not left.contract:
+        if any(kernels):
+            # An expert's kernel that was looked up: of order one by its rule, as any kernel's product.
+            sizes = [interp.meet(left.value), interp.meet(right.value)]
+            return [dataclasses.replace(data, size=interp.sized(pair, product(sizes), *sizes))]
+        if "const" in kinds or not left.contract:
             return [data]
         interp.product(pair, contracted, left.value)
         return [dataclasses.replace(data, products=frozenset({pair.site}))]
