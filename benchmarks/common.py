@@ -27,9 +27,18 @@ class Goal:
     limit: float
     text: str
 
-    def missed_by(self, name: str, figure: float) -> list[str]:
-        """One sentence if the goal is missed, else nothing."""
-        return [] if figure <= self.limit else [f"{name}: {figure:.5g}, the goal is {self.text}."]
+    def missed_by(self, name: str, figure: float, surely: float | None = None) -> list[str]:
+        """One sentence if the goal is missed, else nothing.
+
+        Args:
+            name: what was measured.
+            figure: what came out.
+            surely: what it is at least, if noise may have raised it.
+        """
+        if figure <= self.limit:
+            return []
+        doubt = " (within the noise)" if surely is not None and surely <= self.limit else ""
+        return [f"{name}: {figure:.5g}, the goal is {self.text}{doubt}."]
 
 
 def environment() -> dict[str, Any]:
