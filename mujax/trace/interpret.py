@@ -149,18 +149,21 @@ class Pair:
         base: the base's equation.
         target: the target's equation.
         site: its place.
-        caller: the call of a library's function that it is inside of, if it is.
+        caller: the call of a library's function that it is inside of, if it is, and that function.
     """
 
     base: Any
     target: Any
     site: EqnPath
-    caller: Any = None
+    caller: tuple[Any, Any] | None = None
 
     @property
     def place(self) -> Any:
-        """The equation that stands in the user's code: the caller's, inside a library's function."""
-        return self.target if self.caller is None else self.caller
+        """The equation that stands in the user's code: the caller's, inside a library's own code."""
+        if self.caller is None:
+            return self.target
+        eqn, function = self.caller
+        return self.target if source.is_of_user(self.target, function) else eqn
 
     @property
     def name(self) -> str:
@@ -225,7 +228,7 @@ class Interpreter:
         self._rules = rules
         self._param_shapes = shapes
         self._prescribed = prescribed or {}
-        self._caller: Any = None
+        self._caller: tuple[Any, Any] | None = None
         self._heads: dict[str, None] = {}
         self._places: dict[EqnPath, Any] = {}
         self._fixes: dict[EqnPath, Fix] = {}
@@ -626,8 +629,8 @@ class Interpreter:
         # The inside of a library's function is traced once and shared: its source lines may be those of
         # another call.
         caller = self._caller
-        if caller is None and source.is_library_function(inner):
-            self._caller = pair.target
+        if pair.place is pair.target:
+            self._caller = (pair.target, inner) if source.is_library_function(inner) else None
         outs = self._sub(pair.base.params[name], pair.params[name], fitted, (*pair.site, name))
         self._caller = caller
         return [resized(value, shape, base) for value, (shape, base) in zip(outs, pair.shapes(), strict=True)]

@@ -48,10 +48,30 @@ def where(eqn: Any) -> str:
 
 def is_library_function(program: Any) -> bool:
     """Whether a traced sub-program is a function of JAX, Flax or the like, and not the user's own."""
-    info = getattr(program, "debug_info", None)
-    _, _, place = str(getattr(info, "func_src_info", "") or "").rpartition(" at ")
-    file, _, _ = place.rpartition(":")
+    file, _ = _function(program)
     return bool(file) and _is_library(file)
+
+
+def is_of_user(eqn: Any, function: Any) -> bool:
+    """Whether an equation inside a library's function comes from code of the user's that this one called.
+
+    `nn.remat`, `nnx.jit` and the like wrap a user's module in a function of their own.
+    """
+    file, name = _function(function)
+    found = False
+    traceback = eqn.source_info.traceback
+    for frame in () if traceback is None else traceback.frames:
+        if frame.file_name == file and frame.function_name.rpartition(".")[2] == name:
+            return found
+        found = found or not _is_library(frame.file_name)
+    return False
+
+
+def _function(program: Any) -> tuple[str, str]:
+    """File and name of the function that a program was traced from."""
+    info = getattr(program, "debug_info", None)
+    name, _, place = str(getattr(info, "func_src_info", "") or "").rpartition(" at ")
+    return place.rpartition(":")[0], name
 
 
 def _short(file: str) -> str:
