@@ -22,6 +22,7 @@ from mujax import models
 from mujax.errors import ConfigError, MujaxError
 from mujax.init import mup_init
 from mujax.transfer import (
+    LOSS_MEASURE,
     OPTIMIZERS,
     REPORT,
     RUNS,
@@ -257,6 +258,7 @@ def _run_transfer(options: _Transfer) -> None:
     console = Console()
     for name in config.parametrizations:
         _print_table(console, report, name)
+    console.print(f"Losses: {LOSS_MEASURE}.\n", highlight=False, markup=False)
     for name in config.parametrizations:
         console.print(_verdict(report, name), highlight=False, markup=False)
     if options.quick:

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mujax.transfer import TASKS, Report, parametrization_title
+from mujax.transfer import LOSS_MEASURE, TASKS, Report, parametrization_title
 
 _OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
 _INK: Final = "#222222"
@@ -131,7 +131,7 @@ def transfer_figure(report: Report) -> Figure:
     limits = _limits(report)
     if limits is not None:
         panels[0].set_ylim(*limits)
-    panels[0].set_ylabel("training loss, mean over the run", fontsize=11.5, color=_INK)
+    panels[0].set_ylabel(LOSS_MEASURE, fontsize=11.5, color=_INK)
     rates = [rate for rate in report.transferred_log2_lr.values() if rate is not None]
     if rates:
         # One label is enough: the proxy is the same model in every panel.

@@ -39,6 +39,7 @@ from mujax.train import init_state, train_scan
 
 RUNS: Final = "runs.csv"
 REPORT: Final = "report.json"
+LOSS_MEASURE: Final = "training loss, mean over the run"
 
 # How far from the best grid point the parabola looks, in powers of two: wide enough to average over noise,
 # near enough that the loss is still a parabola in the logarithm of the learning rate.
@@ -128,7 +129,7 @@ TASKS: Final[Mapping[str, Task]] = {
         widths=(32, 64, 128, 256),
         log2_lrs={"adam": _octaves(-11, -4), "adamw": _octaves(-11, -4), "sgd": _octaves(-7, 3)},
         seeds=1,
-        steps=100,
+        steps=80,
         batch=8,
     ),
 }
@@ -398,6 +399,7 @@ class Report:
             "batch": config.batch,
             "optimizer": config.optimizer,
             "parametrizations": config.parametrizations,
+            "loss_measure": LOSS_MEASURE,
         }
         found = {
             field.name: getattr(self, field.name)
