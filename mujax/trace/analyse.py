@@ -70,6 +70,10 @@ def analyse(
             )
     interpreter = Interpreter(PRIMITIVES, shapes, prescribed)
     interpreter.run(base, target, inputs)
+    if prescribed and (sums := interpreter.sums()):
+        # Whether `(x * kernel).sum()` is a product or a gain and a mean shows only at the end.
+        interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums)
+        interpreter.run(base, target, inputs)
     uses: dict[str, list[Use]] = collections.defaultdict(list)
     for use in interpreter.uses():
         uses[use.path].append(use)

@@ -215,6 +215,7 @@ class Interpreter:
             1 where left out.
         exact: whether sizes must be exact, as for the program of an initialiser: there a nonlinear
             function of what scales is unknown, and nothing is put right.
+        sums: where an earlier walk found that a sum is a product with a parameter.
     """
 
     def __init__(
@@ -223,8 +224,10 @@ class Interpreter:
         shapes: dict[str, tuple[Shape, Shape]],
         prescribed: Mapping[str, float] | None = None,
         exact: bool = False,
+        sums: frozenset[EqnPath] = frozenset(),
     ) -> None:
         self.exact = exact
+        self.known_sums = sums
         self._rules = rules
         self._param_shapes = shapes
         self._prescribed = prescribed or {}
@@ -355,6 +358,15 @@ class Interpreter:
             for axis in sorted(axes):
                 add(axis, role, shape[axis], base[axis])
         return out
+
+    def sums(self) -> frozenset[EqnPath]:
+        """Where undecided uses turned out to be contracted: `(x * kernel).sum()`."""
+        return frozenset(
+            use.site
+            for number, uses in self._contractions.items()
+            if not self._decided[number]
+            for use in uses
+        )
 
     def decide(self, value: Value) -> None:
         """Confirms the undecided uses that `value` is linear in: it is consumed by something else."""

@@ -580,7 +580,14 @@ def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[V
     out = _reduced(interp, pair, dataclasses.replace(value, pending=left), shape, base)
     if kernels is not None:
         out.heads = kernels
+        if pair.site in interp.known_sums:
+            # Over the parameter's own axes: of order one by its rule, as any product with it.
+            base_size, size = value.sizes(axis for axis in gone if not _shows_parameter(value, axis))
     return [out.replace(size=interp.sized(pair, value.size.over(ratio(base_size, size)), value.size))]
+
+
+def _shows_parameter(value: Value, axis: int) -> bool:
+    return any(factor.axis is not None for p in value.pending for factor in p.view.axes[axis])
 
 
 # ---- products --------------------------------------------------------------------------------------
