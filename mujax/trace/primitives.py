@@ -569,6 +569,10 @@ def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[V
     base_size, size = value.sizes(gone)
     if value.const is not None:
         return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
+    # A row that was looked up and is summed whole is an embedding that is pooled, and no kernel.
+    pooled = tuple(p for p in value.pending if p.view.picked and not _leaves_axes(p.view, gone))
+    interp.decide(dataclasses.replace(value, pending=pooled))
+    value = dataclasses.replace(value, pending=tuple(p for p in value.pending if p not in pooled))
     kernels = (
         frozenset(p.view.path for p in value.pending) if interp.contract_later(pair, value, gone) else None
     )
