@@ -431,26 +431,27 @@ def _with_role(
         if use.kind != "opaque" and (seen := read(use, shape, base)).role == role:
             return seen
     axes = range(len(shape))
+    if role == "finite" and infinite:
+        raise RoleError(
+            f"{path}: expected no axis that grows with width for a finite weight, found axes {infinite} of shape "
+            f"{shape} growing; say 'input' to keep the base's initial values and Adam learning rate."
+        )
     if role == "hidden":
         if len(infinite) < 2:
             raise RoleError(
                 f"{path}: expected two axes that grow with width for a hidden weight, found {len(infinite)} "
-                "in shape "
-                f"{shape}; give a ParamSpec."
+                f"in shape {shape}; give a ParamSpec."
             )
         # Flax's own layout, and only because the user asked for it: outputs last.
         inside = tuple(axis for axis in axes if axis != infinite[-1])
     else:
-        inside = {"input": tuple(a for a in axes if a not in infinite), "output": infinite, "finite": ()}[
-            role
-        ]
-    grows = () if role == "finite" else infinite
+        inside = infinite if role == "output" else tuple(axis for axis in axes if axis not in infinite)
     return ParamSpec(
-        shape if grows == infinite else base,
+        shape,
         base,
         fan_in=inside,
         fan_out=tuple(axis for axis in axes if axis not in inside),
-        infinite=grows,
+        infinite=infinite,
     )
 
 
