@@ -433,8 +433,8 @@ def _with_role(
     axes = range(len(shape))
     if role == "finite" and infinite:
         raise RoleError(
-            f"{path}: expected no axis that grows with width for a finite weight, found axes {infinite} of shape "
-            f"{shape} growing; say 'input' to keep the base's initial values and Adam learning rate."
+            f"{path}: expected no axis that grows with width for a finite weight, found axes {infinite} of "
+            f"shape {shape} growing; say 'input' to keep the base's initial values and Adam learning rate."
         )
     if role == "hidden":
         if len(infinite) < 2:
