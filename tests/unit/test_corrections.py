@@ -1,0 +1,125 @@
+"""What mujax does to an unmodified model is what µP by hand would do, to rounding."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import patterns
+import pytest
+from flax import linen as nn
+from flax import nnx
+from patterns import BASE, PATTERNS, PLAIN, WIDTH, Pattern
+
+import mujax
+
+# Each program runs once: long before a careful compilation of it is over.
+COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def wrap(pattern: Pattern, **kwargs) -> mujax.MupModel:
+    return mujax.mup_init(pattern.build(WIDTH, PLAIN), pattern.build(BASE, PLAIN), *pattern.inputs, **kwargs)
+
+
+def examples(pattern: Pattern, dtype=jnp.float32) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [
+        jnp.asarray(rng.integers(0, 11, i.shape), i.dtype)
+        if i.dtype == jnp.int32
+        else jnp.asarray(rng.normal(size=i.shape), dtype)
+        for i in pattern.inputs
+    ]
+
+
+def as_functions(pattern: Pattern, mup: mujax.MupModel):
+    """The parameters, mujax's model and the hand-written one as functions of parameters and inputs."""
+    hand = pattern.build(WIDTH, pattern.hand)
+    if isinstance(hand, nn.Module):
+        shapes = jax.eval_shape(mup.init, jax.random.key(0), *pattern.inputs)
+        rng = np.random.default_rng(1)
+        return (
+            jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 3), shapes),
+            mup.apply,
+            hand.apply,
+        )
+    graph, params, rest = nnx.split(mup.init(jax.random.key(0)), nnx.Param, ...)
+    graph_by_hand, params_by_hand, rest_by_hand = nnx.split(hand(nnx.Rngs(0)), nnx.Param, ...)
+    assert jax.tree.structure(params) == jax.tree.structure(params_by_hand)
+
+    def ours(params, *inputs):
+        return mup.apply(nnx.merge(graph, params, rest), *inputs)
+
+    def by_hand(params, *inputs):
+        return nnx.merge(graph_by_hand, params, rest_by_hand)(*inputs)
+
+    return params, ours, by_hand
+
+
+def value_and_gradient(apply, params, inputs):
+    """The output, and the gradient of a fixed combination of its entries."""
+
+    def combination(params):
+        out = apply(params, *inputs)
+        return jnp.vdot(jnp.cos(jnp.arange(out.size, dtype=out.dtype)), out.ravel()), out
+
+    (_, out), gradient = jax.value_and_grad(combination, has_aux=True)(params)
+    return out, gradient
+
+
+def assert_close(found, expected, tolerance):
+    """Entries agree to a tolerance relative to the largest in their array."""
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree_util.tree_leaves_with_path(expected), strict=True
+    ):
+        largest = np.abs(b).max()
+        assert np.abs(a - b).max() <= tolerance * largest, (jax.tree_util.keystr(path), largest)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_forward_and_gradient_are_those_of_mup_by_hand(name):
+    pattern = PATTERNS[name]
+    mup = wrap(pattern)
+    assert mup.findings == ()
+    assert sorted((c.kind, c.factor) for c in mup.corrections) == sorted(
+        (kind, pytest.approx(factor, rel=1e-6)) for kind, factor in pattern.corrections
+    )
+    params, ours, by_hand = as_functions(pattern, mup)
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.float64, 1e-12)):
+        with jax.enable_x64(dtype == jnp.float64):
+            typed = jax.tree.map(functools.partial(jnp.asarray, dtype=dtype), params)
+            inputs = examples(pattern, dtype)
+            both = [functools.partial(value_and_gradient, apply, inputs=inputs) for apply in (ours, by_hand)]
+            found, expected = jax.jit(
+                lambda p, both=both: [f(p) for f in both], compiler_options=COMPILE_FAST
+            )(typed)
+            assert_close(found, expected, tolerance)
+
+
+def line(text: str) -> str:
+    """`file:line` of the only line of the patterns that has a text."""
+    source = inspect.getsource(patterns).splitlines()
+    (number,) = [number for number, written in enumerate(source, start=1) if text in written]
+    return f"patterns.py:{number}"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "text"),
+    [
+        ("multi_query", "attention", '"bqhd,bsd->bhqs"'),
+        ("multiply_and_sum", "attention", "(q[:, :, None] * k[:, None]).sum(-1)"),
+        ("in_vmap", "attention", '"qhd,khd->hqk"'),
+        # Inside of a library's function: the line that calls it.
+        ("library", "attention", "scale=None if a == 1.0 else a * d**-0.5, is_causal=True"),
+        ("linen_attention", "attention", "layer(x, mask="),
+        ("nnx_attention", "attention", "self.attention(x)"),
+        ("attend", "tied_readout", "times(embed.attend(_trunk(w, embed(tokens)))"),
+        ("table_as_kernel_of_dense", "tied_readout", '.apply({"params": {"kernel": kernel}}, x)'),
+        ("original_transformer", "scale", "(tokens), hand.scale) * w**0.5"),
+        ("weight_norm", "scale", "times(out(x), hand.readout)"),
+    ],
+)
+def test_where_is_the_users_own_line(name, kind, text):
+    """That of what the factor is put on, in the file that the user wrote."""
+    where = {c.kind: c.where for c in wrap(PATTERNS[name]).corrections}
+    assert where[kind].endswith(line(text))
