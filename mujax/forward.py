@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mujax.errors import MujaxError
@@ -63,7 +64,7 @@ def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks
     last = _last_uses(program)
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else env[atom]
+        return _array(atom) if isinstance(atom, jex.Literal) else env[atom]
 
     position = 0
     for index in sorted(by_eqn):
@@ -79,6 +80,10 @@ def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks
         position = index + 1
     _segment(program, position, len(program.eqns), env, last)
     return [read(atom) for atom in program.outvars]
+
+
+def _array(literal: Any) -> Any:
+    return jnp.asarray(literal.val, literal.aval.dtype)
 
 
 def _last_uses(program: Any) -> dict[Any, int]:
@@ -170,7 +175,7 @@ def _inline(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
 
 def _jit(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
     def function(*args: Any) -> Any:
-        return _inline(eqn, args, hooks)
+        return tuple(_inline(eqn, args, hooks))
 
     function.__name__ = function.__qualname__ = eqn.params["name"]
     shardings = {}
