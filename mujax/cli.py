@@ -11,7 +11,9 @@ import importlib
 import io
 import pathlib
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -224,6 +226,35 @@ def _progress_display(console: Console) -> Iterator[Callable[[Progress], None]]:
         yield advance
 
 
+@contextlib.contextmanager
+def _gentle_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the run under way; a second one does not. Yields the check for a waiting one.
+
+    An exception that strikes inside of a callback of JAX's garbage collection is dropped by Python with a
+    traceback on stderr, and the sweep would go on.
+    """
+    waiting = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal waiting
+        if waiting:
+            raise KeyboardInterrupt
+        waiting = True
+
+    def check() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _config(options: _Transfer) -> TransferConfig:
     folder = f"transfer-{options.task}" + ("-quick" if options.quick else "")
     given: dict[str, Any] = {
@@ -246,9 +277,10 @@ def _run_transfer(options: _Transfer) -> None:
         nonlocal done
         done = now.done
         show(now)
+        check()
 
     try:
-        with _progress_display(Console(stderr=True)) as show:
+        with _gentle_interrupts() as check, _progress_display(Console(stderr=True)) as show:
             report = transfer(config, progress=count)
     except KeyboardInterrupt:
         raise _StoppedError(

@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -166,6 +167,25 @@ def test_interrupted_says_what_is_stored_and_how_to_go_on(
     assert cli.main(["transfer", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "mujax: interrupted; 17 runs are stored in here/runs.csv, the same command goes on there."
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("strikes", "finished"), [(1, 18), (2, 17)])
+def test_ctrl_c_waits_for_the_run_under_way_and_twice_does_not(
+    strikes: int, finished: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def transfer(config: TransferConfig, *, progress: Callable[[Progress], None]) -> Report:
+        progress(Progress("sp", 64, 17, 240, 0.1))
+        for _ in range(strikes):
+            signal.raise_signal(signal.SIGINT)
+        progress(Progress("sp", 64, 18, 240, 0.1))
+        pytest.fail("the sweep went on")
+
+    monkeypatch.setattr(cli, "transfer", transfer)
+    before = signal.getsignal(signal.SIGINT)
+    assert cli.main(["transfer", "--out", "here"]) == 130
+    assert f"mujax: interrupted; {finished} runs are stored" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_time_left() -> None:
