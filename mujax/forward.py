@@ -8,6 +8,7 @@ equation that has an insertion inside (a scan, a remat) is built again, through 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,29 @@ Hook = Callable[[Any], Any]
 """What is done to the (first) output of an equation."""
 
 Hooks = Mapping[EqnPath, Hook]
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiply:
+    """A hook that multiplies with constants, which may be traced values.
+
+    A product is linear in each operand, so the evaluator may multiply the smallest of the three arrays
+    instead of the output: with a large vocabulary the logits are much larger than what they are made of.
+
+    Attributes:
+        factors: the constants.
+    """
+
+    factors: tuple[Any, ...]
+
+    def __call__(self, out: Any) -> Any:
+        """The output times the factors, in its own dtype."""
+        for factor in self.factors:
+            out = out * jnp.asarray(factor, out.dtype)
+        return out
+
+
+_BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
 
 
 def evaluate(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
@@ -69,17 +93,43 @@ def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks
     position = 0
     for index in sorted(by_eqn):
         inside = {path: hook for path, hook in by_eqn[index].items() if path}
-        _segment(program, position, index if inside else index + 1, env, last)
         eqn = program.eqns[index]
+        hook = by_eqn[index].get(())
+        operand = _cheaper_operand(eqn, hook)
         if inside:
+            _segment(program, position, index, env, last)
             outs = _rebuild(eqn, [read(atom) for atom in eqn.invars], inside)
             env.update(zip(eqn.outvars, outs, strict=True))
-        hook = by_eqn[index].get(())
-        if hook is not None:
+        elif hook is not None and operand is not None:
+            _segment(program, position, index, env, last)
+            plain = env[operand]
+            env[operand] = hook(plain)
+            _segment(program, index, index + 1, env, last)
+            env[operand] = plain
+        else:
+            _segment(program, position, index + 1, env, last)
+        if hook is not None and operand is None:
             env[eqn.outvars[0]] = hook(env[eqn.outvars[0]])
         position = index + 1
     _segment(program, position, len(program.eqns), env, last)
     return [read(atom) for atom in program.outvars]
+
+
+def _cheaper_operand(eqn: Any, hook: Hook | None) -> Any | None:
+    """The operand of a product that is smaller than its output, if multiplying it does as well.
+
+    In a narrower dtype than the output's it would cost precision.
+    """
+    if not isinstance(hook, Multiply) or eqn.primitive.name not in _BILINEAR:
+        return None
+    left, right = eqn.invars
+    out = eqn.outvars[0].aval
+    smaller = [
+        atom
+        for atom in (left, right)
+        if not isinstance(atom, jex.Literal) and atom.aval.size < out.size and atom.aval.dtype == out.dtype
+    ]
+    return None if left is right else min(smaller, key=lambda atom: atom.aval.size, default=None)
 
 
 def _array(literal: Any) -> Any:
@@ -100,7 +150,7 @@ def _segment(program: Any, start: int, stop: int, env: dict[Any, Any], last: Map
     if start >= stop:
         return
     eqns = program.eqns[start:stop]
-    defined = {var for eqn in eqns for var in eqn.outvars}
+    defined = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
     ins = dict.fromkeys(
         atom
         for eqn in eqns

@@ -201,15 +201,8 @@ class MupModel:
         Returns:
             Variables of the same structure as the model's own `init` returns; for NNX the module.
         """
-        inputs = inputs or tuple(
-            jax.tree.map(
-                lambda leaf: (
-                    jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-                ),
-                self._inputs,
-            )
-        )
-        variables = self._target.init(key, inputs, {**self._kwargs, **kwargs})
+        inputs = inputs or _concrete(self._inputs)
+        variables = self._target.init(key, inputs, {**_concrete(self._kwargs), **kwargs})
 
         def scale(path: str, leaf: Any) -> Any:
             factor = self.init_scales.get(path, 1.0)
@@ -304,6 +297,13 @@ class MupModel:
                     "and the MupModel with the same widths."
                 )
 
+        for path in found:
+            if path not in self.spec:
+                raise SpecMismatchError(
+                    f"{path}: expected only the parameters that mup_init saw, got another one of shape "
+                    f"{found[path]}; pass the variables that mup.init returns."
+                )
+
     def _entry(self, call: Call) -> dict[int, float]:
         """The factors that go on parameters themselves, by position."""
         return {
@@ -328,10 +328,18 @@ class MupModel:
         for name, value in self._multipliers.items():
             for site in reading.knobs[name]:
                 factors.setdefault(site, []).append(value)
-        return {site: functools.partial(_multiply, tuple(values)) for site, values in factors.items()}
+        return {site: forward.Multiply(tuple(values)) for site, values in factors.items()}
 
 
 # ---- tracing ---------------------------------------------------------------------------------------
+
+
+def _concrete(tree: Any) -> Any:
+    """Zeros for the arguments of which only the shape was given."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
+        tree,
+    )
 
 
 def _trace(call: Call) -> tuple[Any, Any]:
@@ -497,9 +505,3 @@ def _root_mean_squares(base: Any, target: Any) -> float:
         float(jnp.sqrt(jnp.mean(jnp.square(jnp.abs(x).astype(jnp.float32))))) for x in (base, target)
     )
     return big / small if small else 0.0
-
-
-def _multiply(factors: Sequence[Any], out: Any) -> Any:
-    for factor in factors:
-        out = out * jnp.asarray(factor, out.dtype)
-    return out
