@@ -243,6 +243,8 @@ class _Linen:
         # One key serves every stream that the model asks for; sown intermediates are not wanted.
         kwargs = {**kwargs, "rngs": jax.eval_shape(lambda: jax.random.key(0))}
         kwargs.setdefault("mutable", DenyList(("params", "intermediates")))
+        # With a cache of keys and values a module takes one token; without, it makes one as in its init.
+        variables = {name: leaves for name, leaves in variables.items() if name != "cache"}
         return self.call(variables, inputs, kwargs)
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:

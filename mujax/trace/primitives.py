@@ -853,7 +853,7 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
             else:
                 if any(f.size != f.base for f in factors if f.axis is not None):
                     raise ShapeMismatchError(
-                        f"{view.path}: axis {axis} is looked up by index at {source.where(pair.target)}, so "
+                        f"{view.path}: axis {axis} is looked up by index at {source.where(pair.place)}, so "
                         "its "
                         f"size is a vocabulary and not a width; expected {operand.base[axis]} as in the "
                         "base, "
