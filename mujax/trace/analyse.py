@@ -10,7 +10,7 @@ from typing import Any
 from jax.extend import core as jex
 
 from mujax.errors import TraceMismatchError
-from mujax.trace.interpret import Finding, Fix, Interpreter, Product, Use
+from mujax.trace.interpret import EqnPath, Finding, Fix, Interpreter, Product, Use
 from mujax.trace.primitives import PRIMITIVES
 from mujax.trace.values import Size, Value, fit, whole
 
@@ -68,12 +68,21 @@ def analyse(
             inputs.append(
                 Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
             )
-    interpreter = Interpreter(PRIMITIVES, shapes, prescribed)
-    interpreter.run(base, target, inputs)
+
+    def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Interpreter:
+        interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums, fixed=fixed)
+        interpreter.run(base, target, inputs)
+        return interpreter
+
+    sums: frozenset[EqnPath] = frozenset()
+    fixed: dict[EqnPath, Fix] = {}
+    interpreter = walk(sums, fixed)
     if prescribed and (sums := interpreter.sums()):
         # Whether `(x * kernel).sum()` is a product or a gain and a mean shows only at the end.
-        interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums)
-        interpreter.run(base, target, inputs)
+        interpreter = walk(sums, fixed)
+    while (fix := interpreter.unforeseen()) is not None:
+        fixed[fix.site] = fix
+        interpreter = walk(sums, fixed)
     uses: dict[str, list[Use]] = collections.defaultdict(list)
     for use in interpreter.uses():
         uses[use.path].append(use)

@@ -216,6 +216,7 @@ class Interpreter:
         exact: whether sizes must be exact, as for the program of an initialiser: there a nonlinear
             function of what scales is unknown, and nothing is put right.
         sums: where an earlier walk found that a sum is a product with a parameter.
+        fixed: what an earlier walk put right and is put right from the start in this one.
     """
 
     def __init__(
@@ -225,17 +226,20 @@ class Interpreter:
         prescribed: Mapping[str, float] | None = None,
         exact: bool = False,
         sums: frozenset[EqnPath] = frozenset(),
+        fixed: Mapping[EqnPath, Fix] | None = None,
     ) -> None:
         self.exact = exact
         self.known_sums = sums
+        self._fixed = fixed or {}
         self._rules = rules
         self._param_shapes = shapes
         self._prescribed = prescribed or {}
         self._caller: tuple[Any, Any] | None = None
         self._heads: dict[str, None] = {}
         self._places: dict[EqnPath, Any] = {}
-        self._fixes: dict[EqnPath, Fix] = {}
+        self._fixes: dict[EqnPath, Fix] = dict(self._fixed)
         self._disputed: set[EqnPath] = set()
+        self._unfixed: set[EqnPath] = set()
         self._findings: dict[tuple[str, EqnPath], Finding] = {}
         self._uses: list[Use] = []
         self._decided: list[bool] = []
@@ -266,6 +270,14 @@ class Interpreter:
     def fixes(self) -> list[Fix]:
         """What scales with width through the user's own constants, one entry per equation."""
         return [fix for site, fix in self._fixes.items() if site not in self._disputed]
+
+    def unforeseen(self) -> Fix | None:
+        """The first fix of a value whose size was used elsewhere in this walk as if it had no fix.
+
+        `h = x * sqrt(d)` is put right for `tanh(h)`; from then on `h / sqrt(d)` has another size.
+        """
+        sites = self._unfixed.intersection(self._fixes) - self._fixed.keys() - self._disputed
+        return self._fixes[min(sites)] if sites else None
 
     def findings(self) -> list[Finding]:
         """What was seen and can't be put right."""
@@ -423,7 +435,11 @@ class Interpreter:
 
     def sized(self, pair: Pair, size: Size, *operands: Size) -> Size:
         """The size of an equation's result, with the place where its scale left 1."""
+        fix = self._fixed.get(pair.site)
+        if fix is not None:
+            size = size.scaled(fix.factor)
         out = size.at(pair.site, *operands)
+        self._unfixed |= size.through - out.origins
         if pair.site in out.origins:
             self._places[pair.site] = pair.place
         return out
@@ -475,7 +491,7 @@ class Interpreter:
         if attention:
             known = size.summed != 1 and -0.98 < math.log(constants) / math.log(size.summed) < -0.02
         else:
-            known = abs(size.degree) < _TOLERANCE or (size.degree < 0 and same(constants, 1.0))
+            known = abs(size.degree) < _TOLERANCE or size.normalised
         if not (known or report):
             return size
         for site in size.origins:
@@ -534,7 +550,9 @@ class Interpreter:
         end = Pair(base.jaxpr, _End(target.jaxpr), ())
         for value in outs:
             self.decide(value)
-            self.settle(end, value)
+            # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
+            if not value.size.normalised:
+                self.settle(end, value)
             self._heads.update(dict.fromkeys(sorted(value.heads)))
         return outs
 

@@ -82,23 +82,31 @@ class Size:
         summed: the part of `total` that sums over growing axes account for; constants are the rest.
         degree: how many such sums are in it: 1 for a sum, -1/2 for a division by a norm.
         origins: the equations where the scale left 1; a factor there is a factor here.
+        through: equations with a scale of their own that it was computed from, and that are not its origins.
     """
 
     total: float | None = 1.0
     summed: float = 1.0
     degree: float = 0.0
     origins: frozenset[tuple[int | str, ...]] = frozenset()
+    through: frozenset[tuple[int | str, ...]] = frozenset()
 
     @property
     def is_one(self) -> bool:
         """Whether the entries are of the same size at every width."""
         return self.total is not None and (self.total == 0 or same(self.total, 1.0))
 
+    @property
+    def normalised(self) -> bool:
+        """Whether it was divided by a norm, and by no constant that scales with width."""
+        return self.total is not None and self.degree < 0 and same(self.total, self.summed)
+
     def power(self, exponent: float) -> Size:
         """The size of a power of the value."""
         if not self.total:
             return self if exponent > 0 else UNKNOWN
-        return Size(self.total**exponent, self.summed**exponent, self.degree * exponent)
+        through = self.origins | self.through
+        return Size(self.total**exponent, self.summed**exponent, self.degree * exponent, through=through)
 
     def scaled(self, factor: float | None) -> Size:
         """The size after multiplication with a constant that scales by `factor`."""
@@ -126,7 +134,7 @@ class Size:
             return self
         apart = [size for size in operands if not size.is_one]
         origins = apart[0].origins if len(apart) == 1 and apart[0].origins else frozenset({site})
-        return dataclasses.replace(self, origins=origins)
+        return dataclasses.replace(self, origins=origins, through=frozenset())
 
 
 ONE: Final = Size()
@@ -199,6 +207,7 @@ def ratio(base: float, target: float) -> float | None:
 def product(sizes: Iterable[Size]) -> Size:
     """Size of a product."""
     total, summed, degree = 1.0, 1.0, 0.0
+    through: frozenset[tuple[int | str, ...]] = frozenset()
     unknown = False
     for size in sizes:
         if size.total == 0:
@@ -207,7 +216,8 @@ def product(sizes: Iterable[Size]) -> Size:
         total *= size.total or 1.0
         summed *= size.summed
         degree += size.degree
-    return UNKNOWN if unknown else Size(total, summed, degree)
+        through |= size.origins | size.through
+    return UNKNOWN if unknown else Size(total, summed, degree, through=through)
 
 
 def same(a: float, b: float) -> bool:

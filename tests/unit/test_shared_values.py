@@ -1,0 +1,101 @@
+"""A value that scales with width and is used more than once: each use must come out of order one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mujax
+
+BASE, WIDTH = 8, 24
+R = WIDTH / BASE
+X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 4)), "float32")
+
+Params = dict[str, jax.Array]
+Program = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, ...]]
+
+
+def unit(x: jax.Array) -> jax.Array:
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def model(program: Program, width: int) -> mujax.Functional:
+    def init(key: jax.Array, x: jax.Array) -> Params:
+        return {
+            name: jax.random.normal(k, (4, width))
+            for name, k in zip("ab", jax.random.split(key), strict=True)
+        }
+
+    def apply(params: Params, x: jax.Array) -> tuple[jax.Array, ...]:
+        return program(x @ params["a"], x @ params["b"], width)
+
+    return mujax.Functional(init, apply)
+
+
+def scaled_and_back(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    h = a * width**0.5
+    return jnp.tanh(h), h / width**0.5
+
+
+def scaled_twice(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    h = a * width**0.5
+    return jnp.tanh(h), jnp.sin(h * width**0.5), (h * b) / width
+
+
+def scaled_in_a_loop(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    def body(carry: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        h = carry * width**0.5
+        return jnp.tanh(h), h / width**0.5
+
+    return jax.lax.scan(body, a, None, length=2)
+
+
+def cosine(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    """As in CLIP: the embeddings are outputs, too, and who compares them outside wants their norm."""
+    a, b = unit(a), unit(b)
+    return a, b, jnp.einsum("bqd,bkd->bqk", a, b)
+
+
+# What the program is at the target, with the base's constants where it has constants of width.
+PROGRAMS: dict[str, tuple[Program, Program]] = {
+    "scaled and back": (scaled_and_back, lambda a, b, width: scaled_and_back(a, b, BASE)),
+    "scaled twice": (scaled_twice, lambda a, b, width: scaled_twice(a, b, BASE)),
+    "scaled in a loop": (scaled_in_a_loop, lambda a, b, width: scaled_in_a_loop(a, b, BASE)),
+    "cosine": (cosine, cosine),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_use_is_of_order_one(name: str) -> None:
+    program, expected = PROGRAMS[name]
+    mup = mujax.mup_init(model(program, WIDTH), model(program, BASE), X)
+    params = mup.init(jax.random.key(0))
+    ours = jax.jit(mup.apply)(params, X)
+    theirs = jax.jit(model(expected, WIDTH).apply)(params, X)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), ours, theirs)
+    assert mup.findings == ()
+
+
+@pytest.mark.parametrize("name", ["scaled and back", "scaled twice", "scaled in a loop"])
+def test_the_twin_as_it_stands_is_another(name: str) -> None:
+    program, expected = PROGRAMS[name]
+    params = model(program, WIDTH).init(jax.random.key(0), X)
+    plain, theirs = (model(f, WIDTH).apply(params, X) for f in (program, expected))
+    assert max(float(jnp.abs(x - y).max()) for x, y in zip(plain, theirs, strict=True)) > 0.1
+
+
+def test_what_two_uses_can_not_share_is_said() -> None:
+    """A unit vector that goes into a nonlinearity gets its size back, and its cosine then is none."""
+
+    def program(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+        a = unit(a)
+        return jnp.tanh(a), jnp.einsum("bqd,bkd->bqk", a, unit(b))
+
+    with pytest.warns(mujax.MujaxWarning):
+        mup = mujax.mup_init(model(program, WIDTH), model(program, BASE), X)
+    assert [(c.kind, c.factor) for c in mup.corrections] == [("scale", pytest.approx(R**0.5))]
+    assert [finding.kind for finding in mup.findings] == ["unscaled sum"]
