@@ -10,9 +10,9 @@ counts:
 - seconds: wall time of `mup_init`, the start of JAX's backend included;
 - CPU: processor time of the same, the least of all runs: other work on the machine disturbs it less;
 - memory: peak resident set of the process minus the resident set after the imports;
-- linearity: CPU seconds that each added layer costs between the two largest numbers of layers, over the
-  same between the two smallest. It is 1 for a cost linear in layers and 4 for a quadratic one at 10, 20,
-  40 and 80 layers.
+- linearity: CPU seconds that each layer costs from the second largest number of layers to the largest, over
+  the same from the smallest to the second largest. At 10, 20, 40 and 80 layers it is 1 for a cost linear in
+  layers and 2.4 for a quadratic one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import common
@@ -125,31 +125,29 @@ def measure(size: Size) -> dict[str, float]:
     }
 
 
-def measured(size: Size, runs: int) -> dict[str, float]:
-    """`measure` over fresh processes: medians, and the least processor time."""
+def in_own_process(size: Size) -> dict[str, float]:
+    """`measure` in a fresh process."""
     command = [sys.executable, __file__, "--measure", json.dumps(dataclasses.asdict(size))]
-    figures = [
-        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(runs)
-    ]
-    # Other work on the machine only ever adds to processor time.
-    summary = {"cpu_seconds": min}
-    return {
-        name: summary.get(name, statistics.median)([figure[name] for figure in figures])
-        for name in figures[0]
-    }
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
+def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Medians, and the least processor time: other work on the machine only ever adds to that."""
+    summarise = {"cpu_seconds": min}
+    return {name: summarise.get(name, statistics.median)([run[name] for run in runs]) for name in runs[0]}
 
 
 # ---- the report ------------------------------------------------------------------------------------
 
 
 def linearity(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Cost of a layer at the largest depths over the cost of one at the smallest."""
-    ordered = sorted(rows, key=lambda row: row["layers"])
+    """Cost of one of the last layers over the cost of one of the first."""
+    few, *_, many, most = sorted(rows, key=lambda row: row["layers"])
 
-    def each(few: Mapping[str, Any], many: Mapping[str, Any]) -> float:
-        return (many["cpu_seconds"] - few["cpu_seconds"]) / (many["layers"] - few["layers"])
+    def each(less: Mapping[str, Any], more: Mapping[str, Any]) -> float:
+        return (more["cpu_seconds"] - less["cpu_seconds"]) / (more["layers"] - less["layers"])
 
-    return each(*ordered[-2:]) / each(*ordered[:2])
+    return each(many, most) / each(few, many)
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -177,7 +175,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the report, which grows with every row."""
     parser = argparse.ArgumentParser(description="Time and memory of mup_init on 1 to 70 billion parameters.")
-    parser.add_argument("--runs", type=int, default=3, help="processes per figure (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, help="processes of each size (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a smoke run: few layers, one process for each")
     parser.add_argument("--out", type=pathlib.Path, default=common.OUT / "spec_scale.json", help="the report")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
@@ -188,32 +186,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.runs < 1:
         parser.error(f"--runs: expected at least 1, got {args.runs}.")
 
-    runs = 1 if args.quick else args.runs
     sizes = {"1e9": dataclasses.replace(SIZES["1e9"], n_layers=1)} if args.quick else SIZES
+    largest, whole = list(sizes.items())[-1]
     depths = (1, 2, 3) if args.quick else LAYERS
+    cut = [(largest, dataclasses.replace(whole, n_layers=n_layers)) for n_layers in depths]
+    runs: dict[tuple[str, Size], list[dict[str, float]]] = {key: [] for key in (*sizes.items(), *cut)}
     report: dict[str, Any] = {
         "quick": args.quick,
         "environment": common.environment(),
         "goals": {figure: goal.limit for figure, goal in GOALS.items()},
-        "sizes": [],
-        "layers": [],
     }
 
-    def row(name: str, size: Size) -> dict[str, Any]:
-        print(f"{name} with {size.n_layers} layers ...", file=sys.stderr, flush=True)
-        return {"size": name, "layers": size.n_layers, "d_model": size.d_model, **measured(size, runs)}
+    def rows(keys: Iterable[tuple[str, Size]]) -> list[dict[str, Any]]:
+        return [
+            {"size": name, "layers": size.n_layers, "d_model": size.d_model, **summary(runs[name, size])}
+            for name, size in keys
+            if runs[name, size]
+        ]
 
-    for name, size in sizes.items():
-        report["sizes"].append(row(name, size))
-        common.write(args.out, report)
-    largest, size = list(sizes.items())[-1]
-    full = report["sizes"][-1]
-    for n_layers in depths:
-        whole = n_layers == size.n_layers
-        report["layers"].append(full if whole else row(largest, dataclasses.replace(size, n_layers=n_layers)))
-        common.write(args.out, report)
+    # One of each, and again: a busy minute then falls on all of them.
+    for _ in range(1 if args.quick else args.runs):
+        for name, size in runs:
+            print(f"{name} with {size.n_layers} layers ...", file=sys.stderr, flush=True)
+            runs[name, size].append(in_own_process(size))
+            report |= {"sizes": rows(sizes.items()), "layers": rows(cut)}
+            common.write(args.out, report)
     report["linearity"] = linearity(report["layers"])
-    figures = {**full, "linearity": report["linearity"]}
+    figures = {**report["sizes"][-1], "linearity": report["linearity"]}
     report["missed"] = [
         line
         for figure, goal in GOALS.items()
