@@ -188,12 +188,12 @@ def _sample(
 ) -> list[Any]:
     arguments = _split((inputs, kwargs))
 
-    def flat(key: Any) -> Any:
-        zeros = [jax.numpy.zeros(a.shape, a.dtype) for a in arguments.arrays]
-        args, kw = arguments.rebuild(zeros)
+    def flat(key: Any, *arrays: Any) -> Any:
+        args, kw = arguments.rebuild(arrays)
         return pick(function(key, *args, **kw))
 
-    return jax.jit(flat)(key)
+    # As arguments: the forward pass of constants would be run, one operation after the other.
+    return jax.jit(flat)(key, *(jax.numpy.zeros(a.shape, a.dtype) for a in arguments.arrays))
 
 
 # ---- Linen -----------------------------------------------------------------------------------------
