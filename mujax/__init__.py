@@ -34,3 +34,5 @@ from mujax.optim import mup_sgd as mup_sgd
 from mujax.optim import mup_wrap as mup_wrap
 from mujax.rules import interpolate as interpolate
 from mujax.trace import Finding as Finding
+from mujax.transfer import TransferConfig as TransferConfig
+from mujax.transfer import transfer as transfer

@@ -6,8 +6,10 @@ checkpoint of one can be read as the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -26,10 +28,7 @@ def _between_factors(
     tx: optax.GradientTransformation, spec: MupSpec, family: rules.Family, *, scale_eps: bool
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` on gradients divided by their scale, its updates multiplied with the learning rate's factors."""
-    if not isinstance(spec, MupSpec):
-        raise MujaxError(
-            f"spec: expected a MupSpec, got {type(spec).__name__}. Pass the spec of what mup_init returns."
-        )
+    _check_spec(spec)
     chosen = rules.parametrization(spec.parametrization)
     rescaled = scale_eps and family in _WITH_EPSILON
     to_base = {
@@ -72,10 +71,8 @@ def mup_scale_by_adam(
     .. math::
         u = f \cdot \frac{\hat m}{\sqrt{\hat v + s^2 \epsilon_{root}} + s \epsilon}
 
-    This is computed as :math:`f` times `optax.scale_by_adam` of :math:`g / s`. Adam is scale-free but for
-    ε, so dividing the gradient by :math:`s` does to :math:`\epsilon` and :math:`\epsilon_{root}` what the
-    formula says, and nothing else. The moments in the state are those of :math:`g / s`: in the
-    units of the base model, at every width.
+    This is :math:`f` times `optax.scale_by_adam` with ε of its own for each group of parameters whose
+    gradients scale alike. The moments in the state are those of the gradient, as optax's are.
 
     Args:
         spec: what `mup_init` found out about the parameters.
@@ -107,12 +104,55 @@ def mup_scale_by_adam(
     Reference:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9; Appendix B.3 for ε.
     """
-    return _between_factors(
-        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov),
-        spec,
-        "adam",
-        scale_eps=scale_eps,
-    )
+    _check_spec(spec)
+    chosen = rules.parametrization(spec.parametrization)
+    scales = {path: rules.gradient_scale(param, chosen) if scale_eps else 1.0 for path, param in spec.items()}
+
+    def adam(scale: float) -> optax.GradientTransformation:
+        if scale == 1:
+            return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+        return optax.scale_by_adam(b1, b2, eps * scale, eps_root * scale**2, mu_dtype, nesterov=nesterov)
+
+    return _between_factors(_by_group(adam, spec, scales), spec, "adam", scale_eps=False)
+
+
+def _by_group(
+    make: Callable[[float], optax.GradientTransformation], spec: MupSpec, scales: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """One of several transforms for each leaf, by its scale, on a single `optax.ScaleByAdamState`."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if not isinstance(state, optax.ScaleByAdamState):
+            raise MujaxError(
+                f"state: expected the ScaleByAdamState that init returned, got {type(state).__name__}."
+            )
+        leaves, structure = jax.tree.flatten(updates)
+        moments = [structure.flatten_up_to(tree) for tree in (state.mu, state.nu)]
+        mine = [scales[path] for path in leaf_paths(spec, updates, "updates")]
+        done: list[Any] = [None] * len(leaves)
+        count = state.count
+        for scale in dict.fromkeys(mine) or (1.0,):
+            group = [number for number, other in enumerate(mine) if other == scale]
+            mu, nu = ([tree[number] for number in group] for tree in moments)
+            part = optax.ScaleByAdamState(state.count, mu, nu)
+            result: Any = make(scale).update([leaves[number] for number in group], part)
+            out, (count, mu, nu) = result
+            for number, *new in zip(group, out, mu, nu, strict=True):
+                done[number] = new
+        columns = zip(*done, strict=True) if done else ([], [], [])
+        out, mu, nu = (structure.unflatten(column) for column in columns)
+        return out, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(make(1.0).init, update)
+
+
+def _check_spec(spec: MupSpec) -> None:
+    if not isinstance(spec, MupSpec):
+        raise MujaxError(
+            f"spec: expected a MupSpec, got {type(spec).__name__}. Pass the spec of what mup_init returns."
+        )
 
 
 def mup_scale_by_sgd(

@@ -117,11 +117,9 @@ class TestFactors:
         (ours, *_), state = steps(mup_scale_by_adam(spec, eps=0.0), spec, 1)
         (theirs, *_), their_state = steps(optax.scale_by_adam(eps=0.0), spec, 1)
         np.testing.assert_allclose(ratios(spec, ours, theirs), ADAM[name], rtol=1e-5)
-        # The moments are those of the gradient over its scale.
-        np.testing.assert_allclose(ratios(spec, their_state.mu, state.mu), GRADIENT[name], rtol=1e-5)
-        np.testing.assert_allclose(
-            ratios(spec, their_state.nu, state.nu), np.square(GRADIENT[name]), rtol=1e-5
-        )
+        # The moments are those of the gradient, as optax's are: only epsilon is the parameter's own.
+        jax.tree.map(np.testing.assert_array_equal, state.mu, their_state.mu)
+        jax.tree.map(np.testing.assert_array_equal, state.nu, their_state.nu)
 
     @pytest.mark.parametrize("name", PARAMETRIZATIONS)
     @pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
@@ -371,7 +369,8 @@ class TestWrap:
         wrapped = mup_wrap(optax.adam(0.1, eps=0.5), spec, "adam", scale_eps=scale_eps)
         ours, _ = steps(wrapped, spec)
         alias, _ = steps(mup_adam(0.1, spec, eps=0.5, scale_eps=scale_eps), spec)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, alias)
+        # The one rescales the gradient, the other epsilon.
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), ours, alias)
 
     def test_extra_arguments_are_passed_on(self):
         spec = make_spec()

@@ -67,7 +67,8 @@ def test_transposing_a_kernel_transposes_its_roles_and_nothing_else():
         def __call__(self, x):
             x = nn.Dense(self.width, name="first")(x)
             shape = (self.width, 2 * self.width)
-            kernel = self.param("kernel", nn.initializers.normal(1.0), shape[::-1] if self.transpose else shape)
+            stored = shape[::-1] if self.transpose else shape
+            kernel = self.param("kernel", nn.initializers.normal(1.0), stored)
             return nn.Dense(3, name="out")(nn.relu(x @ (kernel.T if self.transpose else kernel)))
 
     x = jax.ShapeDtypeStruct((2, 7), jnp.float32)

@@ -65,7 +65,9 @@ def vector(stack: tuple[int, ...] = (), r: float = R) -> Row:
     return ("input", (), stack, 1.0, 1.0, r)
 
 
-def hidden(fan_in: tuple[int, ...] = (0,), stack: tuple[int, ...] = (), init: float = 1.0, r: float = R) -> Row:
+def hidden(
+    fan_in: tuple[int, ...] = (0,), stack: tuple[int, ...] = (), init: float = 1.0, r: float = R
+) -> Row:
     """A hidden weight whose own initialiser already follows its fan-in."""
     return ("hidden", fan_in, stack, init, 1 / r, 1.0)
 
