@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -306,12 +307,14 @@ class _Pure:
 
 
 def _nnx_paths(state: Any) -> tuple[dict[int, str], dict[int, str]]:
-    flat = list(nnx.to_flat_state(state))
     params: dict[int, str] = {}
     other: dict[int, str] = {}
-    for position, (path, variable) in enumerate(flat):
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    for path, variable in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_variable):
         kind = params if isinstance(variable, nnx.Param) else other
-        kind[position] = "/".join(map(str, path))
+        # A variable may hold a tree of arrays.
+        for inside, _ in jax.tree_util.tree_leaves_with_path(variable):
+            kind[len(params) + len(other)] = leaf_path((*path, *inside))
     return params, other
 
 
@@ -370,7 +373,12 @@ class _NNX:
         def function(*arrays: Any) -> Any:
             module = nnx.merge(graph, jax.tree.unflatten(structure, arrays[: len(leaves)]))
             args, kw = arguments.rebuild(arrays[len(leaves) :])
-            out = method(module, *args, **kw) if callable(method) else getattr(module, method)(*args, **kw)
+            run = functools.partial(method, module) if callable(method) else getattr(module, method)
+            with warnings.catch_warnings():
+                if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+                    # Of a call that is only looked at, nothing that it sows is wanted.
+                    warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)'", DeprecationWarning)
+                out = run(*args, **kw)
             # Parameters do not change in a call; all other state may.
             return out, nnx.state(module, nnx.Not(nnx.Param))
 
