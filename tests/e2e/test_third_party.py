@@ -718,3 +718,76 @@ def test_decoding_with_a_cache(name: str) -> None:
         found.append(logits)
     expected = quickly(lambda p: case.kind.by_hand(p, case.mup, ids, mask, positions))(params)
     assert distance(jnp.concatenate(found, axis=1), expected) < 1e-6
+
+
+# ---- further architectures, for what the four above do not have ------------------------------------
+
+TOKENS = text()
+GEMMA = dict(vocab_size=VOCAB, **LAYERS, **POSITIONS, hidden_activation="gelu_pytorch_tanh")
+NEO = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 8,
+    "num_layers": 2,
+    "attention_types": [[["global"], 2]],
+}
+
+
+def listed(mup: mujax.MupModel) -> dict[tuple[str, float], int]:
+    return dict(collections.Counter((c.kind, round(c.factor, 6)) for c in mup.corrections))
+
+
+def test_gemma_multiplies_its_embedding_with_the_root_of_the_width() -> None:
+    modeling = pytest.importorskip("transformers.models.gemma.modeling_flax_gemma")
+
+    def build(**more: Any) -> nn.Module:
+        return modeling.FlaxGemmaForCausalLMModule(modeling.GemmaConfig(**GEMMA, **more))
+
+    target, base = sizes(24, 4, 48, head_dim=8), sizes(8, 2, 16, head_dim=4)
+    mup = mujax.mup_init(
+        build(**target, num_key_value_heads=1), build(**base, num_key_value_heads=1), *TOKENS
+    )
+    assert listed(mup) == {
+        ("scale", round(3**-0.5, 6)): 1,
+        ("attention", round(2**-0.5, 6)): 2,
+        ("tied_readout", round(1 / 3, 6)): 1,
+    }
+    assert mup.findings == ()
+
+
+def test_clips_cosines_are_left_alone() -> None:
+    """Its embeddings have unit norm, go into a product and are outputs, too."""
+    modeling = pytest.importorskip("transformers.models.clip.modeling_flax_clip")
+
+    def build(projection_dim: int, **more: Any) -> nn.Module:
+        vision = {"image_size": 8, "patch_size": 4, **LAYERS, **more}
+        words = {"vocab_size": VOCAB, "max_position_embeddings": 8, **LAYERS, **more}
+        return modeling.FlaxCLIPModule(
+            modeling.CLIPConfig(text_config=words, vision_config=vision, projection_dim=projection_dim)
+        )
+
+    ids, mask, positions = TOKENS
+    for projection, readouts in (((6, 18), {}), ((6, 6), {("readout", round(1 / 3, 6)): 2})):
+        base, target = build(projection[0], **sizes(8, 2, 16)), build(projection[1], **sizes(24, 6, 48))
+        mup = mujax.mup_init(target, base, ids, *images(), mask, positions)
+        assert listed(mup) == readouts
+        assert mup.findings == ()
+
+
+def test_gpt_neos_unscaled_attention_is_reported() -> None:
+    """It takes the factor of its attention away by hand: no known pattern, so nothing is guessed."""
+    modeling = pytest.importorskip("transformers.models.gpt_neo.modeling_flax_gpt_neo")
+
+    def build(width: int, heads: int) -> nn.Module:
+        config = modeling.GPTNeoConfig(**NEO, hidden_size=width, num_heads=heads)
+        return modeling.FlaxGPTNeoForCausalLMModule(config)
+
+    with pytest.warns(mujax.MujaxWarning):
+        mup = mujax.mup_init(build(24, 4), build(8, 2), *TOKENS)
+    assert listed(mup) == {("tied_readout", round(1 / 3, 6)): 1}
+    assert [finding.kind for finding in mup.findings] == ["unscaled sum"] * 2
+    file, _, line = mup.findings[0].where.rpartition(":")
+    assert "attn_weights = dot_product_attention_weights(" in linecache.getline(file, int(line))
+    with pytest.raises(mujax.AuditError, match="its factor fits no known pattern"):
+        mujax.mup_init(build(24, 4), build(8, 2), *TOKENS, strict=True)
+    # With a fixed head size there is nothing to scale.
+    assert mujax.audit(build(24, 6), build(8, 2), *TOKENS) == ()
