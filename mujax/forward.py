@@ -31,14 +31,17 @@ Hooks = Mapping[EqnPath, Hook]
 class Multiply:
     """A hook that multiplies with constants, which may be traced values.
 
-    A product is linear in each operand, so the evaluator may multiply the smallest of the three arrays
-    instead of the output: with a large vocabulary the logits are much larger than what they are made of.
+    A product is linear in each operand. Where its activation is no larger than its output, that is
+    multiplied instead: with a large vocabulary the logits are much larger, and what is done to an
+    activation joins the norm or the nonlinearity that made it.
 
     Attributes:
         factors: the constants.
+        activation: which operand of the equation is an activation, if it is a product.
     """
 
     factors: tuple[Any, ...]
+    activation: int | None = None
 
     def __call__(self, out: Any) -> Any:
         """The output times the factors, in its own dtype."""
@@ -116,20 +119,16 @@ def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks
 
 
 def _cheaper_operand(eqn: Any, hook: Hook | None) -> Any | None:
-    """The operand of a product that is smaller than its output, if multiplying it does as well.
+    """The activation in a product, if multiplying it costs no more and does as well.
 
     In a narrower dtype than the output's it would cost precision.
     """
-    if not isinstance(hook, Multiply) or eqn.primitive.name not in _BILINEAR:
+    if not isinstance(hook, Multiply) or hook.activation is None or eqn.primitive.name not in _BILINEAR:
         return None
     left, right = eqn.invars
-    out = eqn.outvars[0].aval
-    smaller = [
-        atom
-        for atom in (left, right)
-        if not isinstance(atom, jex.Literal) and atom.aval.size < out.size and atom.aval.dtype == out.dtype
-    ]
-    return None if left is right else min(smaller, key=lambda atom: atom.aval.size, default=None)
+    atom, out = eqn.invars[hook.activation].aval, eqn.outvars[0].aval
+    fits = left is not right and atom.size <= out.size and atom.dtype == out.dtype
+    return eqn.invars[hook.activation] if fits else None
 
 
 def _array(literal: Any) -> Any:

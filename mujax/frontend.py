@@ -127,6 +127,11 @@ def frontend(model: Any) -> Frontend:
             f"model: expected an NNX factory (a function rngs -> module), got an instance of "
             f"{type(model).__name__}; pass lambda rngs: {type(model).__name__}(..., rngs=rngs)."
         )
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise MujaxError(
+            f"model: expected a Flax Linen module, got {type(model).__name__}, which holds one; pass its "
+            ".module."
+        )
     if callable(model):
         return _NNX(cast(Callable[[nnx.Rngs], nnx.Module], model))
     raise MujaxError(

@@ -168,7 +168,7 @@ def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, 
         return mup_init(model, base, *inputs, **kwargs).findings
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MupModel:
     """A model in µP: what `mup_init` returns.
 
@@ -188,6 +188,9 @@ class MupModel:
     _inputs: tuple[Any, ...]
     _kwargs: dict[str, Any]
     _multipliers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"MupModel({len(self.spec)} parameters, parametrization={str(self.spec.parametrization)!r})"
 
     def init(self, key: Any, *inputs: Any, **kwargs: Any) -> Any:
         """The user's own initialisation, each parameter brought to the rule's standard deviation.
@@ -328,7 +331,10 @@ class MupModel:
         for name, value in self._multipliers.items():
             for site in reading.knobs[name]:
                 factors.setdefault(site, []).append(value)
-        return {site: forward.Multiply(tuple(values)) for site, values in factors.items()}
+        return {
+            site: forward.Multiply(tuple(values), reading.analysis.activations.get(site))
+            for site, values in factors.items()
+        }
 
 
 # ---- tracing ---------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ class Analysis:
         uses: per parameter path, its uses in program order.
         products: products of two activations.
         heads: parameters whose product is an output of the program.
+        activations: per product, which of its operands is an activation.
         fixes: what scales with width through constants in the program, and what would put it right.
         findings: what was seen and can't be put right.
     """
@@ -30,6 +31,7 @@ class Analysis:
     uses: Mapping[str, Sequence[Use]]
     products: Sequence[Product]
     heads: Sequence[str]
+    activations: Mapping[EqnPath, int]
     fixes: Sequence[Fix]
     findings: Sequence[Finding]
 
@@ -90,6 +92,7 @@ def analyse(
         dict(uses),
         interpreter.products(),
         interpreter.heads(),
+        interpreter.activations,
         interpreter.fixes(),
         interpreter.findings(),
     )

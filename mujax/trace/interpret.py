@@ -217,6 +217,10 @@ class Interpreter:
             function of what scales is unknown, and nothing is put right.
         sums: where an earlier walk found that a sum is a product with a parameter.
         fixed: what an earlier walk put right and is put right from the start in this one.
+
+    Attributes:
+        exact: as given.
+        activations: per product, which of its operands is an activation: the first of two.
     """
 
     def __init__(
@@ -229,6 +233,7 @@ class Interpreter:
         fixed: Mapping[EqnPath, Fix] | None = None,
     ) -> None:
         self.exact = exact
+        self.activations: dict[EqnPath, int] = {}
         self.known_sums = sums
         self._fixed = fixed or {}
         self._rules = rules
@@ -507,7 +512,8 @@ class Interpreter:
                     "times from base to target where "
                     f"it is used at {source.where(pair.place)}, and its factor fits no known pattern (a "
                     "mean, "
-                    "1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with width",
+                    "1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with width "
+                    "(for attention logits with_multipliers(attention_mult=...) will do)",
                 )
         return ONE
 
