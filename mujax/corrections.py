@@ -92,10 +92,9 @@ def read_call(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call
             findings.append(
                 Finding(
                     "out of reach",
-                    f"a {kept[0].kind} factor of {kept[0].factor:.4g} is wanted inside {block}, whose "
-                    "inside can't be "
-                    "changed without losing its own derivative; move the product out of it or write the "
-                    "factor there",
+                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) is wanted inside {block}, whose "
+                    "inside can't be changed without losing its own derivative; move the product out of it or "
+                    "write the factor there",
                     kept[0].where,
                 )
             )

@@ -491,6 +491,8 @@ class Interpreter:
         if value.state:
             # A step of a power iteration: it computes a norm, and must compute the same norm.
             return UNKNOWN
+        if size.nearly_one:
+            return ONE
         constants = size.total / size.summed
         attention = abs(size.degree - 1) < _TOLERANCE
         if attention:

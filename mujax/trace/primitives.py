@@ -770,16 +770,37 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> bool:
 
 def _dot_general(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     (contract_l, contract_r), (batch_l, batch_r) = pair.params["dimension_numbers"]
-    left, right = _Side(ins[0], contract_l, batch_l), _Side(ins[1], contract_r, batch_r)
-    free_l = [axis for axis in range(ins[0].ndim) if axis not in left.gone]
-    free_r = [axis for axis in range(ins[1].ndim) if axis not in right.gone]
+    return _general_product(
+        interp, pair, _Side(ins[0], contract_l, batch_l), _Side(ins[1], contract_r, batch_r)
+    )
+
+
+def _ragged_dot_general(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Rows in groups, each with a kernel of its own: the groups are copies, as the batch of a product is."""
+    dims = pair.params["ragged_dot_dimension_numbers"]
+    (contract_l, contract_r), (batch_l, batch_r) = dims.dot_dimension_numbers
+    if set(dims.lhs_ragged_dimensions) & {*contract_l, *batch_l}:
+        # Groups along what is contracted: what the gradient of a kernel needs.
+        return interp.unknown(pair, ins)
+    interp.becomes_data(pair, ins[2])
+    groups = (*batch_r, *dims.rhs_group_dimensions)
+    return _general_product(
+        interp, pair, _Side(ins[0], contract_l, batch_l), _Side(ins[1], contract_r, groups)
+    )
+
+
+def _general_product(interp: Interpreter, pair: Pair, left: _Side, right: _Side) -> list[Value]:
+    """A product whose axes are the batch axes, then the left's others, then the right's."""
+    free_l, free_r = (
+        [axis for axis in range(side.value.ndim) if axis not in side.gone] for side in (left, right)
+    )
 
     def place(view: View, first: bool) -> View:
-        other = ins[1] if first else ins[0]
+        other = (right if first else left).value
         mine, theirs = (free_l, free_r) if first else (free_r, free_l)
         blank = [broadcast_axis(other.shape[axis], other.base[axis]) for axis in theirs]
         kept = [view.axes[axis] for axis in mine]
-        lead = [view.axes[axis] for axis in (batch_l if first else batch_r)]
+        lead = [view.axes[axis] for axis in (left if first else right).batch]
         return dataclasses.replace(view, axes=tuple(lead + (kept + blank if first else blank + kept)))
 
     return _multiply(interp, pair, left, right, place)
@@ -887,6 +908,19 @@ def _cumulative(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Se
     return UNKNOWN if grows else interp.sized(pair, sizes[0], sizes[0])
 
 
+def _fft(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """A sum over the transformed axes with weights of order one: like any, it must not be over width."""
+    ((shape, base),) = pair.shapes()
+    value, first = ins[0], len(shape) - len(pair.params["fft_lengths"])
+    if value.shape[first:] != value.base[first:]:
+        return interp.unknown(pair, ins)
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return (*axes[:first], *map(broadcast_axis, shape[first:], base[first:]))
+
+    return [_moved(interp, pair, value, shape, base, move)]
+
+
 def _write(values: Callable[[Sequence[Value]], Sequence[Value]]) -> Rule:
     """Values written into an array by index: a cache, a one-hot."""
 
@@ -969,6 +1003,7 @@ PRIMITIVES: Final[dict[str, Rule]] = {
     "reduce_sum": _reduce_sum,
     **dict.fromkeys(["reduce_max", "reduce_min"], _reduce),
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
     "conv_general_dilated": _conv,
     "gather": _gather,
     **dict.fromkeys(
@@ -980,14 +1015,22 @@ PRIMITIVES: Final[dict[str, Rule]] = {
     ),
     "dynamic_update_slice": _write(lambda ins: ins[:2]),
     **dict.fromkeys(
-        ["sort", "cummax", "cummin", "reduce_window_max", "reduce_window_min", "top_k", "approx_top_k"],
+        [
+            *["sort", "cummax", "cummin", "reduce_window_max", "reduce_window_min", "top_k", "approx_top_k"],
+            *["select_and_gather_add", "select_and_scatter_add"],
+        ],
         functools.partial(_data, _agree),
     ),
     **dict.fromkeys(
-        ["argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor", "reduce_prod", "cumprod"],
+        [
+            *["argmax", "argmin", "reduce_and", "reduce_or", "reduce_xor", "reduce_prod", "cumprod"],
+            # With any function of the user's, and of any parameters.
+            *["reduce", "reduce_window", "random_gamma"],
+        ],
         functools.partial(_data, _of_order_one),
     ),
     **dict.fromkeys(["cumsum", "reduce_window_sum", "cumlogsumexp"], functools.partial(_data, _cumulative)),
+    "fft": _fft,
     "qr": _qr,
     **dict.fromkeys(
         [

@@ -97,6 +97,13 @@ class Size:
         return self.total is not None and (self.total == 0 or same(self.total, 1.0))
 
     @property
+    def nearly_one(self) -> bool:
+        """Whether a sum and constants cancel in the limit: n / (n - 1), of an unbiased variance."""
+        if not (self.total and self.degree) or abs(self.degree) > 1:
+            return False
+        return abs(math.log(self.total) * self.degree) < 0.15 * abs(math.log(self.summed))
+
+    @property
     def normalised(self) -> bool:
         """Whether it was divided by a norm, and by no constant that scales with width."""
         return self.total is not None and self.degree < 0 and same(self.total, self.summed)
