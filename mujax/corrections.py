@@ -93,8 +93,8 @@ def read_call(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call
                 Finding(
                     "out of reach",
                     f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) is wanted inside {block}, which "
-                    "can't be changed inside without losing its own derivative; move the product out of it or "
-                    "write the factor there",
+                    "can't be changed inside without losing its own derivative; move the product out of it "
+                    "or write the factor there",
                     kept[0].where,
                 )
             )
