@@ -1,0 +1,238 @@
+"""The audit: what can't be put right or can't be seen is said, with place and remedy, and nothing breaks."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.experimental import pallas as pl
+from jax.extend import core as jex
+
+import mujax
+
+BASE, WIDTH = 8, 24
+X = jax.ShapeDtypeStruct((6, 7), jnp.float32)
+
+
+class Model(nn.Module):
+    width: int
+    body: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        return self.body(self, self.width, x)
+
+
+def audit(body: Callable, **kwargs) -> tuple[mujax.Finding, ...]:
+    return mujax.audit(Model(WIDTH, body), Model(BASE, body), X, **kwargs)
+
+
+def line(text: str) -> str:
+    """`file:line` of the only line of this file, the tables aside, that ends with a comment."""
+    source = inspect.getsource(sys.modules[__name__]).splitlines()
+    (number,) = [number for number, written in enumerate(source, start=1) if written.endswith(f"# {text}")]
+    return f"test_audit.py:{number}"
+
+
+# ---- models with something that can't be put right ---------------------------------------------------
+
+
+def _qkv(w, x):
+    return [nn.Dense(w, use_bias=False, name=name)(x) for name in ("q", "k", "v")]
+
+
+def _readout(x):
+    return nn.Dense(3, use_bias=False, name="out")(x)
+
+
+def _clean(self, w, x):
+    q, k, v = _qkv(w, x)
+    return _readout(nn.softmax(q @ k.T / jnp.sqrt(w)) @ v)
+
+
+def _kernel(self, w, x):
+    def kernel(q, k, out):
+        out[...] = q[...] @ k[...].T / jnp.sqrt(w)
+
+    q, k, v = _qkv(w, x)
+    logits = jax.ShapeDtypeStruct((6, 6), x.dtype)
+    return _readout(nn.softmax(pl.pallas_call(kernel, out_shape=logits, interpret=True)(q, k)) @ v)  # pallas
+
+
+def _callback(self, w, x):
+    q, k, v = _qkv(w, x)
+    logits = jax.ShapeDtypeStruct((6, 6), x.dtype)
+    logits = jax.pure_callback(lambda q, k: np.asarray(q @ k.T / w**0.5), logits, q, k)  # callback
+    return _readout(nn.softmax(logits) @ v)
+
+
+@jax.custom_vjp
+def _scores(q, k):
+    return q @ k.T / jnp.sqrt(q.shape[-1])  # custom_vjp
+
+
+_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), lambda kept, g: (g @ kept[1], g.T @ kept[0]))
+
+
+def _own_derivative(self, w, x):
+    q, k, v = _qkv(w, x)
+    return _readout(nn.softmax(_scores(q, k)) @ v)
+
+
+def _unscaled(self, w, x):
+    q, k, v = _qkv(w, x)
+    return _readout(nn.softmax(q @ k.T) @ v)  # unscaled
+
+
+def _squared_sum(self, w, x):
+    x = nn.Dense(w, name="first")(x)
+    return _readout(x * jnp.tanh(x.sum(-1, keepdims=True) ** 2 / w))  # squared
+
+
+def _disputed(self, w, x):
+    """One product, used at the size that it has and in a sum over it."""
+    x = nn.Dense(w, name="first")(x) / jnp.sqrt(w)  # disputed
+    return _readout(jnp.tanh(x) * jnp.tanh(x.sum(-1, keepdims=True)))
+
+
+def _spectral_norm(self, w, x):
+    x = nn.relu(nn.Dense(w, name="first")(x))
+    return nn.SpectralNorm(nn.Dense(3, name="out"))(x, update_stats=False)  # spectral
+
+
+FINDINGS = {
+    "pallas_call": (
+        _kernel,
+        "opaque",
+        "pallas",
+        "pallas_call can't be looked into.*check that nothing in it",
+    ),
+    "pure_callback": (_callback, "opaque", "callback", "pure_callback can't be looked into"),
+    "custom_vjp": (
+        _own_derivative,
+        "out of reach",
+        "custom_vjp",
+        r"a factor of 0.5774 \(attention\) is wanted inside custom_vjp_call.*move the product out",
+    ),
+    "no scale": (
+        _unscaled,
+        "unscaled sum",
+        "unscaled",
+        r"dot_general grows 3 times .* is used at .*test_audit.py:\d+.*write a factor in the model",
+    ),
+    "a scale that is no pattern": (_squared_sum, "unknown scale", "squared", r"div grows 3 times"),
+    "one result at two sizes": (
+        _disputed,
+        "disputed scale",
+        "disputed",
+        r"used at two sizes, which ask for the factors 1.732 and 0.5774; compute the two uses from separate",
+    ),
+    "SpectralNorm": (
+        _spectral_norm,
+        "computed kernel",
+        "spectral",
+        r"out/kernel is multiplied with values computed from .* check its size by hand at two widths",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_can_not_be_put_right_is_found(name):
+    body, kind, place, text = FINDINGS[name]
+    (finding,) = audit(body)
+    assert finding.kind == kind
+    assert finding.where.endswith(line(place))
+    assert re.search(text, finding.message)
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_a_model_with_findings_still_runs(name):
+    body, *_ = FINDINGS[name]
+    with pytest.warns(mujax.MujaxWarning, match=re.escape(audit(body)[0].where)):
+        mup = mujax.mup_init(Model(WIDTH, body), Model(BASE, body), X)
+    variables = mup.init(jax.random.key(0))
+    out = mup.apply(variables, jnp.ones(X.shape))
+    expected = Model(WIDTH, body).apply(variables, jnp.ones(X.shape))
+    assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
+    assert audit(body)[0].where in mup.explain()
+
+
+def test_strict_raises_with_place_and_remedy():
+    with pytest.raises(mujax.AuditError) as error:
+        audit(_unscaled, strict=True)
+    text = str(error.value)
+    assert line("unscaled") in text
+    assert "write a factor in the model" in text
+
+
+def test_strict_says_how_many_more_there_are():
+    def body(self, w, x):
+        return _unscaled(self, w, x), jnp.tanh((x @ self.param("p", nn.initializers.ones, (7, w))).sum(-1))
+
+    with pytest.raises(mujax.AuditError, match=r"There are 1 more"):
+        audit(body, strict=True)
+
+
+def test_a_model_without_findings_is_silent():
+    """No finding, no warning (warnings are errors here), and `strict` lets it through."""
+    assert audit(_clean) == ()
+    mup = mujax.mup_init(Model(WIDTH, _clean), Model(BASE, _clean), X, strict=True)
+    assert mup.findings == ()
+    assert mup.explain().endswith("Found, and not put right:\n  nothing")
+
+
+def test_what_a_scale_by_hand_puts_right_is_no_finding():
+    def body(self, w, x):
+        q, k, v = _qkv(w, x)
+        return _readout(nn.softmax(q @ k.T * (1 / w)) @ v)
+
+    assert audit(body) == ()
+
+
+# ---- primitives that are not known --------------------------------------------------------------------
+
+_unheard_of = jex.Primitive("unheard_of")
+_unheard_of.def_impl(lambda x: x * 2.0)
+_unheard_of.def_abstract_eval(lambda x: x)
+
+
+def test_an_unknown_primitive_takes_the_facts_away_and_is_reported():
+    """Without it the scale would be seen and put right; with it nothing is claimed of what it returns."""
+
+    def body(self, w, x):
+        x = nn.Dense(w, name="first")(x) * jnp.sqrt(w)
+        return _readout(nn.relu(_unheard_of.bind(x)) + 1.0)  # unheard of
+
+    (finding,) = audit(body)
+    assert (finding.kind, finding.where.endswith(line("unheard of"))) == ("opaque", True)
+    assert finding.message.startswith("unheard_of can't be looked into")
+    with pytest.warns(mujax.MujaxWarning, match="unheard_of"):
+        mup = mujax.mup_init(Model(WIDTH, body), Model(BASE, body), X)
+    assert [c.kind for c in mup.corrections] == ["readout"]
+    variables = mup.init(jax.random.key(0))
+    expected = Model(WIDTH, body).apply(variables, jnp.ones(X.shape)) / (WIDTH / BASE)
+    np.testing.assert_allclose(mup.apply(variables, jnp.ones(X.shape)), expected, rtol=1e-5)
+
+
+def test_a_parameter_in_an_unknown_primitive_has_no_role():
+    def body(self, w, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (7, w))
+        return _readout(x @ _unheard_of.bind(kernel))
+
+    with pytest.raises(mujax.RoleError, match=r"kernel: .*goes into unheard_of at .*test_audit.py.*roles="):
+        audit(body)
+    mup = audit(body, roles={"kernel": "input"})
+    assert [finding.kind for finding in mup] == ["opaque"]
+
+
+def test_constants_in_an_unknown_primitive_are_no_finding():
+    def body(self, w, x):
+        return _readout(nn.Dense(w, name="first")(x) + _unheard_of.bind(jnp.ones(w)))
+
+    assert audit(body) == ()
