@@ -98,7 +98,20 @@ def read_call(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call
                     kept[0].where,
                 )
             )
-        elif kept:
+            continue
+        if kept and forward.loses_derivative(program, site):
+            findings.append(
+                Finding(
+                    "own derivative",
+                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) stands inside a jax.custom_jvp "
+                    "function, "
+                    "whose body is differentiated now in place of its own rule; if the rule is not the "
+                    "body's "
+                    "derivative, move the product out of it",
+                    kept[0].where,
+                )
+            )
+        if kept:
             out[site] = kept
     return Reading(out, _knobs(spec, analysis), tuple(findings), analysis)
 

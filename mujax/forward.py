@@ -127,7 +127,11 @@ def _cheaper_operand(eqn: Any, hook: Hook | None) -> Any | None:
         return None
     left, right = eqn.invars
     atom, out = eqn.invars[hook.activation].aval, eqn.outvars[0].aval
-    fits = left is not right and atom.size <= out.size and atom.dtype == out.dtype
+    try:
+        fits = left is not right and atom.dtype == out.dtype and atom.size <= out.size
+    except jex.InconclusiveDimensionOperation:
+        # Symbolic sizes (`jax.export`) that can't be compared.
+        return None
     return eqn.invars[hook.activation] if fits else None
 
 
@@ -174,17 +178,27 @@ def _anonymous(program: Any, ins: Any, outs: Any) -> Any:
     return info._replace(arg_names=("",) * len(ins), result_paths=("",) * len(outs)) if info else info
 
 
-def blocked(program: Any, site: EqnPath) -> str | None:
-    """The name of the primitive around an equation that keeps a hook out, if there is one."""
+def enclosing(program: Any, site: EqnPath) -> list[str]:
+    """The names of the primitives around an equation, outermost first."""
     jaxpr = getattr(program, "jaxpr", program)
-    for index, name in zip(site[::2], site[1::2], strict=False):
+    names: list[str] = []
+    for index, step in zip(site[::2], site[1::2], strict=False):
         eqn = jaxpr.eqns[int(index)]
-        if eqn.primitive.name not in _REBUILD:
-            return eqn.primitive.name
-        name, _, number = str(name).partition(":")
+        names.append(eqn.primitive.name)
+        name, _, number = str(step).partition(":")
         inner = eqn.params[name][int(number)] if number else eqn.params[name]
         jaxpr = getattr(inner, "jaxpr", inner)
-    return None
+    return names
+
+
+def blocked(program: Any, site: EqnPath) -> str | None:
+    """The name of the primitive around an equation that keeps a hook out, if there is one."""
+    return next((name for name in enclosing(program, site) if name not in _REBUILD), None)
+
+
+def loses_derivative(program: Any, site: EqnPath) -> bool:
+    """Whether a hook there makes JAX differentiate the body of a function that has its own rule."""
+    return "custom_jvp_call" in enclosing(program, site)
 
 
 # ---- equations that contain a hook -----------------------------------------------------------------
@@ -303,7 +317,7 @@ _REBUILD: dict[str, Callable[[Any, Sequence[Any], Hooks], Sequence[Any]]] = {
     "while": _while,
     "cond": _cond,
     "shard_map": _shard_map,
-    # The rule for derivatives of the inside comes from the inside: nothing is lost by unrolling it.
+    # The function's own rule for derivatives is the one of the plain body: see `loses_derivative`.
     "custom_jvp_call": _inline,
     "closed_call": _inline,
     "core_call": _inline,
