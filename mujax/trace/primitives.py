@@ -568,7 +568,9 @@ def _reduce_sum(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[V
     ((shape, base),) = pair.shapes()
     base_size, size = value.sizes(gone)
     if value.const is not None:
-        return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
+        if all(isinstance(value.shape[axis], int) for axis in gone):
+            return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
+        value = dataclasses.replace(value, const=None)
     # A row that was looked up and is summed whole is an embedding that is pooled, and no kernel.
     pooled = tuple(p for p in value.pending if p.view.picked and not _leaves_axes(p.view, gone))
     interp.decide(dataclasses.replace(value, pending=pooled))

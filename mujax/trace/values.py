@@ -185,11 +185,12 @@ class Value:
         return len(self.shape)
 
     def sizes(self, axes: Iterable[int]) -> tuple[int, int]:
-        """Product of the sizes of some axes, in the base and in the target."""
+        """Product of the sizes of some axes, in the base and in the target; symbolic batch axes left out."""
         base, target = 1, 1
         for axis in axes:
-            base *= self.base[axis]
-            target *= self.shape[axis]
+            if isinstance(self.shape[axis], int):
+                base *= self.base[axis]
+                target *= self.shape[axis]
         return base, target
 
     def replace(self, **changes: object) -> Value:
