@@ -202,6 +202,25 @@ def _sample(
     return jax.jit(flat)(key, *(jax.numpy.zeros(a.shape, a.dtype) for a in arguments.arrays))
 
 
+def _call(
+    apply: Callable[..., Any],
+    variables: Any,
+    inputs: Sequence[Any],
+    kwargs: Static,
+    params: Mapping[int, str],
+    state: Mapping[int, str],
+) -> Call:
+    """The call of a pure `apply(variables, *inputs, **kwargs)`."""
+    leaves, structure = jax.tree.flatten(variables)
+    arguments = _split((inputs, kwargs))
+
+    def function(*arrays: Any) -> Any:
+        args, kw = arguments.rebuild(arrays[len(leaves) :])
+        return apply(jax.tree.unflatten(structure, arrays[: len(leaves)]), *args, **kw)
+
+    return Call(function, [*leaves, *arguments.arrays], params, state)
+
+
 # ---- Linen -----------------------------------------------------------------------------------------
 
 
@@ -254,14 +273,7 @@ class _Linen:
         return self.call(variables, inputs, kwargs)
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
-        leaves, structure = jax.tree.flatten(variables)
-        arguments = _split((inputs, kwargs))
-
-        def function(*arrays: Any) -> Any:
-            args, kw = arguments.rebuild(arrays[len(leaves) :])
-            return self.model.apply(jax.tree.unflatten(structure, arrays[: len(leaves)]), *args, **kw)
-
-        return Call(function, [*leaves, *arguments.arrays], *_linen_paths(variables))
+        return _call(self.model.apply, variables, inputs, kwargs, *_linen_paths(variables))
 
     def finish(self, variables: Any, result: Any) -> Any:
         return result
@@ -295,14 +307,7 @@ class _Pure:
         return self.call(variables, inputs, kwargs)
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
-        leaves, structure = jax.tree.flatten(variables)
-        arguments = _split((inputs, kwargs))
-
-        def function(*arrays: Any) -> Any:
-            args, kw = arguments.rebuild(arrays[len(leaves) :])
-            return self.model.apply(jax.tree.unflatten(structure, arrays[: len(leaves)]), *args, **kw)
-
-        return Call(function, [*leaves, *arguments.arrays], dict(enumerate(_paths(variables))), {})
+        return _call(self.model.apply, variables, inputs, kwargs, dict(enumerate(_paths(variables))), {})
 
     def finish(self, variables: Any, result: Any) -> Any:
         return result
