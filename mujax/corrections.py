@@ -68,14 +68,26 @@ def switched_off(said: Mapping[Kind, bool]) -> frozenset[Kind]:
     return frozenset(kind for kind, on in said.items() if not on)
 
 
-def read_call(spec: MupSpec, off: frozenset[Kind], base: Any, program: Any, call: Call) -> Reading:
-    """Reads the factors of one call off its two programs."""
+def read_call(
+    spec: MupSpec, off: frozenset[Kind], stored: Mapping[str, float], base: Any, program: Any, call: Call
+) -> Reading:
+    """Reads the factors of one call off its two programs.
+
+    Args:
+        spec: the parameters.
+        off: kinds of corrections that are not wanted.
+        stored: how constants scale that the model holds as state, by path.
+        base: the base's program.
+        program: the target's program.
+        call: the target's call.
+    """
     chosen = spec.parametrization
     share = rules.mup_share(chosen)
     prescribed = (
         {path: rules.prescribed_scale(param, chosen) for path, param in spec.items()} if share else {}
     )
-    analysis = analyse(base, program, call.params, call.state, prescribed)
+    state = {position: stored.get(path, 1.0) for position, path in call.state.items()}
+    analysis = analyse(base, program, call.params, state, prescribed)
     found: dict[EqnPath, list[Correction]] = {}
     findings = list(analysis.findings)
     if share:

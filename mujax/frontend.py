@@ -170,9 +170,12 @@ def _split(tree: Any) -> _Arguments:
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf, tree
-    )
+    return jax.tree.map(lambda leaf: _with_shape(leaf.shape, leaf) if is_array(leaf) else leaf, tree)
+
+
+def _with_shape(shape: Shape, leaf: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array that differs in shape only: a weak type makes another program, too."""
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
 def _paths(tree: Any, prefix: str = "") -> list[str]:
@@ -328,6 +331,19 @@ def _nnx_paths(state: Any) -> tuple[dict[int, str], dict[int, str]]:
     return params, other
 
 
+def _no_static_arrays(module: nnx.Module) -> None:
+    """Flax takes a bare array for a static setting where a module is made under a trace, and leaks it."""
+    held = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module))}
+    for path, node in nnx.iter_modules(module):
+        for name, value in vars(node).items():
+            if isinstance(value, jax.Array) and (*map(str, path), name) not in held:
+                raise MujaxError(
+                    f"{'/'.join(map(str, (*path, name)))}: expected the arrays of an NNX module in "
+                    "variables, found a bare one; write nnx.data(...) or nnx.Variable(...) around it, or a "
+                    "Python number in its place."
+                )
+
+
 @dataclasses.dataclass(frozen=True)
 class _NNX:
     factory: Callable[[nnx.Rngs], nnx.Module]
@@ -342,7 +358,9 @@ class _NNX:
 
     def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:
         def state(key: Any) -> Any:
-            return nnx.state(self._build(key))
+            module = self._build(key)
+            _no_static_arrays(module)
+            return nnx.state(module)
 
         program, variables = jax.make_jaxpr(state, return_shape=True)(jax.random.key(0))
         return Initial(program, variables, *_nnx_paths(variables))
@@ -447,7 +465,7 @@ def shrink(
         for position, path in which.items():
             leaf = call.leaves[position]
             shape = small[path] if path in small else _base_shape(path, tuple(leaf.shape), sizes)
-            leaves[position] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+            leaves[position] = _with_shape(shape, leaf)
     return dataclasses.replace(twin, leaves=leaves)
 
 

@@ -25,7 +25,7 @@ from mujax.errors import (
 )
 from mujax.frontend import Call, Frontend, Initial, frontend, shrink
 from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
-from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_scales, resolve
+from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_constants, read_scales, resolve
 
 # Initialisers that the trace can't explain are sampled; up to this many entries that takes seconds.
 _SAMPLE_LIMIT = 1 << 26
@@ -106,9 +106,8 @@ def mup_init(
     call = read_end.example(big.variables, inputs, kwargs)
     base_program, _ = _trace(base_end.example(small.variables, inputs, kwargs))
     program, _ = _trace(call)
-    spec = _spec(
-        target, small, big, analyse(base_program, program, call.params, call.state), roles or {}, chosen
-    )
+    state = dict.fromkeys(call.state, 1.0)
+    spec = _spec(target, small, big, analyse(base_program, program, call.params, state), roles or {}, chosen)
     sizes = {
         path: (shape, other[path])
         for which, other in (
@@ -130,6 +129,7 @@ def mup_init(
         _target=target_end,
         _base=base_end,
         _sizes=sizes,
+        _stored=_stored_scales(target, small),
         _example=(base_program, program, call),
         _off=off,
         _inputs=tuple(inputs),
@@ -183,6 +183,7 @@ class MupModel:
     _target: Frontend
     _base: Frontend
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    _stored: Mapping[str, float]
     _example: tuple[Any, Any, Call]
     _off: frozenset[Kind]
     _inputs: tuple[Any, ...]
@@ -237,7 +238,7 @@ class MupModel:
             twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
             base, _ = _trace(twin)
             program, shape = _trace(call)
-            hooks = self._hooks(read_call(self.spec, self._off, base, program, call))
+            hooks = self._hooks(read_call(self.spec, self._off, self._stored, base, program, call))
         leaves = [
             leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
             for position, leaf in enumerate(call.leaves)
@@ -268,7 +269,7 @@ class MupModel:
 
     @functools.cached_property
     def _reading(self) -> Reading:
-        return read_call(self.spec, self._off, *self._example)
+        return read_call(self.spec, self._off, self._stored, *self._example)
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
@@ -504,6 +505,15 @@ def _own_scales(
             )
             scales |= {path: _root_mean_squares(small, big) for path, small, big in pairs}
     return {path: 1.0 if scale is None else scale for path, scale in scales.items()}
+
+
+def _stored_scales(target: Initial, base: Initial) -> dict[str, float]:
+    """How the constants scale that the model holds as state: `self.scale = jnp.sqrt(width)` in NNX."""
+    if not target.state:
+        return {}
+    traced = read_constants(base.program, target.program)
+    scales = {path: traced[position] for position, path in target.state.items()}
+    return {path: scale for path, scale in scales.items() if scale}
 
 
 def _root_mean_squares(base: Any, target: Any) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend import core as jex
@@ -40,7 +40,7 @@ def analyse(
     base: Any,
     target: Any,
     params: Mapping[int, str],
-    state: Collection[int] = (),
+    state: Mapping[int, float] | None = None,
     prescribed: Mapping[str, float] | None = None,
 ) -> Analysis:
     """Follows every parameter through the forward programs of base and target.
@@ -49,7 +49,8 @@ def analyse(
         base: the base's `ClosedJaxpr`.
         target: the target's `ClosedJaxpr`.
         params: which inputs are parameters, by position, and their paths.
-        state: which inputs are other state of the model (batch statistics), by position.
+        state: which inputs are other state of the model (batch statistics, stored constants), by position,
+            and how their entries scale, target over base.
         prescribed: how the entries of each parameter scale as the parametrization has them, target over
             base; needed for `fixes` and `findings` of models that normalise their weights.
 
@@ -63,7 +64,9 @@ def analyse(
         base_shape = fit(tuple(getattr(small.aval, "shape", ())), shape)
         path = params.get(position)
         if path is None:
-            inputs.append(Value(shape, base_shape, "data", state=position in state))
+            scale = (state or {}).get(position)
+            size = Size(1.0 if scale is None else scale)
+            inputs.append(Value(shape, base_shape, "data", size=size, state=scale is not None))
         else:
             shapes[path] = (shape, base_shape)
             size = Size((prescribed or {}).get(path, 1.0))
@@ -104,13 +107,8 @@ def read_scales(base: Any, target: Any) -> list[float | None]:
     Returns:
         Per output, the ratio; 0 for identically zero; None where the program does not tell.
     """
-    inputs = [
-        Value(shape := tuple(getattr(big.aval, "shape", ())), fit(_shape(small), shape), "data")
-        for small, big in zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)
-    ]
     try:
-        outs = Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
-        return [value.size.total for value in outs]
+        return [value.size.total for value in _initial(base, target)]
     except TraceMismatchError:
         count = len(target.jaxpr.outvars)
         if count == 1:
@@ -118,6 +116,23 @@ def read_scales(base: Any, target: Any) -> list[float | None]:
         # One initialiser that branches on a size must not cost all the others their exactness.
         halves = (slice(0, count // 2), slice(count // 2, count))
         return [scale for half in halves for scale in read_scales(_only(base, half), _only(target, half))]
+
+
+def read_constants(base: Any, target: Any) -> list[float | None]:
+    """How those outputs of two initialisers scale that are one known number; None for the others."""
+    try:
+        return [value.size.total if value.const else None for value in _initial(base, target)]
+    except TraceMismatchError:
+        return [None] * len(target.jaxpr.outvars)
+
+
+def _initial(base: Any, target: Any) -> list[Value]:
+    """The outputs of two initialisers."""
+    inputs = [
+        Value(shape := _shape(big), fit(_shape(small), shape), "data")
+        for small, big in zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)
+    ]
+    return Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
 
 
 def _only(program: Any, which: slice) -> Any:

@@ -46,7 +46,7 @@ EqnPath = tuple[int | str, ...]
 UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
 _TOLERANCE = 1e-6
 # Closed-over arrays up to this many entries are looked at: is it one number throughout?
-_SMALL = 64
+_SMALL = 1 << 16
 
 AxisRole = Literal["fan_in", "fan_out", "stack", "inner"]
 

@@ -11,7 +11,7 @@ import patterns
 import pytest
 from flax import linen as nn
 from flax import nnx
-from patterns import BASE, PATTERNS, PLAIN, WIDTH, Pattern
+from patterns import BASE, PATTERNS, PLAIN, WIDTH, Model, Pattern, R, S
 
 import mujax
 
@@ -136,3 +136,91 @@ def test_where_is_the_users_own_line(name, kind, text):
     """That of what the factor is put on, in the file that the user wrote."""
     where = {c.kind: c.where for c in wrap(PATTERNS[name]).corrections}
     assert where[kind].endswith(line(text))
+
+
+# ---- constants that the model stores ---------------------------------------------------------------------
+
+
+class Stored(nnx.Module):
+    """Constants held as variables, as data and as static settings are the constants that they hold."""
+
+    def __init__(self, w, rngs):
+        self.embed = nnx.Embed(11, w, rngs=rngs)
+        self.q, self.k = (nnx.Linear(w, w, use_bias=False, rngs=rngs) for _ in range(2))
+        self.out = nnx.Linear(w, 3, rngs=rngs)
+        self.embed_scale = nnx.Variable(jnp.sqrt(jnp.float32(w)))
+        self.table = nnx.data(jnp.full((w,), w**-0.25))
+        self.scale = w**-0.25
+
+    def __call__(self, tokens):
+        x = self.embed(tokens) * self.embed_scale[...]
+        logits = self.q(x) * self.table @ (self.k(x) * self.scale).mT
+        return self.out(jax.nn.softmax(logits) @ x)
+
+
+def test_stored_constants_are_constants():
+    tokens = jax.ShapeDtypeStruct((2, 6), jnp.int32)
+    builds = (lambda rngs: Stored(WIDTH, rngs)), (lambda rngs: Stored(BASE, rngs))
+    mup = mujax.mup_init(*builds, tokens, strict=True)
+    found = [(c.kind, c.factor) for c in mup.corrections]
+    assert found == [
+        ("scale", pytest.approx(S**-1)),
+        ("attention", pytest.approx(S**-1)),
+        ("readout", pytest.approx(1 / R)),
+    ]
+    module, given = mup.init(jax.random.key(0)), jnp.arange(12).reshape(2, 6) % 11
+    before = mup.apply(module, given)
+    by_hand = Stored(WIDTH, nnx.Rngs(0))
+    nnx.update(by_hand, nnx.state(module))
+    by_hand.embed_scale.set_value(by_hand.embed_scale / S)
+    by_hand.scale /= S
+    by_hand.out.kernel.set_value(by_hand.out.kernel / R)
+    np.testing.assert_allclose(before, by_hand(given), rtol=1e-5, atol=1e-6)
+
+
+def test_a_bare_array_in_an_nnx_module_is_an_error():
+    class Bare(nnx.Module):
+        def __init__(self, w, rngs):
+            self.inner = nnx.Linear(7, w, rngs=rngs)
+            self.inner.scale = jnp.sqrt(jnp.float32(w))
+
+        def __call__(self, x):
+            return self.inner(x) * self.inner.scale
+
+    with pytest.raises(mujax.MujaxError, match=r"inner/scale: .* found a bare one; write nnx.data\(...\)"):
+        mujax.mup_init(lambda r: Bare(WIDTH, r), lambda r: Bare(BASE, r), patterns.FLOATS[0])
+
+
+@pytest.mark.parametrize("width", [WIDTH, 1000])
+def test_a_uniform_array_that_is_closed_over_is_a_constant(width):
+    def build(w):
+        scale = np.full(w, w**0.5, np.float32)
+        return Model(w, lambda self, w, hand, x: jnp.tanh(nn.Dense(w)(x) * scale))
+
+    mup = mujax.mup_init(build(width), build(BASE), patterns.FLOATS[0])
+    assert [(c.kind, c.factor) for c in mup.corrections] == [("scale", pytest.approx((BASE / width) ** 0.5))]
+
+
+# ---- loops of unknown length -----------------------------------------------------------------------------
+
+
+def test_attention_in_a_while_loop():
+    """It has no gradient by reverse mode, but it runs."""
+
+    def body(self, w, hand, x):
+        q, k, v = (nn.Dense(w, use_bias=False, name=name)(x) for name in ("q", "k", "v"))
+
+        def step(state):
+            count, v = state
+            logits = patterns.times(q @ k.mT, hand.attention) / jnp.sqrt(w)
+            return count + 1, jax.nn.softmax(logits) @ v
+
+        _, v = jax.lax.while_loop(lambda state: state[0] < x.shape[1], step, (0, v))
+        return patterns.times(nn.Dense(3, use_bias=False, name="out")(v), hand.readout)
+
+    x = examples(PATTERNS["on_query"])[0]
+    mup = mujax.mup_init(Model(WIDTH, body), Model(BASE, body), x, strict=True)
+    assert [c.kind for c in mup.corrections] == ["attention", "readout"]
+    variables = mup.init(jax.random.key(0))
+    expected = Model(WIDTH, body, patterns.Hand(attention=1 / S, readout=1 / R)).apply(variables, x)
+    np.testing.assert_allclose(mup.apply(variables, x), expected, rtol=1e-5)
