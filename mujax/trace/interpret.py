@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -249,6 +249,7 @@ class Interpreter:
         self._uses: list[Use] = []
         self._decided: list[bool] = []
         self._contractions: dict[int, list[Use]] = {}
+        self._kernels: set[int] = set()
         self._products: dict[EqnPath, Product] = {}
 
     # ---- the log -----------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ class Interpreter:
         out: list[Use] = []
         for number, use in enumerate(self._uses):
             contractions = self._contractions.get(number)
-            if contractions and not self._decided[number]:
+            if contractions and (not self._decided[number] or number in self._kernels):
                 out.extend(contractions)
             else:
                 out.append(use)
@@ -306,6 +307,7 @@ class Interpreter:
         )
         del self._uses[uses:]
         self._decided[:] = decided
+        self._kernels = {number for number in self._kernels if number < uses}
 
     def _log(self, use: Use, decided: bool) -> int:
         self._uses.append(use)
@@ -342,8 +344,8 @@ class Interpreter:
         return self._log(
             Use(
                 view.path,
-                # A norm or a mean of a parameter tells nothing of the role of its axes.
-                "opaque" if view.reduced else kind,
+                # A norm or a mean of a parameter tells nothing of the axis that it is over.
+                "opaque" if view.reduced else "statistic" if view.thinned else kind,
                 tuple(self._axes(view, fan_in, stack, picked)),
                 pair.site,
                 contracted,
@@ -412,6 +414,10 @@ class Interpreter:
             )
             self._contractions.setdefault(pending.use, []).append(use)
         return touched
+
+    def is_kernel(self, use: int) -> None:
+        """Notes that an undecided use was contracted as a kernel, whatever else is computed from it."""
+        self._kernels.add(use)
 
     def becomes_data(self, pair: Pair, value: Value) -> None:
         """A function of parameters meets the data elementwise: all its axes are fan-out."""
@@ -719,17 +725,32 @@ class Interpreter:
         body: Callable[[Sequence[Value]], list[Value]],
         carry: int,
     ) -> list[Value]:
-        """Runs the body of a loop until the facts about its carry no longer change."""
-        entered: list[Value] = []
+        """Runs the body of a loop until the facts about its carry no longer change.
+
+        A carry may have a size of its own if the body keeps it; where it does not, the carry is put right
+        when it enters and after each step.
+        """
+        settled: set[int] = set()
         for value in state:
             self.decide(value)
-            # A counter that starts at a known number does not keep it.
-            const = dict[str, object](const=None) if value.const else {}
-            entered.append(self._settled(pair, value).replace(pending=(), products=frozenset(), **const))
+        entered = self._entering(pair, state, settled)
         while True:
             mark = self._mark()
             outs = body(entered)
-            outs[:carry] = [self._settled(pair, value) for value in outs[:carry]]
+            moved = {
+                number
+                for number, (a, b) in enumerate(zip(entered, outs[:carry], strict=True))
+                if number not in settled and common([a.size, b.size]) is None
+            }
+            if moved:
+                self._rollback(mark)
+                settled |= moved
+                entered = self._entering(pair, state, settled)
+                continue
+            outs[:carry] = [
+                self._settled(pair, value) if number in settled else value
+                for number, value in enumerate(outs[:carry])
+            ]
             joined = [self._join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
             if all(_same_facts(a, b) for a, b in zip(entered, joined, strict=True)):
                 for value, out in zip(joined, outs[:carry], strict=True):
@@ -741,6 +762,16 @@ class Interpreter:
                 if after.kind == "data":
                     self.becomes_data(pair, before)
             entered = joined
+
+    def _entering(self, pair: Pair, state: Sequence[Value], settled: Collection[int]) -> list[Value]:
+        """The carry of a loop as it enters; the numbers of those parts that are put right."""
+        entered: list[Value] = []
+        for number, value in enumerate(state):
+            # A counter that starts at a known number does not keep it.
+            const = dict[str, object](const=None) if value.const else {}
+            value = self._settled(pair, value) if number in settled else value
+            entered.append(value.replace(pending=(), products=frozenset(), **const))
+        return entered
 
     def _cond(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
         branches = [
@@ -799,7 +830,7 @@ def _same_facts(a: Value, b: Value) -> bool:
         return False
     if a.size.total is None or b.size.total is None:
         return a.size.total is b.size.total
-    return same(a.size.total, b.size.total)
+    return same(a.size.total, b.size.total) and a.size.origins == b.size.origins
 
 
 def _closed_over(base: Any, target: Any, exact: bool) -> Value:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -545,8 +545,11 @@ def _reduced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: 
     gone = pair.params["axes"]
 
     def statistic(view: View) -> View:
-        lost = any(f.axis is not None and f.size > 1 for axis in gone for f in view.axes[axis])
-        return dataclasses.replace(view, reduced=True) if lost else view
+        lost = [f for axis in gone for f in view.axes[axis] if f.axis is not None and f.size > 1]
+        grows = any(f.size != f.base for f in lost)
+        return dataclasses.replace(
+            view, reduced=view.reduced or grows, thinned=view.thinned or (bool(lost) and not grows)
+        )
 
     value = dataclasses.replace(value, views=tuple(statistic(view) for view in value.views))
     return _moved(
@@ -613,6 +616,11 @@ def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
 def _is_broadcast(value: Value) -> bool:
     """Whether a function of parameters was repeated along an axis that is not theirs."""
     return any(factor.axis is None for view in value.views for axis in view.axes for factor in axis)
+
+
+def _grows(view: View) -> bool:
+    """Whether the parameter has an axis that grows, as far as the view shows it."""
+    return any(f.axis is not None and f.size != f.base for axis in view.axes for f in axis)
 
 
 def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
@@ -704,8 +712,10 @@ def _multiply(
     if kinds == ("const", "const"):
         return [dataclasses.replace(data, kind="const")]
     if "param" not in kinds:
-        kernels = [_settle(interp, pair, side) for side in (left, right)]
-        if any(kernels):
+        kernels = {_settle(interp, pair, side) for side in (left, right)} - {None}
+        if "computed" in kernels:
+            return [dataclasses.replace(data, size=UNKNOWN)]
+        if kernels:
             # An expert's kernel that was looked up: of order one by its rule, as any kernel's product.
             sizes = [interp.meet(left.value), interp.meet(right.value)]
             return [dataclasses.replace(data, size=interp.sized(pair, product(sizes), *sizes))]
@@ -744,25 +754,28 @@ def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
     )
 
 
-def _settle(interp: Interpreter, pair: Pair, side: _Side) -> bool:
+def _settle(interp: Interpreter, pair: Pair, side: _Side) -> Literal["picked", "computed"] | None:
     """Settles the undecided uses in an operand: an expert's kernel was looked up, or an embedding was.
 
     Returns:
-        Whether the operand is a kernel.
+        Whether the operand is a kernel: one that was looked up, or one that was computed from data too.
     """
-    kernel = False
+    kernel = None
     for pending in side.value.pending:
         alone = dataclasses.replace(side.value, pending=(pending,))
-        if _leaves_axes(pending.view, side.gone) and interp.contract_later(pair, alone, side.contract):
-            kernel = True
+        if not _grows(pending.view):
+            interp.decide(alone)
+        elif _leaves_axes(pending.view, side.gone) and interp.contract_later(pair, alone, side.contract):
+            interp.is_kernel(pending.use)
+            kernel = kernel or "picked"
             if not (pending.view.picked or interp.exact):
+                kernel = "computed"
                 interp.find(
                     "computed kernel",
                     pair.site,
                     pair.place,
-                    f"{pending.view.path} is multiplied with values computed from data or state before it "
-                    "is a "
-                    "kernel here, so how the kernel scales is not known; check its size by hand at two "
+                    f"{pending.view.path} is multiplied with values computed from data or state before it is "
+                    "a kernel here, so how the kernel scales is not known; check its size by hand at two "
                     "widths",
                 )
         else:

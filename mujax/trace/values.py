@@ -42,7 +42,8 @@ class View:
         stack: parameter axes that a scan has stripped.
         picked: parameter axes from which one entry was taken by index.
         inner: parameter axes that were contracted with another parameter.
-        reduced: whether it is a statistic (a norm, a mean) that no longer has all the axes.
+        reduced: whether it is a statistic (a norm, a mean) that lacks an axis which grows.
+        thinned: whether it lacks an axis that does not: it still shows what becomes of the others.
     """
 
     path: str
@@ -51,6 +52,7 @@ class View:
     picked: frozenset[int] = frozenset()
     inner: frozenset[int] = frozenset()
     reduced: bool = False
+    thinned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

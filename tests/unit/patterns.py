@@ -500,6 +500,44 @@ def _in_fori_loop(q, k, v, a):
     return jax.lax.fori_loop(0, 2, body, jnp.zeros_like(v))
 
 
+@attention(ATTENTION)
+def _linear_attention_in_scan(q, k, v, a):
+    """A state of (size, size) per head that grows by k v^T; the query reads it out."""
+    q = q * q.shape[-1] ** -0.5
+
+    def step(state, qkv):
+        q, k, v = qkv
+        state = 0.9 * state + k[..., None] * v[..., None, :]
+        return state, times(jnp.einsum("bhd,bhde->bhe", q, state), a)
+
+    state = jnp.zeros((q.shape[0], HEADS, q.shape[-1], q.shape[-1]), q.dtype)
+    return jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in (q, k, v)))[1].swapaxes(0, 1)
+
+
+@attention()
+def _delta_rule(q, k, v, a):
+    """DeltaNet: with keys and queries of norm 1 each product is of order one as it stands."""
+
+    def step(state, qkv):
+        q, k, v = qkv
+        state = state + k[..., None] * (v - jnp.einsum("bhd,bhde->bhe", k, state))[..., None, :]
+        return state, jnp.einsum("bhd,bhde->bhe", q, state)
+
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    state = jnp.zeros((q.shape[0], HEADS, q.shape[-1], q.shape[-1]), q.dtype)
+    return jax.lax.scan(step, state, tuple(x.swapaxes(0, 1) for x in (q, k, v)))[1].swapaxes(0, 1)
+
+
+@model(ATTENTION, READOUT, attention=1 / S, readout=1 / R)
+def _learned_queries_and_mask(self, w, hand, x):
+    """Queries that are a function of parameters, weights that are multiplied with a parameter."""
+    latents = self.param("latents", _normal, (4, w))
+    q, k, v = (nn.Dense(w, use_bias=False, name=name)(y) for name, y in (("q", latents), ("k", x), ("v", x)))
+    logits = times(jnp.einsum("qd,bkd->bqk", q, k), hand.attention) / jnp.sqrt(w)
+    y = (jax.nn.softmax(logits) * self.param("mask", nn.initializers.ones, (4, LENGTH))) @ v
+    return times(nn.Dense(3, use_bias=False, name="out")(y), hand.readout)
+
+
 @model(ATTENTION, READOUT, attention=1 / S, readout=1 / R)
 def _fused_projection(self, w, hand, x):
     """One head, query, key and value out of one product."""
@@ -754,6 +792,35 @@ def _means_and_norms(self, w, hand, x):
     x = x * w**0.5 / (1e-6 + jnp.linalg.norm(x, axis=-1, keepdims=True))
     x = nn.GroupNorm(2, name="group_norm")(x) + x.mean(-1, keepdims=True) + jnp.var(x, axis=-1, keepdims=True)
     return times(nn.Dense(3, use_bias=False, name="out")(x), hand.readout)
+
+
+@model(READOUT, readout=1 / R)
+def _unbiased_variance(self, w, hand, x):
+    """A sum over n - 1 is a mean as far as width goes."""
+    x = nn.Dense(w, name="first")(x)
+    x = (x - x.mean(-1, keepdims=True)) / (x.std(-1, ddof=1, keepdims=True) + 1e-6)
+    return times(nn.Dense(3, use_bias=False, name="out")(nn.relu(x)), hand.readout)
+
+
+@model(READOUT, readout=1 / R)
+def _convolution_by_fourier_transform(self, w, hand, x):
+    """S4D: one kernel per channel, summed over a state that does not grow."""
+    x = nn.Dense(w, name="first")(x)
+    decay, c = self.param("decay", _normal, (w, 4)), self.param("c", _normal, (w, 4))
+    time = jnp.arange(LENGTH, dtype=x.dtype)[:, None, None]
+    kernel = jnp.sum(c * jnp.exp(-jnp.exp(decay) * time), axis=-1)
+    spectrum = jnp.fft.rfft(kernel, n=2 * LENGTH, axis=0) * jnp.fft.rfft(x, n=2 * LENGTH, axis=1)
+    y = nn.gelu(jnp.fft.irfft(spectrum, n=2 * LENGTH, axis=1)[:, :LENGTH])
+    return times(nn.Dense(3, use_bias=False, name="out")(y), hand.readout)
+
+
+@model(READOUT, readout=1 / R)
+def _ragged_experts(self, w, hand, x):
+    """Tokens in groups, each with an expert's kernel."""
+    stacked, groups = nn.initializers.lecun_normal(batch_axis=0), jnp.array([5, 7], jnp.int32)
+    x = nn.Dense(w, name="first")(x).reshape(-1, w)
+    x = nn.relu(jax.lax.ragged_dot(x, self.param("up", stacked, (2, w, w)), groups))
+    return times(jax.lax.ragged_dot(x, self.param("down", stacked, (2, w, 3)), groups), hand.readout)
 
 
 @model()

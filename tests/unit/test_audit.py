@@ -100,6 +100,14 @@ def _disputed(self, w, x):
     return _readout(jnp.tanh(x) * jnp.tanh(x.sum(-1, keepdims=True)))
 
 
+def _modulated(self, w, x):
+    """StyleGAN's kernel, which is multiplied with a style, and divided by its norm."""
+    x = nn.Dense(w, name="first")(x)
+    style = 1 + nn.Dense(w, name="style")(x[:1])
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (w, w)) * style.T
+    return _readout(nn.relu(x @ (kernel / jnp.linalg.norm(kernel, axis=0))))  # modulated
+
+
 def _spectral_norm(self, w, x):
     x = nn.relu(nn.Dense(w, name="first")(x))
     return nn.SpectralNorm(nn.Dense(3, name="out"))(x, update_stats=False)  # spectral
@@ -132,6 +140,12 @@ FINDINGS = {
         "disputed",
         r"used at two sizes, which ask for the factors 1.732 and 0.5774; compute the two uses from separate",
     ),
+    "a modulated kernel": (
+        _modulated,
+        "computed kernel",
+        "modulated",
+        r"kernel is multiplied with values computed from data",
+    ),
     "SpectralNorm": (
         _spectral_norm,
         "computed kernel",
@@ -161,6 +175,13 @@ def test_a_model_with_findings_still_runs(name):
     assert jax.tree.map(jnp.shape, out) == jax.tree.map(jnp.shape, expected)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(out))
     assert audit(body)[0].where in mup.explain()
+
+
+def test_a_computed_kernel_is_a_kernel_and_gets_no_factor():
+    with pytest.warns(mujax.MujaxWarning, match="computed from data"):
+        mup = mujax.mup_init(Model(WIDTH, _modulated), Model(BASE, _modulated), X)
+    assert (mup.spec["kernel"].role, mup.spec["kernel"].fan_in) == ("hidden", (0,))
+    assert [c.kind for c in mup.corrections] == ["readout"]
 
 
 def test_strict_raises_with_place_and_remedy():
