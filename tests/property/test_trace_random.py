@@ -186,7 +186,7 @@ _same_each_time = settings(
 )
 
 
-@settings(_same_each_time, max_examples=40)
+@settings(_same_each_time, max_examples=30)
 @given(names(STEPS))
 def test_the_reported_exponent_is_the_measured_slope(steps):
     with jax.enable_x64(True):
@@ -199,7 +199,7 @@ def test_the_reported_exponent_is_the_measured_slope(steps):
             assert abs(exponent - slope) < 1e-3 * max(1.0, abs(slope))
 
 
-@settings(_same_each_time, max_examples=40)
+@settings(_same_each_time, max_examples=30)
 @given(names(STEPS | BOUNDED))
 def test_what_is_put_right_is_of_one_size_at_every_width(steps):
     """Where there is no finding, the fixes bring a result to one size at every width."""

@@ -16,7 +16,11 @@ from patterns import BASE, PATTERNS, PLAIN, WIDTH, Model, Pattern, R, S
 import mujax
 
 # Each program runs once: long before a careful compilation of it is over.
-COMPILE_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+COMPILE_FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 
 
 # A function with its own rule for derivatives: the rule is lost, and mujax says so.
