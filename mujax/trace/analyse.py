@@ -80,14 +80,19 @@ def analyse(
         return interpreter
 
     sums: frozenset[EqnPath] = frozenset()
-    fixed: dict[EqnPath, Fix] = {}
-    interpreter = walk(sums, fixed)
-    if prescribed and (sums := interpreter.sums()):
+    first = walk(sums, {})
+    if prescribed and (sums := first.sums()):
         # Whether `(x * kernel).sum()` is a product or a gain and a mean shows only at the end.
+        first = walk(sums, {})
+    interpreter = first
+    fixed: dict[EqnPath, Fix] = {}
+    together = True
+    while fixes := interpreter.unforeseen():
+        fixed |= fixes if together else dict([min(fixes.items())])
         interpreter = walk(sums, fixed)
-    while (fix := interpreter.unforeseen()) is not None:
-        fixed[fix.site] = fix
-        interpreter = walk(sums, fixed)
+        if together and interpreter.misfits:
+            # One of them changes what another is for: one after the other.
+            interpreter, fixed, together = first, {}, False
     uses: dict[str, list[Use]] = collections.defaultdict(list)
     for use in interpreter.uses():
         uses[use.path].append(use)

@@ -245,6 +245,7 @@ class Interpreter:
         self._fixes: dict[EqnPath, Fix] = dict(self._fixed)
         self._disputed: set[EqnPath] = set()
         self._unfixed: set[EqnPath] = set()
+        self.misfits: set[EqnPath] = set()
         self._findings: dict[tuple[str, EqnPath], Finding] = {}
         self._uses: list[Use] = []
         self._decided: list[bool] = []
@@ -277,13 +278,13 @@ class Interpreter:
         """What scales with width through the user's own constants, one entry per equation."""
         return [fix for site, fix in self._fixes.items() if site not in self._disputed]
 
-    def unforeseen(self) -> Fix | None:
-        """The first fix of a value whose size was used elsewhere in this walk as if it had no fix.
+    def unforeseen(self) -> dict[EqnPath, Fix]:
+        """The fixes of values whose size was used elsewhere in this walk as if they had none.
 
         `h = x * sqrt(d)` is put right for `tanh(h)`; from then on `h / sqrt(d)` has another size.
         """
         sites = self._unfixed.intersection(self._fixes) - self._fixed.keys() - self._disputed
-        return self._fixes[min(sites)] if sites else None
+        return {site: self._fixes[site] for site in sites}
 
     def findings(self) -> list[Finding]:
         """What was seen and can't be put right."""
@@ -449,6 +450,8 @@ class Interpreter:
         fix = self._fixed.get(pair.site)
         if fix is not None:
             size = size.scaled(fix.factor)
+            if not size.is_one:
+                self.misfits.add(pair.site)
         out = size.at(pair.site, *operands)
         self._unfixed |= size.through - out.origins
         if pair.site in out.origins:
