@@ -1,4 +1,4 @@
-"""Evaluates a traced program with factors inserted where the parametrization wants them.
+"""Evaluates a traced program with factors inserted where the parametrization wants them, and values read.
 
 The program runs as it was traced: equations between two insertions are handed to JAX as one program, so
 that name stacks, source lines, effects and every parameter of a primitive stay what they were. Only an
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,32 @@ Hook = Callable[[Any], Any]
 """What is done to the (first) output of an equation."""
 
 Hooks = Mapping[EqnPath, Hook]
+
+
+class Record(NamedTuple):
+    """What a tap sees of an equation: one entry more in front for each scan around it.
+
+    Attributes:
+        operands: what the equation read.
+        out: its first output, after the hook.
+    """
+
+    operands: tuple[Any, ...]
+    out: Any
+
+
+Records = dict[EqnPath, Record]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What there is to do at an equation."""
+
+    hook: Hook | None = None
+    tap: bool = False
+
+
+_Works = Mapping[EqnPath, _Work]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +93,48 @@ def evaluate(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
     Raises:
         MujaxError: a hook is inside a primitive that can't be built again.
     """
-    return _closed(program, args, hooks)
+    outs, _ = evaluate_and_record(program, args, hooks, ())
+    return outs
 
 
-def _closed(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
-    if not hooks:
-        return jex.jaxpr_as_fun(program)(*args)
-    return _open(program.jaxpr, program.consts, args, hooks)
+def evaluate_and_record(
+    program: Any, args: Sequence[Any], hooks: Hooks, taps: Collection[EqnPath]
+) -> tuple[list[Any], Records]:
+    """As `evaluate`, and returns what the equations at `taps` read and wrote.
+
+    Args:
+        program: a `ClosedJaxpr`.
+        args: its flat inputs.
+        hooks: functions to apply to outputs, by the place of the equation.
+        taps: the places of the equations to record; each must be `tappable`.
+
+    Raises:
+        MujaxError: a hook is inside a primitive that can't be built again.
+    """
+    sites = dict.fromkeys((*hooks, *taps))
+    taps = frozenset(taps)
+    return _closed(program, args, {site: _Work(hooks.get(site), site in taps) for site in sites})
 
 
-def _sub(program: Any, args: Sequence[Any], hooks: Hooks) -> list[Any]:
+def _closed(program: Any, args: Sequence[Any], works: _Works) -> tuple[list[Any], Records]:
+    if not works:
+        return jex.jaxpr_as_fun(program)(*args), {}
+    return _open(program.jaxpr, program.consts, args, works)
+
+
+def _sub(program: Any, args: Sequence[Any], works: _Works) -> tuple[list[Any], Records]:
     if isinstance(program, jex.ClosedJaxpr):
-        return _closed(program, args, hooks)
-    return _open(program, (), args, hooks)
+        return _closed(program, args, works)
+    return _open(program, (), args, works)
 
 
-def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks) -> list[Any]:
-    by_eqn: dict[int, dict[EqnPath, Hook]] = collections.defaultdict(dict)
-    for path, hook in hooks.items():
-        by_eqn[int(path[0])][path[1:]] = hook
+def _open(
+    program: Any, consts: Sequence[Any], args: Sequence[Any], works: _Works
+) -> tuple[list[Any], Records]:
+    by_eqn: dict[int, dict[EqnPath, _Work]] = collections.defaultdict(dict)
+    for path, work in works.items():
+        by_eqn[int(path[0])][path[1:]] = work
+    records: Records = {}
     env: dict[Any, Any] = dict(zip(program.constvars, consts, strict=True))
     env.update(zip(program.invars, args, strict=True))
     last = _last_uses(program)
@@ -95,14 +144,19 @@ def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks
 
     position = 0
     for index in sorted(by_eqn):
-        inside = {path: hook for path, hook in by_eqn[index].items() if path}
+        inside = {path: work for path, work in by_eqn[index].items() if path}
         eqn = program.eqns[index]
-        hook = by_eqn[index].get(())
-        operand = _cheaper_operand(eqn, hook)
-        if inside:
+        hook, tap = (work := by_eqn[index].get((), _Work())).hook, work.tap
+        # A tap wants the operands as they are.
+        operand = None if tap else _cheaper_operand(eqn, hook)
+        if tap or inside:
             _segment(program, position, index, env, last)
-            outs = _rebuild(eqn, [read(atom) for atom in eqn.invars], inside)
+            position = index
+        operands = tuple(read(atom) for atom in eqn.invars) if tap or inside else ()
+        if inside:
+            outs, found = _rebuild(eqn, operands, inside)
             env.update(zip(eqn.outvars, outs, strict=True))
+            records.update({(index, *path): record for path, record in found.items()})
         elif hook is not None and operand is not None:
             _segment(program, position, index, env, last)
             plain = env[operand]
@@ -113,9 +167,11 @@ def _open(program: Any, consts: Sequence[Any], args: Sequence[Any], hooks: Hooks
             _segment(program, position, index + 1, env, last)
         if hook is not None and operand is None:
             env[eqn.outvars[0]] = hook(env[eqn.outvars[0]])
+        if tap:
+            records[(index,)] = Record(operands, env[eqn.outvars[0]])
         position = index + 1
     _segment(program, position, len(program.eqns), env, last)
-    return [read(atom) for atom in program.outvars]
+    return [read(atom) for atom in program.outvars], records
 
 
 def _cheaper_operand(eqn: Any, hook: Hook | None) -> Any | None:
@@ -196,19 +252,30 @@ def blocked(program: Any, site: EqnPath) -> str | None:
     return next((name for name in enclosing(program, site) if name not in _REBUILD), None)
 
 
+def tappable(program: Any, site: EqnPath) -> bool:
+    """Whether a tap can be put there: what it sees must get out of every primitive around it."""
+    return all(name in _TRANSPARENT for name in enclosing(program, site))
+
+
 def loses_derivative(program: Any, site: EqnPath) -> bool:
     """Whether a hook there makes JAX differentiate the body of a function that has its own rule."""
     return "custom_jvp_call" in enclosing(program, site)
 
 
-# ---- equations that contain a hook -----------------------------------------------------------------
+# ---- equations that contain a hook or a tap --------------------------------------------------------
+
+_Outs = tuple[Sequence[Any], Records]
 
 
-def _inner(hooks: Hooks, name: str) -> dict[EqnPath, Hook]:
-    return {path[1:]: hook for path, hook in hooks.items() if path[0] == name}
+def _inner(works: _Works, name: str) -> dict[EqnPath, _Work]:
+    return {path[1:]: work for path, work in works.items() if path[0] == name}
 
 
-def _rebuild(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _named(records: Records, name: str) -> Records:
+    return {(name, *path): record for path, record in records.items()}
+
+
+def _rebuild(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     rule = _REBUILD.get(eqn.primitive.name)
     if rule is None:
         raise MujaxError(
@@ -221,9 +288,9 @@ def _rebuild(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
     name = scope(eqn)
     with eqn.ctx.manager:
         if not name:
-            return rule(eqn, args, hooks)
+            return rule(eqn, args, works)
         with jax.named_scope(name):
-            return rule(eqn, args, hooks)
+            return rule(eqn, args, works)
 
 
 def _program(eqn: Any) -> tuple[str, Any]:
@@ -231,42 +298,46 @@ def _program(eqn: Any) -> tuple[str, Any]:
     return name, eqn.params[name]
 
 
-def _inline(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _inline(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     name, program = _program(eqn)
-    return _sub(program, args, _inner(hooks, name))
+    outs, records = _sub(program, args, _inner(works, name))
+    return outs, _named(records, name)
 
 
-def _jit(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _jit(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     def function(*args: Any) -> Any:
-        return tuple(_inline(eqn, args, hooks))
+        outs, records = _inline(eqn, args, works)
+        return (*outs, records) if records else tuple(outs)
 
     function.__name__ = function.__qualname__ = eqn.params["name"]
+    tapped = any(work.tap for work in works.values())
     shardings = {}
     for name in ("in_shardings", "out_shardings"):
         given = tuple(s if isinstance(s, jax.sharding.Sharding) else None for s in eqn.params[name])
         if any(given):
-            shardings[name] = given
-    return jax.jit(function, inline=eqn.params["inline"], **shardings)(*args)
+            shardings[name] = (*given, None) if tapped and name == "out_shardings" else given
+    outs = jax.jit(function, inline=eqn.params["inline"], **shardings)(*args)
+    return (outs[:-1], outs[-1]) if tapped else (outs, {})
 
 
-def _checkpoint(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _checkpoint(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     function = jax.checkpoint(
-        lambda *args: _inline(eqn, args, hooks),
+        lambda *args: _inline(eqn, args, works),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
     return function(*args)
 
 
-def _scan(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _scan(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-    inside = _inner(hooks, "jaxpr")
+    inside = _inner(works, "jaxpr")
 
     def body(carry: Any, slices: Any) -> Any:
-        outs = _sub(eqn.params["jaxpr"], [*args[:consts], *carry, *slices], inside)
-        return outs[:carries], outs[carries:]
+        outs, records = _sub(eqn.params["jaxpr"], [*args[:consts], *carry, *slices], inside)
+        return outs[:carries], (outs[carries:], records)
 
-    carry, stacked = jax.lax.scan(
+    carry, (stacked, records) = jax.lax.scan(
         body,
         list(args[consts : consts + carries]),
         list(args[consts + carries :]),
@@ -274,43 +345,45 @@ def _scan(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    return [*carry, *stacked]
+    return [*carry, *stacked], _named(records, "jaxpr")
 
 
-def _while(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _while(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     in_cond, in_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     first = in_cond + in_body
 
     def cond(carry: Any) -> Any:
-        return _sub(eqn.params["cond_jaxpr"], [*args[:in_cond], *carry], _inner(hooks, "cond_jaxpr"))[0]
+        outs, _ = _sub(eqn.params["cond_jaxpr"], [*args[:in_cond], *carry], _inner(works, "cond_jaxpr"))
+        return outs[0]
 
     def body(carry: Any) -> Any:
-        return _sub(eqn.params["body_jaxpr"], [*args[in_cond:first], *carry], _inner(hooks, "body_jaxpr"))
+        outs, _ = _sub(eqn.params["body_jaxpr"], [*args[in_cond:first], *carry], _inner(works, "body_jaxpr"))
+        return outs
 
-    return jax.lax.while_loop(cond, body, list(args[first:]))
+    return jax.lax.while_loop(cond, body, list(args[first:])), {}
 
 
-def _cond(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _cond(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     def branch(number: int, program: Any) -> Callable[..., Any]:
-        return lambda *operands: _sub(program, operands, _inner(hooks, f"branches:{number}"))
+        return lambda *operands: _sub(program, operands, _inner(works, f"branches:{number}"))[0]
 
     branches = [branch(number, program) for number, program in enumerate(eqn.params["branches"])]
-    return jax.lax.switch(args[0], branches, *args[1:])
+    return jax.lax.switch(args[0], branches, *args[1:]), {}
 
 
-def _shard_map(eqn: Any, args: Sequence[Any], hooks: Hooks) -> Sequence[Any]:
+def _shard_map(eqn: Any, args: Sequence[Any], works: _Works) -> _Outs:
     function = jax.shard_map(
-        lambda *args: _inline(eqn, args, hooks),
+        lambda *args: _inline(eqn, args, works)[0],
         mesh=eqn.params["mesh"],
         in_specs=tuple(eqn.params["in_specs"]),
         out_specs=list(eqn.params["out_specs"]),
         axis_names=eqn.params["newly_manual_axes"],
         check_vma=eqn.params["check_vma"],
     )
-    return function(*args)
+    return function(*args), {}
 
 
-_REBUILD: dict[str, Callable[[Any, Sequence[Any], Hooks], Sequence[Any]]] = {
+_REBUILD: dict[str, Callable[[Any, Sequence[Any], _Works], _Outs]] = {
     "jit": _jit,
     "remat2": _checkpoint,
     "scan": _scan,
@@ -323,3 +396,5 @@ _REBUILD: dict[str, Callable[[Any, Sequence[Any], Hooks], Sequence[Any]]] = {
     "core_call": _inline,
     "composite": _inline,
 }
+
+_TRANSPARENT = frozenset({"jit", "remat2", "scan", "closed_call", "core_call"})
