@@ -46,14 +46,18 @@ class Parametrization:
 
     Attributes:
         weights: pairs of a table's name (`mujax.rules.TABLES`) and its weight; the weights sum to 1.
+        depth_alpha: the exponent with which residual branches shrink with depth; None where depth is not
+            parametrized.
     """
 
     weights: tuple[tuple[str, float], ...]
+    depth_alpha: float | None = None
 
     def __str__(self) -> str:
-        if len(self.weights) == 1:
-            return self.weights[0][0]
-        return " + ".join(f"{weight:g} {name}" for name, weight in self.weights)
+        tables = " + ".join(
+            name if len(self.weights) == 1 else f"{weight:g} {name}" for name, weight in self.weights
+        )
+        return tables if self.depth_alpha is None else f"{tables} with depth alpha {self.depth_alpha:g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,10 @@ class ParamSpec:
             a scan strips.
         infinite: axes that grow with width.
         tied: it is used both as an input (looked up) and as an output (contracted over its features).
+        layers: those of the stack axes that a scan over layers strips; they grow with depth and not with
+            width.
+        depth: number of layers of the target over that of the base, for a parameter inside of residual
+            branches; 1 for all others and where depth is not parametrized.
     """
 
     shape: tuple[int, ...]
@@ -81,12 +89,14 @@ class ParamSpec:
     stack: tuple[int, ...] = ()
     infinite: tuple[int, ...] = ()
     tied: bool = False
+    layers: tuple[int, ...] = ()
+    depth: float = 1.0
 
     def __post_init__(self) -> None:
         # One way of writing each spec, so that specs of the same parameter compare and hash alike.
         for name in ("shape", "base_shape"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
-        for name in ("fan_in", "fan_out", "stack", "infinite"):
+        for name in ("fan_in", "fan_out", "stack", "infinite", "layers"):
             object.__setattr__(self, name, tuple(sorted(_integers(name, getattr(self, name)))))
         if len(self.shape) != len(self.base_shape):
             raise ShapeMismatchError(
@@ -103,10 +113,19 @@ class ParamSpec:
                 f"ParamSpec of shape {self.shape}: expected infinite to list axes of the shape, once each, "
                 f"got {self.infinite}."
             )
+        if not set(self.layers) <= set(self.stack) - set(self.infinite):
+            raise MujaxError(
+                f"ParamSpec of shape {self.shape}: expected layers to list axes of stack that are not in "
+                f"infinite, got layers={self.layers}, stack={self.stack}, infinite={self.infinite}."
+            )
+        if not (math.isfinite(self.depth) and self.depth > 0):
+            raise MujaxError(
+                f"ParamSpec of shape {self.shape}: expected depth to be a positive ratio, got {self.depth}."
+            )
         finite = [
             axis
             for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
-            if size != base and axis not in self.infinite
+            if size != base and axis not in self.infinite and axis not in self.layers
         ]
         if finite:
             raise ShapeMismatchError(
@@ -131,10 +150,10 @@ class ParamSpec:
         """Fan-out of the target over fan-out of the base.
 
         A batch axis of a product that grows with width (the blocks of a block-diagonal kernel) makes
-        the pre-activation wider just as a fan-out axis does, so it counts here. A growing stack axis
-        can't come from anywhere else: a growing number of layers is refused.
+        the pre-activation wider just as a fan-out axis does, so it counts here. The axis of a scan over
+        layers grows with depth and does not count.
         """
-        return self._ratio((*self.fan_out, *self.stack))
+        return self._ratio((*self.fan_out, *(axis for axis in self.stack if axis not in self.layers)))
 
     @property
     def role(self) -> Role:
@@ -148,6 +167,13 @@ class ParamSpec:
             (False, False): "finite",
         }
         return by_width[wide_in, wide_out]
+
+
+def _written(param: ParamSpec) -> dict[str, Any]:
+    """The fields of a spec; those of depth only where there is something to say."""
+    fields = dataclasses.asdict(param)
+    left_out = {"layers": (), "depth": 1.0}
+    return {name: value for name, value in fields.items() if left_out.get(name) != value}
 
 
 def _integers(name: str, given: Iterable[Any]) -> tuple[int, ...]:
@@ -195,11 +221,13 @@ class MupSpec(Mapping[str, ParamSpec]):
 
     def to_json(self) -> str:
         """The spec as JSON text; `from_json` reads it back."""
+        alpha = self.parametrization.depth_alpha
         return json.dumps(
             {
                 "mujax_spec": _FORMAT,
                 "parametrization": [list(pair) for pair in self.parametrization.weights],
-                "params": {path: dataclasses.asdict(param) for path, param in self.items()},
+                **({} if alpha is None else {"depth_alpha": alpha}),
+                "params": {path: _written(param) for path, param in self.items()},
             },
             indent=1,
         )
@@ -220,13 +248,15 @@ class MupSpec(Mapping[str, ParamSpec]):
                 )
             params = {path: ParamSpec(**fields) for path, fields in data["params"].items()}
             weights = tuple((str(name), float(weight)) for name, weight in data["parametrization"])
+            alpha = data.get("depth_alpha")
+            chosen = Parametrization(weights, None if alpha is None else float(alpha))
         except MujaxError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise MujaxError(
                 f"spec file: expected the JSON written by MupSpec.save, got something else ({error})."
             ) from error
-        return cls(params, Parametrization(weights))
+        return cls(params, chosen)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the spec to a JSON file."""
