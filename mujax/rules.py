@@ -5,6 +5,9 @@ fan-out) in each quantity that depends on width. Nothing here looks at arrays or
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466: Tables 3, 8 and 9, Appendix B.
+    Yang, Simon and Bernstein, A Spectral Condition for Feature Learning, arXiv 2310.17813: Condition 1.
+    Yang, Yu, Zhu and Hayou, Tensor Programs VI, arXiv 2310.02244: Table 1 (depth, alpha = 1/2).
+    Dey et al., Don't be lazy: CompleteP, arXiv 2505.01618: Table 1 (depth, alpha from 1/2 to 1).
 """
 
 from __future__ import annotations
@@ -17,8 +20,23 @@ from typing import Final, Literal, get_args
 from mujax.errors import ParametrizationError
 from mujax.infshape import ROLES, Parametrization, ParamSpec, Role
 
-Family = Literal["sgd", "adam"]
+Family = Literal["sgd", "adam", "normalized", "normalized_gradient", "spectral"]
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
+
+FAMILY_SOURCES: Final[Mapping[Family, str]] = {
+    "sgd": "linear in the gradient: TP5 Tables 3, 8 and 9, SGD",
+    "adam": "free of the gradient's scale, entry by entry: TP5 Tables 3, 8 and 9, Adam; Appendix B.3",
+    "normalized": (
+        "norm of the update proportional to the parameter's, so Adam's rate over the init std: arXiv "
+        "2310.17813, Condition 1; arXiv 2407.05872, Adafactor with parameter scaling under full alignment"
+    ),
+    "normalized_gradient": (
+        "divided by the gradient's Frobenius norm, its spectral norm up to the root of its low rank: "
+        "arXiv 2310.17813, Condition 1"
+    ),
+    "spectral": "singular values all equal, so a spectral norm of its own: arXiv 2310.17813, Condition 1",
+}
+"""What an update of each family looks like, and where its learning rates come from."""
 
 Exponents = tuple[float, float]
 """Exponents of (r_in, r_out)."""
@@ -46,16 +64,29 @@ _ONE: Final[Exponents] = (0.0, 0.0)
 _HIDDEN: Final = Row(
     init=(-0.5, 0.0),
     forward=_ONE,
-    lr={"adam": (-1.0, 0.0), "sgd": (-1.0, 1.0)},
+    lr={
+        "adam": (-1.0, 0.0),
+        "sgd": (-1.0, 1.0),
+        "normalized": (-0.5, 0.0),
+        "normalized_gradient": (-0.5, 0.5),
+        "spectral": (-0.5, 0.5),
+    },
     source="TP5 Tables 3, 8 and 9, hidden weights",
 )
 _INPUT: Final = Row(
     init=_ONE,
     forward=_ONE,
-    lr={"adam": _ONE, "sgd": (0.0, 1.0)},
+    lr={
+        "adam": _ONE,
+        "sgd": (0.0, 1.0),
+        "normalized": _ONE,
+        "normalized_gradient": (0.0, 0.5),
+        "spectral": (0.0, 0.5),
+    },
     source="TP5 Tables 3 and 8, input weights and all biases",
 )
-_FINITE: Final = Row(init=_ONE, forward=_ONE, lr={"adam": _ONE, "sgd": _ONE}, source="no width, no factor")
+_NO_FACTOR: Final[Mapping[Family, Exponents]] = dict.fromkeys(FAMILIES, _ONE)
+_FINITE: Final = Row(init=_ONE, forward=_ONE, lr=_NO_FACTOR, source="no width, no factor")
 
 TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
     "mup": {
@@ -64,7 +95,13 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
         "output": Row(
             init=_ONE,
             forward=(-1.0, 0.0),
-            lr={"adam": _ONE, "sgd": (1.0, 0.0)},
+            lr={
+                "adam": _ONE,
+                "sgd": (1.0, 0.0),
+                "normalized": _ONE,
+                "normalized_gradient": (0.5, 0.0),
+                "spectral": (0.5, 0.0),
+            },
             source="TP5 Table 8, output weights; microsoft/mup MuReadout",
         ),
         "finite": _FINITE,
@@ -75,7 +112,13 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
         "output": Row(
             init=(-1.0, 0.0),
             forward=_ONE,
-            lr={"adam": (-1.0, 0.0), "sgd": (-1.0, 0.0)},
+            lr={
+                "adam": (-1.0, 0.0),
+                "sgd": (-1.0, 0.0),
+                "normalized": _ONE,
+                "normalized_gradient": (-0.5, 0.0),
+                "spectral": (-0.5, 0.0),
+            },
             source="TP5 Table 3, output weights",
         ),
         "finite": _FINITE,
@@ -84,14 +127,14 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
         "input": Row(
             init=(0.0, -0.5),
             forward=(0.0, 0.5),
-            lr={"adam": (0.0, -0.5), "sgd": _ONE},
+            lr={**_NO_FACTOR, "adam": (0.0, -0.5)},
             source="TP5 Table 9, input weights and all biases",
         ),
         "hidden": _HIDDEN,
         "output": Row(
             init=(-0.5, 0.0),
             forward=(-0.5, 0.0),
-            lr={"adam": (-0.5, 0.0), "sgd": _ONE},
+            lr={**_NO_FACTOR, "adam": (-0.5, 0.0)},
             source="TP5 Table 9, output weights",
         ),
         "finite": _FINITE,
@@ -99,14 +142,32 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
     # The user's model as it is. Its initialisation is the user's own, at the target's width too, so
     # the `init` exponents of these rows are never used: see `init_weight`.
     "sp": {
-        role: Row(init=_ONE, forward=_ONE, lr={"adam": _ONE, "sgd": _ONE}, source="standard parametrization")
-        for role in ROLES
+        role: Row(init=_ONE, forward=_ONE, lr=_NO_FACTOR, source="standard parametrization") for role in ROLES
     },
 }
 
 # The gradient with respect to a pre-activation of width n is Theta(1/n) (TP5 Appendix B.3): a leaf's
 # gradient is its forward factor times 1/r_out, and r_out is 1 where the fan-out is finite.
 _GRADIENT: Final[Exponents] = (0.0, -1.0)
+
+# Exponents of m_L (layers of the target over layers of the base) as linear functions of alpha, (slope,
+# constant), for parameters inside of residual branches; everything else has no depth factor, and no initial
+# value has. arXiv 2505.01618, Table 1; at alpha = 1/2 it is Depth-µP, arXiv 2310.02244, Table 1.
+DEPTH_FORWARD: Final = (-1.0, 0.0)
+"""Each residual branch's output, and with it the gradient of what is inside: Adam's ε follows it."""
+
+# A branch's update must move the stream by Theta(1/L): m_L^-alpha (the branch's factor) times the update's
+# size. Adam's, and that of every family free of the gradient's scale, is the learning rate: alpha - 1. SGD's
+# is the learning rate times a gradient that carries m_L^-alpha itself: 2 alpha - 1, which is 0 at 1/2 as in
+# arXiv 2310.02244.
+DEPTH_LR: Final[Mapping[Family, tuple[float, float]]] = {
+    **dict.fromkeys(FAMILIES, (1.0, -1.0)),
+    "sgd": (2.0, -1.0),
+}
+
+# lr times decay. Table 1 leaves λ alone where depth grows, so AdamW's decay shrinks with its learning rate; it
+# keeps decay in proportion to the update, and that is the same power for SGD.
+DEPTH_DECAY: Final = (1.0, -1.0)
 
 # The readout use of a tied embedding is divided by the width that it contracts, as MuSharedReadout does.
 TIED_READOUT: Final = -1.0
@@ -241,7 +302,7 @@ def on_parameter(param: ParamSpec) -> bool:
 
 def lr_factor(param: ParamSpec, chosen: Parametrization, optimizer_family: Family) -> float:
     """The learning rate of the parameter over the base's, for one optimizer family."""
-    factor = 1.0
+    factor = _depth_power(param, chosen, DEPTH_LR[optimizer_family])
     for table, weight in chosen.weights:
         factor *= _power(param, TABLES[table][param.role].lr[optimizer_family]) ** weight
     return factor
@@ -252,4 +313,56 @@ def gradient_scale(param: ParamSpec, chosen: Parametrization) -> float:
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
-    return forward_factor(param, chosen) * _power(param, _GRADIENT) ** mup_share(chosen)
+    own = forward_factor(param, chosen) * _power(param, _GRADIENT) ** mup_share(chosen)
+    return own * _depth_power(param, chosen, DEPTH_FORWARD)
+
+
+def _depth_power(param: ParamSpec, chosen: Parametrization, exponent: tuple[float, float]) -> float:
+    if chosen.depth_alpha is None:
+        return 1.0
+    slope, constant = exponent
+    return param.depth ** ((slope * chosen.depth_alpha + constant) * mup_share(chosen))
+
+
+def residual_factor(depth: float, chosen: Parametrization) -> float:
+    """The constant on the output of each residual branch: m_L to the power of -alpha.
+
+    Args:
+        depth: number of layers of the target over that of the base.
+        chosen: the parametrization; `"sp"` leaves the branch as it is.
+    """
+    if chosen.depth_alpha is None:
+        return 1.0
+    slope, constant = DEPTH_FORWARD
+    return depth ** ((slope * chosen.depth_alpha + constant) * mup_share(chosen))
+
+
+def decay_factor(param: ParamSpec, chosen: Parametrization) -> float:
+    """What depth does to learning rate times weight decay: m_L to the power of alpha - 1 inside of branches.
+
+    It is 1 for parameters outside of residual branches, at alpha = 1, and where depth is not parametrized.
+
+    Reference:
+        Dey et al., arXiv 2505.01618, Table 1: the hidden weights' λ has no power of m_L, and AdamW multiplies
+        it by their learning rate, which has m_L^(alpha - 1).
+    """
+    return _depth_power(param, chosen, DEPTH_DECAY)
+
+
+def param_scale(param: ParamSpec, chosen: Parametrization) -> float:
+    """How the parameter's entries scale in their own table, relative to the base: the initial std's rule.
+
+    In `"sp"` this is 1: the user's optimizer stays as it is.
+    """
+    scale = 1.0
+    for table, weight in chosen.weights:
+        scale *= _power(param, TABLES[table][param.role].init) ** weight
+    return scale
+
+
+def norm_scale(param: ParamSpec, chosen: Parametrization) -> float:
+    """How the Frobenius norm of an array of this shape scales if its entries don't: the root of its size.
+
+    In `"sp"` this is 1: the user's optimizer stays as it is.
+    """
+    return (param.r_in * param.r_out) ** (mup_share(chosen) / 2)

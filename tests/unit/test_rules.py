@@ -37,6 +37,31 @@ def only(table: str) -> Parametrization:
 # (init, forward factor, Adam LR, SGD LR), each as exponents of (r_in, r_out). Written out by hand from
 # Tables 3, 8 and 9 of arXiv 2203.03466, with fan_in and fan_out relative to the base model's.
 ZERO = (0, 0)
+# (normalized, normalized gradient, spectral), from the spectral condition of arXiv 2310.17813.
+BY_NORM = {
+    "mup": {
+        "input": (ZERO, (0, 0.5), (0, 0.5)),
+        "hidden": ((-0.5, 0), (-0.5, 0.5), (-0.5, 0.5)),
+        "output": (ZERO, (0.5, 0), (0.5, 0)),
+        "finite": (ZERO, ZERO, ZERO),
+    },
+    "table3": {
+        "input": (ZERO, (0, 0.5), (0, 0.5)),
+        "hidden": ((-0.5, 0), (-0.5, 0.5), (-0.5, 0.5)),
+        "output": (ZERO, (-0.5, 0), (-0.5, 0)),
+        "finite": (ZERO, ZERO, ZERO),
+    },
+    "table9": {
+        "input": (ZERO, ZERO, ZERO),
+        "hidden": ((-0.5, 0), (-0.5, 0.5), (-0.5, 0.5)),
+        "output": (ZERO, ZERO, ZERO),
+        "finite": (ZERO, ZERO, ZERO),
+    },
+    "sp": dict.fromkeys(("input", "hidden", "output", "finite"), (ZERO, ZERO, ZERO)),
+}
+# What a factor θ in front of a parameter multiplies the learning rate with: θ to this power. The update of a
+# normalized optimizer goes with the parameter, which is smaller by θ itself.
+THETA = {"sgd": -2, "adam": -1, "normalized": 0, "normalized_gradient": -1, "spectral": -1}
 HIDDEN = ((-0.5, 0), ZERO, (-1, 0), (-1, 1))
 EXPONENTS = {
     "mup": {
@@ -66,6 +91,8 @@ EXPONENTS = {
 def test_exponents(table, role):
     row = rules.TABLES[table][role]
     assert (row.init, row.forward, row.lr["adam"], row.lr["sgd"]) == EXPONENTS[table][role]
+    by_norm = (row.lr["normalized"], row.lr["normalized_gradient"], row.lr["spectral"])
+    assert by_norm == BY_NORM[table][role]
     assert row.source
 
 
@@ -132,14 +159,14 @@ def test_at_the_bases_widths_every_factor_is_one(table):
 
 
 def _same_run(one: rules.Row, other: rules.Row) -> bool:
-    """Whether two rows are (factor·θ, init/θ, SGD LR/θ², Adam LR/θ) of each other, for some θ.
+    """Whether two rows are (factor·θ, init/θ, SGD LR/θ², Adam LR/θ, ...) of each other, for some θ.
 
-    In exponents, per ratio: with t the exponent of θ, factor += t, init -= t, SGD -= 2t, Adam -= t.
+    In exponents, per ratio: with t the exponent of θ, factor += t, init -= t, SGD -= 2t, Adam -= t, ...
     """
     for axis in range(2):
         t = other.forward[axis] - one.forward[axis]
-        moved = (one.init[axis] - t, one.lr["sgd"][axis] - 2 * t, one.lr["adam"][axis] - t)
-        if moved != (other.init[axis], other.lr["sgd"][axis], other.lr["adam"][axis]):
+        moved = (one.init[axis] - t, *(one.lr[family][axis] + THETA[family] * t for family in THETA))
+        if moved != (other.init[axis], *(other.lr[family][axis] for family in THETA)):
             return False
     return True
 
@@ -184,8 +211,8 @@ def test_the_factors_themselves_differ_by_one_theta(role):
         theta = rules.forward_factor(param, other) / rules.forward_factor(param, one)
         for function, power in (
             (lambda c: rules.init_scale(param, c, 0.7), -1),
-            (lambda c: rules.lr_factor(param, c, "sgd"), -2),
-            (lambda c: rules.lr_factor(param, c, "adam"), -1),
+            (lambda c: rules.param_scale(param, c), -1),
+            *((lambda c, f=f: rules.lr_factor(param, c, f), power) for f, power in THETA.items()),
             # The gradient with respect to a parameter is proportional to the factor in front of it.
             (lambda c: rules.gradient_scale(param, c), 1),
         ):
@@ -219,6 +246,50 @@ def test_sgd_and_adam_move_a_parameter_alike(table, role):
     param, chosen = PARAMS[role], only(table)
     sgd = rules.lr_factor(param, chosen, "sgd") * rules.gradient_scale(param, chosen)
     assert sgd == pytest.approx(rules.lr_factor(param, chosen, "adam"), rel=1e-12)
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("chosen", [*rules.TABLES, mujax.interpolate("sp", "table9", 0.3)])
+def test_all_families_move_a_parameter_alike(chosen, role):
+    """Adam's update has entries of 1; each other family's differs by a norm that is known."""
+    param, chosen = PARAMS[role], rules.parametrization(chosen)
+    adam = rules.lr_factor(param, chosen, "adam")
+    # Multiplied with the parameter's norm; divided by the root of the size; of rank one, the same.
+    normalized = rules.lr_factor(param, chosen, "normalized") * rules.param_scale(param, chosen)
+    assert normalized == pytest.approx(adam, rel=1e-12)
+    for family in ("normalized_gradient", "spectral"):
+        factor = rules.lr_factor(param, chosen, family) / rules.norm_scale(param, chosen)
+        assert factor == pytest.approx(adam, rel=1e-12)
+
+
+@pytest.mark.parametrize("table", MUP_TABLES)
+@pytest.mark.parametrize("role", ROLES)
+def test_the_spectral_condition(table, role):
+    """arXiv 2310.17813, Condition 1: both the parameter's spectral norm and its update's go as √(out/in)."""
+    param, chosen = PARAMS[role], only(table)
+    condition = math.sqrt(param.r_out / param.r_in)
+    seen = rules.forward_factor(param, chosen)
+    frobenius = rules.norm_scale(param, chosen)
+    # Gradients and their signs are of low rank, so that their spectral norm goes as the Frobenius norm.
+    updates = {
+        "sgd": rules.gradient_scale(param, chosen) * frobenius,
+        "adam": frobenius,
+        "normalized": rules.param_scale(param, chosen) * frobenius,
+        "normalized_gradient": 1.0,
+        "spectral": 1.0,
+    }
+    for family, norm in updates.items():
+        assert seen * rules.lr_factor(param, chosen, family) * norm == pytest.approx(condition, rel=1e-12)
+
+
+@pytest.mark.parametrize("family", ["adam", "normalized", "normalized_gradient"])
+def test_one_familys_row_is_not_anothers(family):
+    """The twin: with the learning rates of another family, the condition does not hold."""
+    param, chosen = PARAMS["hidden"], only("mup")
+    norm = rules.param_scale(param, chosen) * rules.norm_scale(param, chosen)
+    condition = math.sqrt(param.r_out / param.r_in)
+    holds = rules.lr_factor(param, chosen, family) * norm == pytest.approx(condition, rel=1e-3)
+    assert holds == (family == "normalized")
 
 
 # ---- tied embeddings -------------------------------------------------------------------------------
@@ -290,7 +361,9 @@ def test_unknown_names_are_errors_that_list_the_known_ones():
         rules.parametrization(named(("mup", 0.5), ("ntk", 0.5)))
     with pytest.raises(mujax.ParametrizationError, match=r"expected one of .* got 'ntk'"):
         mujax.interpolate("mup", "ntk", 0.5)
-    expected = "family: expected one of 'sgd', 'adam', got 'muon'."
+    expected = (
+        "family: expected one of 'sgd', 'adam', 'normalized', 'normalized_gradient', 'spectral', got 'muon'."
+    )
     with pytest.raises(mujax.ParametrizationError, match=re.escape(expected)):
         rules.family("muon")
 
@@ -312,4 +385,9 @@ def test_a_parametrization_of_another_type_is_an_error(wrong):
 def test_known_names_pass():
     assert rules.parametrization("mup") == only("mup")
     assert rules.parametrization(only("sp")) == only("sp")
-    assert [rules.family(name) for name in ("sgd", "adam")] == ["sgd", "adam"]
+    assert [rules.family(name) for name in rules.FAMILIES] == list(rules.FAMILIES)
+
+
+def test_each_family_says_where_its_rates_come_from():
+    assert set(rules.FAMILY_SOURCES) == set(rules.FAMILIES)
+    assert all("arXiv" in source or "TP5" in source for source in rules.FAMILY_SOURCES.values())
