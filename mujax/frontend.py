@@ -47,12 +47,16 @@ class Call:
         leaves: the arrays, or their shapes.
         params: which of them are parameters: position -> path.
         state: which of them hold other state of the model (batch statistics): position -> path.
+        inputs: which of them are arrays of the user's positional arguments, and of the keyword arguments.
+        output: what `function` returns -> what the user's model returns.
     """
 
     function: Callable[..., Any]
     leaves: Sequence[Any]
     params: Mapping[int, str]
     state: Mapping[int, str]
+    inputs: tuple[range, range] = (range(0), range(0))
+    output: Callable[[Any], Any] = lambda result: result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,10 @@ class Frontend(Protocol):
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         """A user's call."""
+        ...
+
+    def leaves(self, variables: Any) -> list[Any]:
+        """The arrays of variables (or of a module) in the order of `example`'s call."""
         ...
 
     def finish(self, variables: Any, result: Any) -> Any:
@@ -154,9 +162,15 @@ class _Arguments:
 
     arrays: list[Any]
     rebuild: Callable[[Sequence[Any]], Any]
+    positional: int
+
+    def after(self, count: int) -> tuple[range, range]:
+        """Positions of the positional and of the keyword ones, behind `count` other arrays."""
+        middle = count + self.positional
+        return range(count, middle), range(middle, count + len(self.arrays))
 
 
-def _split(tree: Any) -> _Arguments:
+def _split(tree: tuple[Sequence[Any], Static]) -> _Arguments:
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
     dynamic = [position for position, leaf in enumerate(leaves) if is_array(leaf)]
 
@@ -166,7 +180,8 @@ def _split(tree: Any) -> _Arguments:
             filled[position] = array
         return jax.tree.unflatten(structure, filled)
 
-    return _Arguments([leaves[position] for position in dynamic], rebuild)
+    positional = sum(is_array(leaf) for leaf in jax.tree.leaves(tree[0]))
+    return _Arguments([leaves[position] for position in dynamic], rebuild, positional)
 
 
 def _abstract(tree: Any) -> Any:
@@ -221,7 +236,7 @@ def _call(
         args, kw = arguments.rebuild(arrays[len(leaves) :])
         return apply(jax.tree.unflatten(structure, arrays[: len(leaves)]), *args, **kw)
 
-    return Call(function, [*leaves, *arguments.arrays], params, state)
+    return Call(function, [*leaves, *arguments.arrays], params, state, arguments.after(len(leaves)))
 
 
 # ---- Linen -----------------------------------------------------------------------------------------
@@ -273,10 +288,14 @@ class _Linen:
         kwargs.setdefault("mutable", DenyList(("params", "intermediates")))
         # With a cache of keys and values a module takes one token; without, it makes one as in its init.
         variables = {name: leaves for name, leaves in variables.items() if name != "cache"}
-        return self.call(variables, inputs, kwargs)
+        call = self.call(variables, inputs, kwargs)
+        return dataclasses.replace(call, output=lambda out: out[0]) if kwargs["mutable"] else call
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         return _call(self.model.apply, variables, inputs, kwargs, *_linen_paths(variables))
+
+    def leaves(self, variables: Any) -> list[Any]:
+        return jax.tree.leaves({name: leaves for name, leaves in variables.items() if name != "cache"})
 
     def finish(self, variables: Any, result: Any) -> Any:
         return result
@@ -311,6 +330,9 @@ class _Pure:
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         return _call(self.model.apply, variables, inputs, kwargs, dict(enumerate(_paths(variables))), {})
+
+    def leaves(self, variables: Any) -> list[Any]:
+        return jax.tree.leaves(variables)
 
     def finish(self, variables: Any, result: Any) -> Any:
         return result
@@ -410,7 +432,11 @@ class _NNX:
             # Parameters do not change in a call; all other state may.
             return out, nnx.state(module, nnx.Not(nnx.Param))
 
-        return Call(function, [*leaves, *arguments.arrays], *_nnx_paths(state))
+        where = arguments.after(len(leaves))
+        return Call(function, [*leaves, *arguments.arrays], *_nnx_paths(state), where, lambda out: out[0])
+
+    def leaves(self, variables: Any) -> list[Any]:
+        return jax.tree.leaves(nnx.state(variables))
 
     def finish(self, variables: Any, result: Any) -> Any:
         out, state = result

@@ -25,6 +25,7 @@ from mujax.errors import (
 )
 from mujax.frontend import Call, Frontend, Initial, frontend, shrink
 from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
+from mujax.replay import Replay
 from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, read_constants, read_scales, resolve
 
 # Initialisers that the trace can't explain are sampled; up to this many entries that takes seconds.
@@ -105,7 +106,7 @@ def mup_init(
         )
     call = read_end.example(big.variables, inputs, kwargs)
     base_program, _ = _trace(base_end.example(small.variables, inputs, kwargs))
-    program, _ = _trace(call)
+    program, shape = _trace(call)
     state = dict.fromkeys(call.state, 1.0)
     spec = _spec(target, small, big, analyse(base_program, program, call.params, state), roles or {}, chosen)
     sizes = {
@@ -122,7 +123,7 @@ def mup_init(
     }
     if delta is not None:
         call = target_end.example(target.variables, inputs, kwargs)
-        program, _ = _trace(call)
+        program, shape = _trace(call)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
@@ -131,6 +132,7 @@ def mup_init(
         _sizes=sizes,
         _stored=_stored_scales(target, small),
         _example=(base_program, program, call),
+        _result=shape,
         _off=off,
         _inputs=tuple(inputs),
         _kwargs=dict(kwargs),
@@ -185,6 +187,7 @@ class MupModel:
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     _stored: Mapping[str, float]
     _example: tuple[Any, Any, Call]
+    _result: Any
     _off: frozenset[Kind]
     _inputs: tuple[Any, ...]
     _kwargs: dict[str, Any]
@@ -280,6 +283,21 @@ class MupModel:
     def findings(self) -> tuple[Finding, ...]:
         """What the traced call does that can't be put right, or can't be seen."""
         return self._reading.findings
+
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """The traced call as pure functions: for checks and sweeps, whatever kind the model is of."""
+        _, program, call = self._example
+        return Replay(
+            program=program,
+            call=call,
+            result=self._result,
+            hooks=self._hooks(self._reading),
+            entry=self._entry(call),
+            variables=lambda key: self._target.leaves(self.init(key)),
+            inputs=self._inputs,
+            analysis=self._reading.analysis,
+        )
 
     def explain(self) -> str:
         """The role table, the corrections and what was left alone, as text to read."""

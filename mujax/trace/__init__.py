@@ -15,6 +15,7 @@ from mujax.trace.analyse import read_scales as read_scales
 from mujax.trace.interpret import EqnPath as EqnPath
 from mujax.trace.interpret import Finding as Finding
 from mujax.trace.interpret import Fix as Fix
+from mujax.trace.interpret import Operand as Operand
 from mujax.trace.interpret import Product as Product
 from mujax.trace.interpret import Use as Use
 from mujax.trace.roles import read as read

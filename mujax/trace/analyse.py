@@ -10,7 +10,7 @@ from typing import Any
 from jax.extend import core as jex
 
 from mujax.errors import TraceMismatchError
-from mujax.trace.interpret import EqnPath, Finding, Fix, Interpreter, Product, Use
+from mujax.trace.interpret import EqnPath, Finding, Fix, Interpreter, Operand, Product, Use
 from mujax.trace.primitives import PRIMITIVES
 from mujax.trace.values import Size, Value, fit, whole
 
@@ -24,6 +24,7 @@ class Analysis:
         products: products of two activations.
         heads: parameters whose product is an output of the program.
         activations: per product, which of its operands is an activation.
+        operands: what each equation reads.
         fixes: what scales with width through constants in the program, and what would put it right.
         findings: what was seen and can't be put right.
     """
@@ -32,6 +33,7 @@ class Analysis:
     products: Sequence[Product]
     heads: Sequence[str]
     activations: Mapping[EqnPath, int]
+    operands: Mapping[EqnPath, tuple[Operand, ...]]
     fixes: Sequence[Fix]
     findings: Sequence[Finding]
 
@@ -101,6 +103,7 @@ def analyse(
         interpreter.products(),
         interpreter.heads(),
         interpreter.activations,
+        interpreter.operands,
         interpreter.fixes(),
         interpreter.findings(),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,18 @@ class Finding:
     where: str
 
 
+class Operand(NamedTuple):
+    """What an equation reads.
+
+    Attributes:
+        kind: `"param"` for a function of parameters alone, `"const"` for one of nothing, else `"data"`.
+        number: the one number that all of its entries are in the target; None where it is not known.
+    """
+
+    kind: str
+    number: float | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """An equation of the target with its counterpart in the base.
@@ -221,6 +233,7 @@ class Interpreter:
     Attributes:
         exact: as given.
         activations: per product, which of its operands is an activation: the first of two.
+        operands: what each equation of the target reads.
     """
 
     def __init__(
@@ -234,6 +247,7 @@ class Interpreter:
     ) -> None:
         self.exact = exact
         self.activations: dict[EqnPath, int] = {}
+        self.operands: dict[EqnPath, tuple[Operand, ...]] = {}
         self.known_sums = sums
         self._fixed = fixed or {}
         self._rules = rules
@@ -621,6 +635,9 @@ class Interpreter:
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
         outs = self._apply(pair, ins)
+        self.operands[pair.site] = tuple(
+            Operand(value.kind, None if value.const is None else value.const[1]) for value in ins
+        )
         if any(value.state for value in ins) and all(value.state or value.kind != "data" for value in ins):
             for value in outs:
                 value.state = value.kind == "data"
