@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,10 +64,12 @@ class Multiply:
     Attributes:
         factors: the constants.
         activation: which operand of the equation is an activation, if it is a product.
+        branch: an operand of an addition and what it is multiplied with there and nowhere else.
     """
 
     factors: tuple[Any, ...]
     activation: int | None = None
+    branch: tuple[int, Any] | None = None
 
     def __call__(self, out: Any) -> Any:
         """The output times the factors, in its own dtype."""
@@ -149,6 +151,7 @@ def _open(
         hook, tap = (work := by_eqn[index].get((), _Work())).hook, work.tap
         # A tap wants the operands as they are.
         operand = None if tap else _cheaper_operand(eqn, hook)
+        changed = _branch_operand(eqn, hook) if hook is None or operand is None else (operand, hook)
         if tap or inside:
             _segment(program, position, index, env, last)
             position = index
@@ -157,12 +160,13 @@ def _open(
             outs, found = _rebuild(eqn, operands, inside)
             env.update(zip(eqn.outvars, outs, strict=True))
             records.update({(index, *path): record for path, record in found.items()})
-        elif hook is not None and operand is not None:
+        elif changed is not None:
             _segment(program, position, index, env, last)
-            plain = env[operand]
-            env[operand] = hook(plain)
+            atom, change = changed
+            plain = env[atom]
+            env[atom] = change(plain)
             _segment(program, index, index + 1, env, last)
-            env[operand] = plain
+            env[atom] = plain
         else:
             _segment(program, position, index + 1, env, last)
         if hook is not None and operand is None:
@@ -172,6 +176,14 @@ def _open(
         position = index + 1
     _segment(program, position, len(program.eqns), env, last)
     return [read(atom) for atom in program.outvars], records
+
+
+def _branch_operand(eqn: Any, hook: Hook | None) -> tuple[Any, Hook] | None:
+    """The operand of an addition that a hook multiplies, and how."""
+    if not isinstance(hook, Multiply) or hook.branch is None:
+        return None
+    number, factor = hook.branch
+    return eqn.invars[number], Multiply((factor,))
 
 
 def _cheaper_operand(eqn: Any, hook: Hook | None) -> Any | None:
@@ -234,17 +246,33 @@ def _anonymous(program: Any, ins: Any, outs: Any) -> Any:
     return info._replace(arg_names=("",) * len(ins), result_paths=("",) * len(outs)) if info else info
 
 
-def enclosing(program: Any, site: EqnPath) -> list[str]:
-    """The names of the primitives around an equation, outermost first."""
+def _walk(program: Any, site: EqnPath) -> Iterator[tuple[Any, Any]]:
+    """The equations around a place and the programs in them that it is in, outermost first."""
     jaxpr = getattr(program, "jaxpr", program)
-    names: list[str] = []
     for index, step in zip(site[::2], site[1::2], strict=False):
         eqn = jaxpr.eqns[int(index)]
-        names.append(eqn.primitive.name)
         name, _, number = str(step).partition(":")
         inner = eqn.params[name][int(number)] if number else eqn.params[name]
         jaxpr = getattr(inner, "jaxpr", inner)
-    return names
+        yield eqn, jaxpr
+
+
+def enclosing(program: Any, site: EqnPath) -> list[str]:
+    """The names of the primitives around an equation, outermost first."""
+    return [eqn.primitive.name for eqn, _ in _walk(program, site)]
+
+
+def around(program: Any, site: EqnPath) -> Any:
+    """The (sub-)program that an equation stands in."""
+    jaxpr = getattr(program, "jaxpr", program)
+    for _, inner in _walk(program, site):
+        jaxpr = inner
+    return jaxpr
+
+
+def at(program: Any, site: EqnPath) -> Any:
+    """The equation at a place."""
+    return around(program, site).eqns[int(site[-1])]
 
 
 def blocked(program: Any, site: EqnPath) -> str | None:

@@ -96,6 +96,14 @@ class Replay:
         outs, records = forward.evaluate_and_record(self.program, leaves, self.hooks, taps)
         return self.call.output(jax.tree.unflatten(jax.tree.structure(self.result), outs)), records
 
+    def equation(self, site: EqnPath) -> Any:
+        """The equation at a place."""
+        return forward.at(self.program, site)
+
+    def loops(self, site: EqnPath) -> int:
+        """How many scans are around a place."""
+        return forward.enclosing(self.program, site).count("scan")
+
     def output(self) -> Any:
         """The shapes of what the model returns."""
         return self.call.output(self.result)

@@ -214,7 +214,7 @@ def downstream(program: Any, analysis: Analysis, factors: Mapping[EqnPath, float
         factors: factors that are inserted, by place.
         site: the place of the equation.
     """
-    jaxpr = _around(program, site)
+    jaxpr = forward.around(program, site)
     readers: dict[Any, list[tuple[int, Any]]] = collections.defaultdict(list)
     for index, eqn in enumerate(jaxpr.eqns):
         for atom in eqn.invars:
@@ -251,11 +251,3 @@ def _constant_step(eqn: Any, position: int, operands: Sequence[Operand]) -> floa
     # A bias is scaled by what comes after it, as the product is.
     return 1.0 if name in ("add", "sub") and other.kind == "param" else None
 
-
-def _around(program: Any, site: EqnPath) -> Any:
-    """The program that an equation stands in."""
-    jaxpr = getattr(program, "jaxpr", program)
-    for index, name in zip(site[::2], site[1::2], strict=False):
-        inner = jaxpr.eqns[int(index)].params[str(name)]
-        jaxpr = getattr(inner, "jaxpr", inner)
-    return jaxpr

@@ -1,0 +1,262 @@
+"""What a coordinate check measures: sizes of activations, of their changes and of what the changes come from.
+
+One compiled step per width trains the model and reads its taps; everything is reduced to a few numbers per
+tap on the device.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1 (coordinate checking).
+    Yang, Simon, Bernstein, A Spectral Condition for Feature Learning, arXiv 2310.17813.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from mujax import forward
+from mujax.infshape import leaf_path
+from mujax.replay import Replay
+from mujax.taps import Tap, downstream
+
+STATS: Final = ("size", "change", "by_weights", "by_inputs")
+"""Mean absolute entry of: the activation; its change since initialisation; the part of that change that the
+update of the tap's own parameters accounts for, and the rest, which its inputs account for."""
+
+LEAF_STATS: Final = ("initial", "update", "gradient")
+"""Root mean square over the entries of a parameter: of its initial value, its change and its gradient."""
+
+_SIZE: Final = STATS.index("size")
+_CHANGE: Final = STATS.index("change")
+
+
+class Subject(NamedTuple):
+    """A model at one width, to be checked.
+
+    Attributes:
+        replay: the model.
+        optimizer: learning rate -> optimizer.
+        taps: what to read.
+    """
+
+    replay: Replay
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    taps: Sequence[Tap]
+
+
+Batch = tuple[tuple[Any, ...], Any]
+"""Inputs and targets."""
+
+Loss = Callable[[Any, Any], Float[Array, ""]]
+
+
+class Measured(NamedTuple):
+    """What was measured at one width.
+
+    Attributes:
+        taps: (learning rates, seeds, steps + 1, taps, STATS).
+        leaves: (learning rates, seeds, steps + 1, parameters, LEAF_STATS).
+        losses: (learning rates, seeds, steps + 1), before each step.
+        paths: the parameters, in the order of `leaves`.
+    """
+
+    taps: np.ndarray
+    leaves: np.ndarray
+    losses: np.ndarray
+    paths: tuple[str, ...]
+
+
+class _State(NamedTuple):
+    params: PyTree
+    opt_state: PyTree
+    variables: list[Any]
+    initial: PyTree
+    """The first parameters, records and outputs."""
+
+
+class Program:
+    """The compiled step of one width.
+
+    Args:
+        subject: what to check.
+        loss: what it is trained on.
+        batches: one for each step, again from the first when they are used up; the first is what
+            activations are measured on.
+    """
+
+    def __init__(self, subject: Subject, loss: Loss, batches: Sequence[Batch]) -> None:
+        self._subject = subject
+        self._loss = loss
+        self._batches = batches
+        self._factors = _factors(subject)
+        self._sites = [tap.site for tap in subject.taps if tap.site is not None]
+        self._start = jax.jit(self._first_state)
+        self._step = jax.jit(self._one_step, donate_argnums=0)
+
+    def compile(self) -> None:
+        """Compiles for one run; from any thread."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        start = self._start.lower(key, rate)
+        self._step = self._step.lower(start.out_info, *self._shapes(), key, rate, number).compile()
+        self._start = start.compile()
+
+    def _shapes(self) -> tuple[Any, Any]:
+        first, batch = self._batches[0], self._batches[0]
+        return jax.eval_shape(lambda: (first, batch))
+
+    def run(self, key: Key[Array, ""], rate: float, steps: int) -> Iterator[Any]:
+        """Trains one model and yields what is measured before each step and after the last.
+
+        Args:
+            key: for the initial parameters and every random stream.
+            rate: the learning rate.
+            steps: number of optimizer steps.
+        """
+        rate = np.float32(rate)
+        state = self._start(key, rate)
+        for number in range(steps + 1):
+            batch = self._batches[number % len(self._batches)]
+            state, measured = self._step(state, self._batches[0], batch, key, rate, np.int32(number))
+            yield measured
+
+    def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> _State:
+        replay = self._subject.replay
+        params, variables = replay.init(key)
+        seen = jax.eval_shape(lambda: self._read(params, variables, self._batches[0], key))
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
+        return _State(params, self._subject.optimizer(rate).init(params), variables, (params, blank))
+
+    def _read(self, params: PyTree, variables: list[Any], batch: Batch, key: Key[Array, ""]) -> Any:
+        inputs, targets = batch
+        output, records = self._subject.replay.apply(params, variables, inputs, key=key, taps=self._sites)
+        return self._loss(output, targets), (records, _floating(output))
+
+    def _one_step(
+        self,
+        state: _State,
+        probe: Batch,
+        batch: Batch,
+        key: Key[Array, ""],
+        rate: Float[Array, ""],
+        number: Any,
+    ) -> tuple[_State, Any]:
+        params, opt_state, variables, (first_params, (first_loss, first)) = state
+        (loss, seen), gradient = jax.value_and_grad(self._read, has_aux=True)(params, variables, batch, key)
+        if len(self._batches) > 1:
+            _, seen = self._read(params, variables, probe, key)
+        first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, seen)
+        measured = (self._of_taps(first, seen), _of_leaves(first_params, params, gradient), loss)
+        tx = optax.with_extra_args_support(self._subject.optimizer(rate))
+        updates, opt_state = tx.update(gradient, opt_state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+        return _State(params, opt_state, variables, (first_params, (first_loss, first))), measured
+
+    def _of_taps(self, first: Any, now: Any) -> Float[Array, "taps stats"]:
+        (old_records, old_outputs), (new_records, new_outputs) = first, now
+        rows = []
+        for tap, factor in zip(self._subject.taps, self._factors, strict=True):
+            if tap.site is None:
+                old, new = (outputs[tap.output or 0] for outputs in (old_outputs, new_outputs))
+                rows.append(_sizes(old, new, None, factor))
+                continue
+            old, new = old_records[tap.site], new_records[tap.site]
+            if tap.reads is not None:
+                rows.append(_sizes(old.operands[tap.reads], new.operands[tap.reads], None, factor))
+                continue
+            part = None
+            if tap.operand >= 0:
+                part = _by_weights(self._subject.replay, tap, old, new)
+            rows.append(_sizes(old.out, new.out, part, factor))
+        return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
+
+
+def _factors(subject: Subject) -> list[float]:
+    """What the user's constants multiply each tap with later on."""
+    replay = subject.replay
+    inserted = {site: _constant(hook) for site, hook in replay.hooks.items()}
+    return [
+        1.0 if tap.site is None else downstream(replay.program, replay.analysis, inserted, tap.site)
+        for tap in subject.taps
+    ]
+
+
+def _constant(hook: forward.Hook | None) -> float:
+    factors = hook.factors if isinstance(hook, forward.Multiply) else ()
+    return float(np.prod([float(factor) for factor in factors]))
+
+
+def site_factor(subject: Subject, tap: Tap) -> float:
+    """All constants between the product at a tap and what is done with it: inserted and the user's own."""
+    if tap.site is None:
+        return 1.0
+    inserted = {site: _constant(hook) for site, hook in subject.replay.hooks.items()}
+    own = downstream(subject.replay.program, subject.replay.analysis, inserted, tap.site)
+    return own * inserted.get(tap.site, 1.0)
+
+
+def _floating(output: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _sizes(old: Any, new: Any, part: Any, factor: float) -> Float[Array, "stats"]:
+    old, new = old.astype(jnp.float32), new.astype(jnp.float32)
+    change = new - old
+    split = (
+        (jnp.nan, jnp.nan)
+        if part is None
+        else (_mean(part), _mean(change - part.astype(jnp.float32)))
+    )
+    return factor * jnp.stack([_mean(new), _mean(change), *split])
+
+
+def _mean(x: Any) -> Any:
+    return jnp.mean(jnp.abs(x), dtype=jnp.float32)
+
+
+def _by_weights(replay: Replay, tap: Tap, old: forward.Record, new: forward.Record) -> Any:
+    """The equation once more, with the change of its parameters in their place: (W - W_0) x."""
+    assert tap.site is not None
+    eqn = replay.equation(tap.site)
+    operands = list(new.operands)
+    operands[tap.operand] = new.operands[tap.operand] - old.operands[tap.operand]
+    if eqn.primitive.name in ("add", "sub"):
+        operands[1 - tap.operand] = jnp.zeros_like(operands[1 - tap.operand])
+
+    def run(*operands: Any) -> Any:
+        with eqn.ctx.manager:
+            return eqn.primitive.bind(*operands, **eqn.params)
+
+    for _ in range(replay.loops(tap.site)):
+        run = jax.vmap(run)
+    out = run(*operands)
+    hook = replay.hooks.get(tap.site)
+    return out if hook is None else hook(out)
+
+
+def _of_leaves(first: PyTree, now: PyTree, gradient: PyTree) -> Float[Array, "leaves stats"]:
+    change = jax.tree.map(lambda a, b: a - b, now, first)
+    rows = [
+        jnp.stack([_root_mean_square(leaf) for leaf in leaves])
+        for leaves in zip(*map(jax.tree.leaves, (first, change, gradient)), strict=True)
+    ]
+    return jnp.stack(rows)
+
+
+def _root_mean_square(x: Any) -> Any:
+    # Scaled first: the square of a small gradient is zero in single precision.
+    x = jnp.abs(x).astype(jnp.float32)
+    largest = jnp.max(x, initial=0.0)
+    safe = jnp.where(largest > 0, largest, 1.0)
+    return largest * jnp.sqrt(jnp.mean(jnp.square(x / safe)))
+
+
+def paths_of(params: PyTree) -> tuple[str, ...]:
+    """The paths of the parameters in the order of `Measured.leaves`."""
+    return tuple(leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
