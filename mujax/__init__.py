@@ -9,9 +9,11 @@ Reference:
 """
 
 from mujax.corrections import Correction as Correction
+from mujax.depth import residual_branch as residual_branch
 from mujax.errors import AuditError as AuditError
 from mujax.errors import ConfigError as ConfigError
 from mujax.errors import DataError as DataError
+from mujax.errors import DepthError as DepthError
 from mujax.errors import MujaxError as MujaxError
 from mujax.errors import MujaxWarning as MujaxWarning
 from mujax.errors import ParametrizationError as ParametrizationError

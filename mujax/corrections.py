@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from mujax import forward, rules
-from mujax.errors import MujaxError, RoleError
+from mujax.depth import Branches, Depth, find_branches
+from mujax.errors import DepthError, MujaxError, RoleError
 from mujax.frontend import Call
 from mujax.infshape import MupSpec, Parametrization, ParamSpec
 from mujax.trace import Analysis, EqnPath, Finding, Use, analyse, read, telling
 
-Kind = Literal["readout", "tied_readout", "attention", "scale"]
+Kind = Literal["readout", "tied_readout", "attention", "scale", "residual"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -25,8 +26,9 @@ class Correction:
         kind: `"readout"`: the product of an output weight; `"tied_readout"`: the readout use of a tied
             embedding; `"attention"`: a product of two activations brought from 1/sqrt(d) to 1/d;
             `"scale"`: any other constant of the model that scales with width, held at its base value, and
-            the size that a normalisation takes away given back.
-        factor: what the result is multiplied with.
+            the size that a normalisation takes away given back; `"residual"`: the branch's operand of an
+            addition `x + f(x)`, where depth is parametrized.
+        factor: what the result (the operand, for `"residual"`) is multiplied with.
         where: `file:line` in the user's code.
         path: the parameter of the product; None for a value that is no product with a parameter.
     """
@@ -46,12 +48,14 @@ class Reading:
         knobs: the places that the multipliers turn: name -> places.
         findings: what can't be put right.
         analysis: the uses and products that it was read from.
+        branches: where residual branches are added, and which operand of the addition each is.
     """
 
     corrections: Mapping[EqnPath, Sequence[Correction]]
     knobs: Mapping[str, Sequence[EqnPath]]
     findings: tuple[Finding, ...]
     analysis: Analysis
+    branches: Mapping[EqnPath, int] = dataclasses.field(default_factory=dict)
 
     def in_order(self) -> tuple[Correction, ...]:
         """The corrections in the order of the program."""
@@ -69,7 +73,13 @@ def switched_off(said: Mapping[Kind, bool]) -> frozenset[Kind]:
 
 
 def read_call(
-    spec: MupSpec, off: frozenset[Kind], stored: Mapping[str, float], base: Any, program: Any, call: Call
+    spec: MupSpec,
+    off: frozenset[Kind],
+    stored: Mapping[str, float],
+    base: Any,
+    program: Any,
+    call: Call,
+    depth: Depth | None = None,
 ) -> Reading:
     """Reads the factors of one call off its two programs.
 
@@ -80,6 +90,7 @@ def read_call(
         base: the base's program.
         program: the target's program.
         call: the target's call.
+        depth: how deep base and target are, if that is parametrized.
     """
     chosen = spec.parametrization
     share = rules.mup_share(chosen)
@@ -96,6 +107,14 @@ def read_call(
         for fix in analysis.fixes:
             kind: Kind = "attention" if fix.attention else "scale"
             found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
+    branches: dict[EqnPath, int] = {}
+    if share and depth is not None and depth.ratio != 1:
+        factor = rules.residual_factor(depth.ratio, chosen)
+        for branch in _known_branches(
+            spec, find_branches(program, call.params, depth.residual, part=True)
+        ).found:
+            found.setdefault(branch.site, []).append(Correction("residual", factor, branch.where))
+            branches[branch.site] = branch.operand
     out: dict[EqnPath, tuple[Correction, ...]] = {}
     for site, corrections in found.items():
         kept = tuple(correction for correction in corrections if correction.kind not in off)
@@ -125,7 +144,21 @@ def read_call(
             )
         if kept:
             out[site] = kept
-    return Reading(out, _knobs(spec, analysis), tuple(findings), analysis)
+    return Reading(out, _knobs(spec, analysis), tuple(findings), analysis, branches)
+
+
+def _known_branches(spec: MupSpec, branches: Branches) -> Branches:
+    """Refuses branches whose parameters have other learning rates: `mup_init` saw another call."""
+    for branch in branches.found:
+        for path in sorted(branch.params):
+            if path in spec and spec[path].depth == 1:
+                raise DepthError(
+                    f"{path}: expected it outside of residual branches as in the call that mup_init traced, "
+                    f"found it inside of the one that is added at {branch.where}; pass mup_init the inputs "
+                    "and "
+                    "keyword arguments of a call that goes through all branches."
+                )
+    return branches
 
 
 def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]:
@@ -170,7 +203,7 @@ def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) 
 def _reads_out(param: ParamSpec, use: Use) -> bool:
     """Whether a product is one of an output weight, or the readout use of an input weight."""
     if param.role == "input":
-        return read(use, param.shape, param.base_shape, param.infinite).role == "output"
+        return read(use, param.shape, param.base_with_layers, param.infinite).role == "output"
     return param.role == "output"
 
 

@@ -34,6 +34,14 @@ class RoleError(MujaxError):
     """
 
 
+class DepthError(MujaxError):
+    """A model's depth or residual branches can't be told, or it has factors for depth of its own.
+
+    Raised by `mup_init(..., depth=...)`. Remedy: `residual=[...]`, `mujax.residual_branch`, or what the text
+    says.
+    """
+
+
 class AuditError(MujaxError):
     """`mup_init(..., strict=True)` found something in the model that it can't put right."""
 

@@ -133,6 +133,14 @@ class ParamSpec:
                 f"differ, so they must be listed in infinite={self.infinite}."
             )
 
+    @property
+    def base_with_layers(self) -> tuple[int, ...]:
+        """The base's shape with the target's number of layers: what differs from `shape` is width."""
+        return tuple(
+            size if axis in self.layers else base
+            for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
+        )
+
     def _ratio(self, axes: Iterable[int]) -> float:
         target, base = 1, 1
         for axis in axes:

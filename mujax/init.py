@@ -15,8 +15,11 @@ import jax.numpy as jnp
 
 from mujax import forward, report, rules
 from mujax.corrections import Correction, Kind, Reading, read_call, switched_off, zeros
+from mujax.depth import Branches, Depth, find_branches, refuse_own_factors, refuse_scaled_init, scanned_layers
 from mujax.errors import (
     AuditError,
+    ConfigError,
+    DepthError,
     MujaxError,
     MujaxWarning,
     RoleError,
@@ -41,6 +44,9 @@ def mup_init(
     roles: Mapping[str, Role | ParamSpec] | None = None,
     corrections: Mapping[Kind, bool] | None = None,
     zero_init: Sequence[Literal["readout", "query"]] = (),
+    depth: tuple[int, int] | Literal["scan"] | None = None,
+    depth_alpha: float = 1.0,
+    residual: Sequence[str] = (),
     strict: bool = False,
     **kwargs: Any,
 ) -> MupModel:
@@ -63,6 +69,15 @@ def mup_init(
         zero_init: what starts at zero instead of at the rule's standard deviation, as the paper's
             Appendix D.2 recommends: `"readout"`, the kernels whose product is an output of the model;
             `"query"`, those whose product is the first operand of attention logits.
+        depth: layers of the base and of the target, to parametrize depth, too; None leaves it alone. A base
+            whose layers are unrolled must have the target's number of them, since the two programs are read
+            side by side: the two numbers alone count. Where a scan runs the layers the base may have fewer,
+            and `"scan"` reads the numbers off. With `depth` base and target may be of the same width; without
+            a `delta` nothing is infinite then.
+        depth_alpha: each residual branch is multiplied with (target / base)^-depth_alpha: 1 is CompleteP, 1/2
+            is Depth-µP.
+        residual: the residual branches, as globs of module scopes or of parameters, where they can't be told
+            from the program; see also `mujax.residual_branch`.
         strict: raise on any finding of `mup.findings`, that is on anything which can't be put right, where
             otherwise a `MujaxWarning` says it.
         **kwargs: passed to the model with `inputs`.
@@ -71,6 +86,8 @@ def mup_init(
         ShapeMismatchError: base and target differ in something other than widths, or not at all.
         TraceMismatchError: their programs differ in structure.
         RoleError: the role of a parameter can't be read.
+        DepthError: the residual branches can't be told, or they have factors for depth already.
+        ConfigError: options that make no sense together.
         AuditError: `strict`, and there is a finding.
         MujaxError: the model is of an unknown kind.
 
@@ -86,9 +103,10 @@ def mup_init(
         0.125
 
     Reference:
-        Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9. For depth: Dey et al., arXiv
+        2505.01618, Table 1; Yang et al., Tensor Programs VI, arXiv 2310.02244.
     """
-    chosen = rules.parametrization(parametrization)
+    chosen = _with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
     off = switched_off(corrections or {})
     target_end, base_end = frontend(model), frontend(base)
     target = target_end.trace_init(inputs, kwargs)
@@ -99,16 +117,22 @@ def mup_init(
         read_end = frontend(delta)
         big = read_end.trace_init(inputs, kwargs)
         _same_structure("delta", big, small)
-    elif target.shapes(target.params) == small.shapes(small.params):
-        raise ShapeMismatchError(
-            "mup_init: the target has the same widths as the base, so nothing tells which axes are infinite; "
-            "pass delta=, the same model at other widths."
-        )
+    elif depth is None and target.shapes(target.params) == small.shapes(small.params):
+        raise ShapeMismatchError(_SAME_WIDTHS)
     call = read_end.example(big.variables, inputs, kwargs)
-    base_program, _ = _trace(base_end.example(small.variables, inputs, kwargs))
+    base_call = base_end.example(small.variables, inputs, kwargs)
+    base_program, _ = _trace(base_call)
     program, shape = _trace(call)
     state = dict.fromkeys(call.state, 1.0)
-    spec = _spec(target, small, big, analyse(base_program, program, call.params, state), roles or {}, chosen)
+    layers = scanned_layers(program, call.params)
+    analysis = analyse(base_program, program, call.params, state)
+    spec = _spec(target, small, big, analysis, roles or {}, chosen, layers)
+    if (
+        delta is None
+        and depth is None
+        and all(param.base_with_layers == param.shape for param in spec.values())
+    ):
+        raise ShapeMismatchError(_SAME_WIDTHS)
     sizes = {
         path: (shape, other[path])
         for which, other in (
@@ -124,6 +148,13 @@ def mup_init(
     if delta is not None:
         call = target_end.example(target.variables, inputs, kwargs)
         program, shape = _trace(call)
+    plan = branches = None
+    if depth is not None:
+        plan = _depth(depth, residual, spec)
+        branches = _branches(plan, base_program, base_call, program, call)
+        inside = {path: dataclasses.replace(spec[path], depth=plan.ratio) for path in branches[1].params}
+        spec = MupSpec({**spec, **inside}, chosen)
+        refuse_scaled_init(spec, branches[1], plan, own, target.program, target.params)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
@@ -136,7 +167,12 @@ def mup_init(
         _off=off,
         _inputs=tuple(inputs),
         _kwargs=dict(kwargs),
+        _depth=plan,
     )
+    if plan is not None and branches is not None:
+        refuse_own_factors(*branches, plan, mup._reading.analysis.fixes)
+        if branches[1].stream:
+            mup = dataclasses.replace(mup, _said=(_of_stream(branches[1]),))
     if zero_init:
         at_zero = dict.fromkeys(zeros(zero_init, spec, mup._reading.analysis), 0.0)
         mup = dataclasses.replace(mup, init_scales={**init_scales, **at_zero})
@@ -192,6 +228,8 @@ class MupModel:
     _inputs: tuple[Any, ...]
     _kwargs: dict[str, Any]
     _multipliers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _depth: Depth | None = None
+    _said: tuple[Finding, ...] = ()
 
     def __repr__(self) -> str:
         return f"MupModel({len(self.spec)} parameters, parametrization={str(self.spec.parametrization)!r})"
@@ -241,7 +279,9 @@ class MupModel:
             twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
             base, _ = _trace(twin)
             program, shape = _trace(call)
-            hooks = self._hooks(read_call(self.spec, self._off, self._stored, base, program, call))
+            hooks = self._hooks(
+                read_call(self.spec, self._off, self._stored, base, program, call, self._depth)
+            )
         leaves = [
             leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
             for position, leaf in enumerate(call.leaves)
@@ -272,7 +312,7 @@ class MupModel:
 
     @functools.cached_property
     def _reading(self) -> Reading:
-        return read_call(self.spec, self._off, self._stored, *self._example)
+        return read_call(self.spec, self._off, self._stored, *self._example, self._depth)
 
     @property
     def corrections(self) -> tuple[Correction, ...]:
@@ -282,7 +322,7 @@ class MupModel:
     @property
     def findings(self) -> tuple[Finding, ...]:
         """What the traced call does that can't be put right, or can't be seen."""
-        return self._reading.findings
+        return (*self._said, *self._reading.findings)
 
     @functools.cached_property
     def replay(self) -> Replay:
@@ -338,22 +378,136 @@ class MupModel:
     @property
     def _may_correct(self) -> bool:
         """Whether the forward pass gets any factor on a product: else there is nothing to trace for."""
-        grows = any(param.shape != param.base_shape for param in self.spec.values())
+        grows = any(param.shape != param.base_shape or param.depth != 1 for param in self.spec.values())
         return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
 
     def _hooks(self, reading: Reading) -> dict[EqnPath, forward.Hook]:
         factors: dict[EqnPath, list[Any]] = {}
+        branches: dict[EqnPath, tuple[int, float]] = {}
         for site, corrections in reading.corrections.items():
-            factor = math.prod(correction.factor for correction in corrections)
+            kinds = [(correction.factor, correction.kind == "residual") for correction in corrections]
+            factor = math.prod(factor for factor, residual in kinds if not residual)
             if factor != 1.0:
                 factors.setdefault(site, []).append(factor)
+            of_branch = math.prod(factor for factor, residual in kinds if residual)
+            if of_branch != 1.0:
+                branches[site] = (reading.branches[site], of_branch)
         for name, value in self._multipliers.items():
             for site in reading.knobs[name]:
                 factors.setdefault(site, []).append(value)
         return {
-            site: forward.Multiply(tuple(values), reading.analysis.activations.get(site))
-            for site, values in factors.items()
+            site: forward.Multiply(
+                tuple(factors.get(site, ())), reading.analysis.activations.get(site), branches.get(site)
+            )
+            for site in dict.fromkeys((*factors, *branches))
         }
+
+
+# ---- depth -----------------------------------------------------------------------------------------
+
+_SAME_WIDTHS = (
+    "mup_init: the target has the same widths as the base, so nothing tells which axes are infinite; "
+    "pass delta=, the same model at other widths."
+)
+
+
+def _with_depth(
+    chosen: Parametrization, depth: Any, alpha: float, residual: Sequence[str]
+) -> Parametrization:
+    """The parametrization with the exponent of depth, if that is asked for.
+
+    Raises:
+        ConfigError: options that make no sense, alone or together.
+    """
+    if depth is None:
+        if residual or alpha != 1.0:
+            raise ConfigError(
+                "mup_init: expected depth_alpha and residual together with depth=, found them without it; "
+                "pass "
+                "depth=(layers of the base, layers of the target)."
+            )
+        return chosen
+    if isinstance(residual, str):
+        raise ConfigError(
+            f"residual: expected a sequence of globs, got the text {residual!r}; put it in a list."
+        )
+    if not 0.5 <= alpha <= 1:
+        raise ConfigError(f"depth_alpha: expected an exponent from 0.5 to 1, got {alpha!r}.")
+    return dataclasses.replace(chosen, depth_alpha=float(alpha))
+
+
+def _depth(said: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
+    """How deep base and target are: as said, as the scans say, or both if they agree.
+
+    Raises:
+        ConfigError: `said` is neither `"scan"` nor two numbers of layers.
+        DepthError: the scans say otherwise, or nothing.
+    """
+    scanned = {
+        (param.base_shape[axis], param.shape[axis]): path
+        for path, param in spec.items()
+        for axis in param.layers
+    }
+    if said == "scan":
+        if len(scanned) != 1:
+            raise DepthError(
+                f'depth="scan": expected one pair of numbers of layers in base and target, found '
+                f"{sorted(scanned) or 'no scan over layers whose length differs'}; pass depth=(layers of "
+                "the base, "
+                "layers of the target)."
+            )
+        said = next(iter(scanned))
+    if not (
+        isinstance(said, Sequence)
+        and len(said) == 2
+        and all(isinstance(layers, int) and layers > 0 for layers in said)
+    ):
+        raise ConfigError(
+            f'depth: expected two positive numbers of layers (base, target), "scan" or None, got {said!r}.'
+        )
+    depth = Depth(said[0], said[1], tuple(residual))
+    for (base, target), path in scanned.items():
+        if base * depth.target != target * depth.base:
+            raise DepthError(
+                f"{path}: expected its layers to grow as depth={tuple(said)} says, found {base} in the base "
+                "and "
+                f"{target} in the target; give both the same numbers."
+            )
+    return depth
+
+
+def _branches(depth: Depth, base: Any, base_call: Call, target: Any, call: Call) -> tuple[Branches, Branches]:
+    """The residual branches of base and target.
+
+    Raises:
+        DepthError: they can't be told, there is none, or they are not the same in both.
+    """
+    small = find_branches(base, base_call.params, depth.residual)
+    big = find_branches(target, call.params, depth.residual)
+    if not big.found:
+        raise DepthError(
+            "depth: expected residual branches, found no addition x + f(x) in the traced call; mark what is "
+            "added "
+            "with mujax.residual_branch(...), or leave out depth=."
+        )
+    if [branch.params for branch in small.found] != [branch.params for branch in big.found]:
+        raise DepthError(
+            f"depth: expected the same residual branches in base and target, found {len(small.found)} and "
+            f"{len(big.found)}; build both with the same code."
+        )
+    return small, big
+
+
+def _of_stream(branches: Branches) -> Finding:
+    path, where = next(iter(branches.stream.items()))
+    more = f" and {len(branches.stream) - 1} others" if len(branches.stream) > 1 else ""
+    return Finding(
+        "stream parameter",
+        f"{path}{more} acts on the residual stream in each layer (a norm after the addition), where the "
+        "sources "
+        "know no rule for depth; it keeps the base's learning rate. Normalise inside of the branch instead",
+        where,
+    )
 
 
 # ---- tracing ---------------------------------------------------------------------------------------
@@ -399,15 +553,24 @@ def _spec(
     analysis: Analysis,
     overrides: Mapping[str, Role | ParamSpec],
     chosen: Parametrization,
+    layers: Mapping[str, frozenset[int]],
 ) -> MupSpec:
     """Puts together what the traces say and what the user says."""
     small, read_shapes = base.shapes(base.params), reading.shapes(reading.params)
     unused = set(overrides)
     params: dict[str, ParamSpec] = {}
     for path, shape in target.shapes(target.params).items():
-        found = read_shapes[path]
-        infinite = tuple(axis for axis, (n, m) in enumerate(zip(found, small[path], strict=True)) if n != m)
-        growing = [axis for axis, (n, m) in enumerate(zip(shape, small[path], strict=True)) if n != m]
+        found, deep = read_shapes[path], layers.get(path, frozenset[int]())
+        # With the target's number of layers, so that what differs is width.
+        wide = tuple(
+            n if axis in deep else m for axis, (n, m) in enumerate(zip(found, small[path], strict=True))
+        )
+        infinite = tuple(axis for axis, (n, m) in enumerate(zip(found, wide, strict=True)) if n != m)
+        growing = [
+            axis
+            for axis, (n, m) in enumerate(zip(shape, small[path], strict=True))
+            if n != m and axis not in deep
+        ]
         if not set(growing) <= set(infinite):
             raise ShapeMismatchError(
                 f"{path}: expected the delta to differ from the base wherever the target does, but target "
@@ -424,10 +587,10 @@ def _spec(
             params[path] = _said(path, override, shape, small[path])
             continue
         if override is None:
-            seen = resolve(path, found, small[path], uses)
+            seen = resolve(path, found, wide, uses)
         else:
-            seen = _with_role(path, override, found, small[path], infinite, uses)
-        params[path] = dataclasses.replace(seen, shape=shape)
+            seen = _with_role(path, override, found, wide, infinite, uses)
+        params[path] = _stacked(seen, shape, small[path], deep)
     if unused:
         pattern = sorted(unused)[0]
         raise RoleError(
@@ -436,6 +599,22 @@ def _spec(
             f"{next(iter(params), None)!r}."
         )
     return MupSpec(params, chosen)
+
+
+def _stacked(
+    seen: ParamSpec, shape: tuple[int, ...], base: tuple[int, ...], layers: frozenset[int]
+) -> ParamSpec:
+    """The spec at the target's sizes; layers are copies, and count as layers where their number differs."""
+    differs = tuple(axis for axis in sorted(layers) if shape[axis] != base[axis])
+    return dataclasses.replace(
+        seen,
+        shape=shape,
+        base_shape=base,
+        fan_in=tuple(axis for axis in seen.fan_in if axis not in differs),
+        fan_out=tuple(axis for axis in seen.fan_out if axis not in differs),
+        stack=tuple(sorted({*seen.stack, *differs})),
+        layers=differs,
+    )
 
 
 def _said(path: str, said: ParamSpec, shape: tuple[int, ...], base: tuple[int, ...]) -> ParamSpec:

@@ -165,8 +165,8 @@ DEPTH_LR: Final[Mapping[Family, tuple[float, float]]] = {
     "sgd": (2.0, -1.0),
 }
 
-# lr times decay. Table 1 leaves λ alone where depth grows, so AdamW's decay shrinks with its learning rate; it
-# keeps decay in proportion to the update, and that is the same power for SGD.
+# lr times decay. Table 1 leaves λ alone where depth grows, so AdamW's decay shrinks with its learning rate;
+# it keeps decay in proportion to the update, and that is the same power for SGD.
 DEPTH_DECAY: Final = (1.0, -1.0)
 
 # The readout use of a tied embedding is divided by the width that it contracts, as MuSharedReadout does.
@@ -366,3 +366,15 @@ def norm_scale(param: ParamSpec, chosen: Parametrization) -> float:
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
     return (param.r_in * param.r_out) ** (mup_share(chosen) / 2)
+
+
+def unaligned(param: ParamSpec, chosen: Parametrization) -> float:
+    """What the learning rate of a normalised update gains if updates don't align with the activations.
+
+    A product of a random update with an activation grows as the root of the fan-in, an aligned one's as the
+    fan-in: for hidden weights that is another r_in^1/2, which makes the rule of `"normalized"` no rule.
+
+    Reference:
+        Everett et al., Scaling Exponents Across Parameterizations and Optimizers, arXiv 2407.05872.
+    """
+    return param.r_in ** (mup_share(chosen) / 2) if param.role == "hidden" else 1.0
