@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from mujax.infshape import MupSpec
+from mujax import rules
+from mujax.infshape import MupSpec, Role
+from mujax.optim._decay import Decay, decay_multiples, decayed_weights, strength
 from mujax.optim._scale import mup_scale_by_adam, mup_scale_by_sgd
+from mujax.optim._units import LrMults, with_lr_multiples
 
 
 def mup_adam(
@@ -17,12 +20,13 @@ def mup_adam(
     spec: MupSpec,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    eps: ArrayLike | None = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     scale_eps: bool = True,
+    lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam in µP: `optax.adam` whose learning rate, tuned at one width, is right at every other.
 
@@ -34,11 +38,13 @@ def mup_adam(
         spec: what `mup_init` found out about the parameters.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
-        eps: added to the denominator outside of the square root.
+        eps: added to the denominator outside of the square root; None for the arc tangent of the fraction.
         eps_root: added to the denominator inside of the square root.
         mu_dtype: dtype of the first moment; None keeps the parameter's.
         nesterov: Nesterov momentum, which makes it NAdam.
         scale_eps: False leaves ε the same for all parameters at all widths, as microsoft/mup does.
+        lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
+            same parameter are multiplied. They may be traced values.
 
     Returns:
         An optimizer whose state is that of `optax.adam`.
@@ -51,7 +57,7 @@ def mup_adam(
     """
     return optax.chain(
         mup_scale_by_adam(spec, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, scale_eps=scale_eps),
-        optax.scale_by_learning_rate(learning_rate),
+        with_lr_multiples(optax.scale_by_learning_rate(learning_rate), spec, lr_mults),
     )
 
 
@@ -60,7 +66,7 @@ def mup_adamw(
     spec: MupSpec,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    eps: ArrayLike | None = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
@@ -68,6 +74,10 @@ def mup_adamw(
     *,
     nesterov: bool = False,
     scale_eps: bool = True,
+    decay: Decay = "independent",
+    decay_roles: Sequence[Role] | None = None,
+    peak_learning_rate: ArrayLike | None = None,
+    lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW in µP: the decay comes after the µP factor, so that it is the same at every width.
 
@@ -81,7 +91,7 @@ def mup_adamw(
         spec: what `mup_init` found out about the parameters.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
-        eps: added to the denominator outside of the square root.
+        eps: added to the denominator outside of the square root; None for the arc tangent of the fraction.
         eps_root: added to the denominator inside of the square root.
         mu_dtype: dtype of the first moment; None keeps the parameter's.
         weight_decay: strength of the decay, or a schedule of the step; multiplied with the learning rate
@@ -89,21 +99,33 @@ def mup_adamw(
         mask: which parameters decay: a tree of booleans, or a function from parameters to one.
         nesterov: Nesterov momentum, which makes it NAdamW.
         scale_eps: False leaves ε the same for all parameters at all widths, as microsoft/mup does.
+        decay: `"independent"`: learning rate times decay does not depend on width. `"coupled"`: it has the
+            parameter's µP factor. `"decoupled"`: the decay is multiplied with the schedule's shape alone,
+            which is 1 at its peak. See `mup_add_decayed_weights`.
+        decay_roles: the roles that decay, such as `("hidden", "output")`; None for all.
+        peak_learning_rate: what a decoupled decay is relative to; None looks for the schedule's peak.
+        lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
+            same parameter are multiplied. They apply to the whole step, decay included, and may be traced.
 
     Returns:
         An optimizer whose state is that of `optax.adamw`.
 
     Raises:
+        ParametrizationError: an unknown mode or role, a glob that matches nothing.
         SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
 
     References:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
     """
+    multiples = decay_multiples(
+        spec, decay, lambda param, chosen: rules.lr_factor(param, chosen, "adam"), decay_roles
+    )
+    weight_decay = strength(weight_decay, decay, learning_rate, peak_learning_rate)
     return optax.chain(
         mup_scale_by_adam(spec, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, scale_eps=scale_eps),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        decayed_weights(spec, weight_decay, mask, multiples),
+        with_lr_multiples(optax.scale_by_learning_rate(learning_rate), spec, lr_mults),
     )
 
 
@@ -113,6 +135,8 @@ def mup_sgd(
     momentum: ArrayLike | None = None,
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
+    *,
+    lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD in µP: `optax.sgd` whose learning rate, tuned at one width, is right at every other.
 
@@ -125,6 +149,8 @@ def mup_sgd(
         momentum: decay rate of the accumulated gradients; None for none.
         nesterov: Nesterov momentum.
         accumulator_dtype: dtype of the accumulated gradients; None keeps the parameter's.
+        lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
+            same parameter are multiplied. They may be traced values.
 
     Returns:
         An optimizer whose state is that of `optax.sgd`.
@@ -137,5 +163,5 @@ def mup_sgd(
     """
     return optax.chain(
         mup_scale_by_sgd(spec, momentum, nesterov, accumulator_dtype),
-        optax.scale_by_learning_rate(learning_rate),
+        with_lr_multiples(optax.scale_by_learning_rate(learning_rate), spec, lr_mults),
     )

@@ -8,13 +8,10 @@ from typing import Final
 import optax
 
 from mujax.errors import ConfigError
-from mujax.optim import _alias
+from mujax.optim import _alias, _optimizers
+from mujax.optim._registry import AROUND, OPTIMIZERS, UNSUPPORTED
 
-_ALIASES: Final[dict[str, Callable[..., optax.GradientTransformationExtraArgs]]] = {
-    "adam": _alias.mup_adam,
-    "adamw": _alias.mup_adamw,
-    "sgd": _alias.mup_sgd,
-}
+_MODULES: Final = (_alias, _optimizers)
 
 
 def optimizer(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:
@@ -24,11 +21,19 @@ def optimizer(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]
         name: optax's own name, `"adamw"` for `optax.adamw`.
 
     Raises:
-        ConfigError: no optimizer of that name.
+        ConfigError: no optimizer of that name, or one that µP has no rule for; the text says why.
 
     >>> optimizer("adamw").__name__
     'mup_adamw'
     """
-    if name not in _ALIASES:
-        raise ConfigError(f"optimizer: expected one of {', '.join(map(repr, _ALIASES))}, got {name!r}.")
-    return _ALIASES[name]
+    if name in UNSUPPORTED:
+        raise ConfigError(_optimizers.why_unsupported(name))
+    if name in AROUND:
+        raise ConfigError(
+            f"{name}: expected an optimizer, got what goes around one. Put it around an optimizer in µP as "
+            "you would around one of optax's."
+        )
+    for module in _MODULES:
+        if name in OPTIMIZERS and hasattr(module, f"mup_{name}"):
+            return getattr(module, f"mup_{name}")
+    raise ConfigError(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}.")

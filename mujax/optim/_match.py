@@ -122,17 +122,25 @@ def leaf_paths(spec: MupSpec, tree: Any, what: str) -> list[str]:
     return [known[path] for path in found]
 
 
-def multiply(tree: Any, paths: Sequence[str], factors: Mapping[str, float]) -> Any:
+def multiply(tree: Any, paths: Sequence[str], factors: Mapping[str, Any]) -> Any:
     """Multiplies each leaf with its own factor; a leaf whose factor is 1 is passed on as it is.
 
-    Factors are Python floats, so they take the leaf's dtype.
+    Factors are Python floats or scalars that are being traced; they take the leaf's dtype.
 
     Args:
-        tree: updates.
+        tree: updates or parameters.
         paths: `leaf_paths` of the tree.
-        factors: the factor of each path.
+        factors: the factor of each path; 1 where a path is absent.
     """
+    if not factors:
+        return tree
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten(
-        leaf if factors[path] == 1 else leaf * factors[path] for leaf, path in zip(leaves, paths, strict=True)
+        _times(leaf, factors.get(path, 1.0)) for leaf, path in zip(leaves, paths, strict=True)
     )
+
+
+def _times(leaf: Any, factor: Any) -> Any:
+    if isinstance(factor, int | float):
+        return leaf if factor == 1 else leaf * float(factor)
+    return (leaf * factor).astype(leaf.dtype)

@@ -1,13 +1,13 @@
 """Finds out by running it whether an optax transform may be put inside of µP factors.
 
-A transform is a pair of opaque functions, so it is run for a few steps on parameters of one entry each.
+A transform is a pair of opaque functions, so it is run for a few steps on parameters of a few entries each.
 What can't be run there (it needs extra arguments, or it holds values that are being traced) is let pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -16,8 +16,9 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from mujax.errors import MujaxError, ParametrizationError, SpecMismatchError
+from mujax.errors import ConfigError, MujaxError, ParametrizationError, SpecMismatchError
 from mujax.infshape import MupSpec
+from mujax.optim._registry import UNSUPPORTED, UNSUPPORTED_STATES
 from mujax.rules import Family
 
 # A schedule may begin at 0, accumulated steps give zeros, RAdam is plain momentum for its first five steps.
@@ -28,6 +29,10 @@ _SMALL: Final = 2.0**-10
 _SCALES: Final = (2.0**10, 2.0**20)
 _HUGE: Final = 2.0**40
 _RTOL: Final = 1e-3
+# What one entry of a parameter is multiplied with to see whether the others follow it.
+_ONE_ENTRY: Final = 2.0**7
+# Newton and Schulz make singular values equal only so far.
+_FLAT: Final = 4.0
 
 
 def _nested(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, Any]:
@@ -43,35 +48,50 @@ def _nested(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Probe:
-    """A transform, and the parameters to run it on in the order of the tree's leaves, with their ranks."""
+    """A transform, and the parameters to run it on in the order of the tree's leaves, with their shapes."""
 
     init: optax.TransformInitFn
     update: optax.TransformUpdateFn
     paths: tuple[str, ...]
-    ranks: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, tx: optax.GradientTransformation, spec: MupSpec, paths: Sequence[str]) -> _Probe:
+    def of(
+        cls, tx: optax.GradientTransformation, spec: MupSpec, paths: Sequence[str], size: int = 1
+    ) -> _Probe:
+        """`size` is that of the last two axes; the others are 1."""
         in_order = jax.tree.leaves(_nested(paths, paths))
-        return cls(
-            tx.init, jax.jit(tx.update), tuple(in_order), tuple(len(spec[path].shape) for path in in_order)
-        )
+        ranks = [len(spec[path].shape) for path in in_order]
+        shapes = [(1,) * max(0, rank - 2) + (size,) * min(rank, 2) for rank in ranks]
+        return cls(tx.init, jax.jit(tx.update), tuple(in_order), tuple(shapes))
 
-    def _tree(self, entries: Sequence[float] | np.ndarray) -> dict[str, Any]:
-        leaves = [jnp.full((1,) * rank, e) for rank, e in zip(self.ranks, entries, strict=True)]
+    def _tree(self, entries: Sequence[Any] | np.ndarray) -> dict[str, Any]:
+        leaves = [
+            jnp.full(shape, jnp.asarray(e, jnp.float32))
+            for shape, e in zip(self.shapes, entries, strict=True)
+        ]
         return _nested(self.paths, leaves)
+
+    def states(self) -> Any:
+        """The state at the start."""
+        return self.init(self._tree([1.0] * len(self.paths)))
 
     def run(
         self, gradients: Float[np.ndarray, "steps n"], param: float = 1.0
     ) -> Float[np.ndarray, "steps n"]:
-        """The updates of consecutive steps, for parameters whose entries stay at `param`."""
+        """The updates of consecutive steps, for parameters of one entry that stays at `param`."""
+        steps = self.trees(list(gradients), param)
+        return np.array([[leaf.item() for leaf in leaves] for leaves in steps]).reshape(gradients.shape)
+
+    def trees(self, gradients: Sequence[Any], param: float = 1.0) -> list[list[np.ndarray]]:
+        """The same for parameters of any shape, whose entries all stay at `param`."""
         params = self._tree([param] * len(self.paths))
         state = self.init(params)
         steps = []
         for entries in gradients:
             updates, state = self.update(self._tree(entries), state, params)
-            steps.append([np.asarray(leaf).item() for leaf in jax.tree.leaves(updates)])
-        return np.array(steps, dtype=float).reshape(gradients.shape)
+            steps.append([np.asarray(leaf, float) for leaf in jax.tree.leaves(updates)])
+        return steps
 
 
 def _refuse_decay(probe: _Probe) -> None:
@@ -85,33 +105,117 @@ def _refuse_decay(probe: _Probe) -> None:
         return
     mirrored = probe.run(zeros, param=-1.0)
     pulled = np.isfinite(updates) & np.isfinite(mirrored) & (updates != mirrored)
-    if np.any(pulled):
-        path = probe.paths[int(np.argmax(pulled.any(axis=0)))]
+    if not np.any(pulled):
+        return
+    path = probe.paths[int(np.argmax(pulled.any(axis=0)))]
+    further = probe.run(zeros, param=_SCALES[0])
+    if np.allclose(further[pulled], updates[pulled], rtol=_RTOL, atol=0):
         raise MujaxError(
-            f"mup_wrap, {path}: expected no update at zero gradient, found one that depends on the "
-            "parameter: weight decay, which the µP factor would scale with width. Put it after that factor: "
-            "optax.chain(mup_wrap(<the transform without decay and learning rate>, spec, family), "
-            "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))."
+            f"mup_wrap, {path}: expected no update at zero gradient, found one that depends on the sign of "
+            "the parameter: weight decay as an L2 gradient inside of an adaptive optimizer, which µP rules "
+            "out, since the gradient of the loss shrinks with width and λθ does not (TP5, arXiv 2203.03466, "
+            "Appendix B.3). Put optax.add_decayed_weights(...) after the wrapped transform, outside of it."
+        )
+    raise MujaxError(
+        f"mup_wrap, {path}: expected no update at zero gradient, found one that depends on the "
+        "parameter: weight decay, which the µP factor would scale with width. Put it after that factor: "
+        "optax.chain(mup_wrap(<the transform without decay and learning rate>, spec, family), "
+        "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))."
+    )
+
+
+_WORDS: Final[Mapping[Family, str]] = {
+    "sgd": "proportional to the gradient",
+    "adam": "independent of the gradient's scale",
+    "normalized": "proportional to the parameter's norm",
+    "normalized_gradient": "divided by the norm of the parameter's gradient",
+    "spectral": "matrices whose singular values are all equal",
+}
+
+
+def _behaves_like(tx: optax.GradientTransformation, spec: MupSpec, paths: Sequence[str]) -> Family | None:
+    """The family whose behaviour all of the updates show; None where they show no one's."""
+    probe = _Probe.of(tx, spec, paths, size=2)
+    count = len(probe.paths)
+    scales = np.resize(_SCALES, count)
+    # Positive, of full rank, with singular values that are far apart, and with signs of rank one.
+    entries = [_entries(shape) for shape in probe.shapes]
+
+    def run(factors: Sequence[float], param: float = 1.0, *, one_entry: bool = False) -> list[np.ndarray]:
+        gradient = [
+            _SMALL * factor * (entry * _first(entry) if one_entry else entry)
+            for factor, entry in zip(factors, entries, strict=True)
+        ]
+        # Each leaf's updates of all steps together.
+        steps = probe.trees([gradient] * _STEPS, param)
+        return [np.stack(leaf) for leaf in zip(*steps, strict=True)]
+
+    updates = run([1.0] * count)
+    if not any(np.any(leaf) for leaf in updates):
+        return None
+    scaled = run(list(scales))
+
+    def everywhere(found: list[np.ndarray], factors: Sequence[float]) -> bool:
+        return all(
+            np.allclose(a, b * factor, rtol=_RTOL, atol=0)
+            for a, b, factor in zip(found, updates, factors, strict=True)
         )
 
+    if everywhere(scaled, list(scales)):
+        return "sgd"
+    if not everywhere(scaled, [1.0] * count):
+        return None
+    larger = run([1.0] * count, param=_SCALES[0])
+    if everywhere(larger, [_SCALES[0]] * count):
+        return "normalized"
+    matrices = [leaf for leaf in updates if leaf.ndim >= 3 and leaf[-1].size == 4]
+    if any(_flat(leaf[-1].reshape(2, 2)) for leaf in matrices):
+        return "spectral"
+    several = [number for number, entry in enumerate(entries) if entry.size > 1]
+    if not several:
+        return None
+    bumped = run([1.0] * count, one_entry=True)
+    if all(_others_alike(bumped[number], updates[number]) for number in several):
+        return "adam"
+    parallel = [
+        np.allclose(leaf[-1] * entry.flat[0], entry * leaf[-1].flat[0], rtol=0.05, atol=0)
+        for leaf, entry in zip(updates, entries, strict=True)
+    ]
+    return "normalized_gradient" if all(parallel) else None
 
-def _refuse_other_family(probe: _Probe, family: Family) -> None:
+
+def _entries(shape: tuple[int, ...]) -> np.ndarray:
+    ramp = np.array([8.0, 1.0, 0.5, 4.0])
+    return ramp[: int(np.prod(shape))].reshape(shape)
+
+
+def _first(entry: np.ndarray) -> np.ndarray:
+    bump = np.ones(entry.shape)
+    bump.flat[0] = _ONE_ENTRY
+    return bump
+
+
+def _others_alike(found: np.ndarray, before: np.ndarray) -> bool:
+    """Whether the entries that the bumped one is not are as they were, at each step."""
+    size = before[0].size
+    return np.allclose(found.reshape(-1, size)[:, 1:], before.reshape(-1, size)[:, 1:], rtol=0.05, atol=0)
+
+
+def _flat(matrix: Float[np.ndarray, "2 2"]) -> bool:
+    largest, smallest = np.linalg.svd(matrix, compute_uv=False)
+    return bool(smallest > 0 and largest / smallest < _FLAT / 2)
+
+
+def _refuse_other_family(
+    tx: optax.GradientTransformation, spec: MupSpec, paths: Sequence[str], family: Family
+) -> None:
     """Refuses a transform that behaves as another family does, in each entry and at every step."""
-    scales = np.resize(_SCALES, len(probe.paths))
-    gradients = np.full((_STEPS, len(probe.paths)), _SMALL)
-    updates, scaled = probe.run(gradients), probe.run(gradients * scales)
-    if not np.any(updates):
-        return
-    behaviours: dict[Family, tuple[Any, str]] = {
-        "sgd": (updates * scales, "proportional to the gradient"),
-        "adam": (updates, "independent of the gradient's scale"),
-    }
-    for other, (expected, words) in behaviours.items():
-        if other != family and np.allclose(scaled, expected, rtol=_RTOL, atol=0):
-            raise ParametrizationError(
-                f"mup_wrap: expected a transform of the family {family!r}, found one whose updates are "
-                f"{words}. Say family={other!r}."
-            )
+    found = _behaves_like(tx, spec, paths)
+    if found is not None and found != family:
+        raise ParametrizationError(
+            f"mup_wrap: expected a transform of the family {family!r}, found one whose updates are "
+            f"{_WORDS[found]}. Say family={found!r}."
+        )
 
 
 def _refuse_norm_clipping(probe: _Probe) -> None:
@@ -137,6 +241,54 @@ def _one_of_each_kind(spec: MupSpec) -> list[str]:
     return list(kinds.values())
 
 
+def _attempt(spec: MupSpec, examine: Callable[[Sequence[str]], Any]) -> Any:
+    """Runs an examination on a part of the parameters, and on all of them if that does not work."""
+    # A mask given as a tree needs the whole tree; anything else shows on one parameter of each kind.
+    for paths in (_one_of_each_kind(spec), list(spec)):
+        try:
+            with jax.ensure_compile_time_eval():
+                return examine(paths)
+        except SpecMismatchError as error:
+            raise MujaxError(
+                "mup_wrap: expected a plain optax transform, found one that applies µP factors already. "
+                "Use it as it is, without mup_wrap."
+            ) from error
+        except MujaxError:
+            raise
+        except Exception:
+            # Whatever a foreign transform raises on parameters like these, the user did nothing wrong.
+            continue
+    return None
+
+
+def check_plain(tx: optax.GradientTransformation, spec: MupSpec) -> None:
+    """Refuses a transform that is in µP already, and one that µP has nothing to say about.
+
+    Raises:
+        MujaxError: it applies µP factors.
+        ConfigError: it finds its own learning rate.
+    """
+    # optax warns of some names that contrib has instead.
+    public = {**vars(optax.contrib), **vars(optax)}
+    types = tuple(public[name] for name in UNSUPPORTED_STATES if name in public)
+
+    def examine(paths: Sequence[str]) -> None:
+        states = _Probe.of(tx, spec, paths).states()
+        for node in jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, types)):
+            if isinstance(node, types):
+                name = UNSUPPORTED_STATES[type(node).__name__]
+                raise ConfigError(
+                    f"mup_wrap: expected an optimizer with a µP rule, found {name}: {UNSUPPORTED[name]}."
+                )
+
+    _attempt(spec, examine)
+
+
+def behaviour(tx: optax.GradientTransformation, spec: MupSpec) -> Family | None:
+    """The family that a transform behaves like, if it can be run and behaves like one."""
+    return _attempt(spec, lambda paths: _behaves_like(tx, spec, paths))
+
+
 def check(tx: optax.GradientTransformation, spec: MupSpec, family: Family, *, rescaled: bool) -> None:
     """Refuses transforms that µP factors around them would make depend on width.
 
@@ -151,23 +303,12 @@ def check(tx: optax.GradientTransformation, spec: MupSpec, family: Family, *, re
             or has µP factors already.
         ParametrizationError: `tx` is of another family.
     """
-    # A mask given as a tree needs the whole tree; anything else shows on one parameter of each kind.
-    for paths in (_one_of_each_kind(spec), list(spec)):
-        try:
-            with jax.ensure_compile_time_eval():
-                probe = _Probe.of(tx, spec, paths)
-                _refuse_decay(probe)
-                _refuse_other_family(probe, family)
-                if rescaled:
-                    _refuse_norm_clipping(probe)
-            return
-        except SpecMismatchError as error:
-            raise MujaxError(
-                "mup_wrap: expected a plain optax transform, found one that applies µP factors already. "
-                "Use it as it is, without mup_wrap."
-            ) from error
-        except MujaxError:
-            raise
-        except Exception:
-            # Whatever a foreign transform raises on parameters like these, the user did nothing wrong.
-            continue
+
+    def examine(paths: Sequence[str]) -> None:
+        probe = _Probe.of(tx, spec, paths)
+        _refuse_decay(probe)
+        _refuse_other_family(tx, spec, paths, family)
+        if rescaled:
+            _refuse_norm_clipping(probe)
+
+    _attempt(spec, examine)

@@ -7,60 +7,31 @@ checkpoint of one can be read as the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from mujax import rules
-from mujax.errors import MujaxError, ParametrizationError
+from mujax.errors import MujaxError
 from mujax.infshape import MupSpec
-from mujax.optim._match import leaf_paths, multiply
-from mujax.optim._probe import check
-
-# Families whose updates don't depend on the gradient's scale but for an epsilon, so that rescaling the
-# gradient moves the epsilon and nothing else.
-_WITH_EPSILON: Final[frozenset[rules.Family]] = frozenset({"adam"})
-
-
-def _between_factors(
-    tx: optax.GradientTransformation, spec: MupSpec, family: rules.Family, *, scale_eps: bool
-) -> optax.GradientTransformationExtraArgs:
-    """`tx` on gradients divided by their scale, its updates multiplied with the learning rate's factors."""
-    _check_spec(spec)
-    chosen = rules.parametrization(spec.parametrization)
-    rescaled = scale_eps and family in _WITH_EPSILON
-    to_base = {
-        path: 1 / rules.gradient_scale(param, chosen) if rescaled else 1.0 for path, param in spec.items()
-    }
-    lr_factors = {path: rules.lr_factor(param, chosen, family) for path, param in spec.items()}
-    tx = optax.with_extra_args_support(tx)
-
-    def init(params: optax.Params) -> optax.OptState:
-        leaf_paths(spec, params, "parameters")
-        return tx.init(params)
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        paths = leaf_paths(spec, updates, "updates")
-        updates, state = tx.update(multiply(updates, paths, to_base), state, params, **extra_args)
-        return multiply(updates, paths, lr_factors), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+from mujax.optim._match import leaf_paths
+from mujax.optim._units import LrMults, factors, in_units, with_lr_multiples
 
 
 def mup_scale_by_adam(
     spec: MupSpec,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    eps: ArrayLike | None = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     scale_eps: bool = True,
+    lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by Adam, with each parameter's ε and learning rate scaled as µP asks for.
 
@@ -72,22 +43,28 @@ def mup_scale_by_adam(
         u = f \cdot \frac{\hat m}{\sqrt{\hat v + s^2 \epsilon_{root}} + s \epsilon}
 
     This is :math:`f` times `optax.scale_by_adam` with ε of its own for each group of parameters whose
-    gradients scale alike. The moments in the state are those of the gradient, as optax's are.
+    gradients scale alike. The moments in the state are those of the gradient, as optax's are. Without an ε
+    (`eps=None`) it is :math:`u = f \operatorname{atan2}(\hat m, \sqrt{\hat v})`, which is free of the
+    gradient's scale.
 
     Args:
         spec: what `mup_init` found out about the parameters.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
-        eps: added to the denominator outside of the square root, in the base model's units.
+        eps: added to the denominator outside of the square root, in the base model's units; None for the
+            arc tangent of the fraction instead, which needs none.
         eps_root: added to the denominator inside of the square root, in the base model's units squared.
         mu_dtype: dtype of the first moment; None keeps the parameter's.
         nesterov: Nesterov momentum, which makes it NAdam.
         scale_eps: False leaves ε the same for all parameters at all widths, as microsoft/mup does.
+        lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
+            same parameter are multiplied. They may be traced values.
 
     Returns:
         A transform whose state is that of `optax.scale_by_adam`.
 
     Raises:
+        ParametrizationError: a role that is none, a glob that matches nothing.
         SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
 
     Example:
@@ -101,19 +78,46 @@ def mup_scale_by_adam(
         >>> round(float(updates["kernel"][0, 0]), 4)
         0.3333
 
-    Reference:
+    References:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9; Appendix B.3 for ε.
+        Everett et al., Scaling Exponents Across Parameterizations and Optimizers, arXiv 2407.05872, for the
+        arc tangent.
     """
-    _check_spec(spec)
-    chosen = rules.parametrization(spec.parametrization)
-    scales = {path: rules.gradient_scale(param, chosen) if scale_eps else 1.0 for path, param in spec.items()}
+    scales = factors(spec, lambda param, chosen: rules.gradient_scale(param, chosen) if scale_eps else 1.0)
 
     def adam(scale: float) -> optax.GradientTransformation:
+        if eps is None:
+            return _arc_tangent(b1, b2, eps_root * scale**2, mu_dtype, nesterov=nesterov)
         if scale == 1:
             return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
         return optax.scale_by_adam(b1, b2, eps * scale, eps_root * scale**2, mu_dtype, nesterov=nesterov)
 
-    return _between_factors(_by_group(adam, spec, scales), spec, "adam", scale_eps=False)
+    tx = in_units(_by_group(adam, spec, scales), spec, update=_lr_factors(spec, "adam"))
+    return optax.with_extra_args_support(with_lr_multiples(tx, spec, lr_mults))
+
+
+def _arc_tangent(
+    b1: ArrayLike, b2: ArrayLike, eps_root: ArrayLike, mu_dtype: DTypeLike | None, *, nesterov: bool
+) -> optax.GradientTransformation:
+    """Adam with atan2 in place of the fraction; optax keeps the moments."""
+    moments = optax.scale_by_adam(b1, b2, 1.0, 0.0, mu_dtype, nesterov=nesterov)
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        new_state: Any = moments.update(updates, state, params)[1]
+        count = new_state.count
+        mu = optax.tree.bias_correction(new_state.mu, b1, optax.safe_increment(count) if nesterov else count)
+        nu = optax.tree.bias_correction(new_state.nu, b2, count)
+        if nesterov:
+            own = optax.tree.bias_correction(updates, b1, count)
+            mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, own)
+        turned = jax.tree.map(
+            lambda m, v, g: jnp.arctan2(m, jnp.sqrt(v + eps_root)).astype(g.dtype), mu, nu, updates
+        )
+        return turned, new_state
+
+    return optax.GradientTransformation(moments.init, update)
 
 
 def _by_group(
@@ -148,11 +152,8 @@ def _by_group(
     return optax.GradientTransformation(make(1.0).init, update)
 
 
-def _check_spec(spec: MupSpec) -> None:
-    if not isinstance(spec, MupSpec):
-        raise MujaxError(
-            f"spec: expected a MupSpec, got {type(spec).__name__}. Pass the spec of what mup_init returns."
-        )
+def _lr_factors(spec: MupSpec, family: rules.Family) -> dict[str, float]:
+    return factors(spec, lambda param, chosen: rules.lr_factor(param, chosen, family))
 
 
 def mup_scale_by_sgd(
@@ -160,6 +161,8 @@ def mup_scale_by_sgd(
     momentum: ArrayLike | None = None,
     nesterov: bool = False,
     accumulator_dtype: DTypeLike | None = None,
+    *,
+    lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales updates by each parameter's SGD learning rate, after momentum if there is any.
 
@@ -178,6 +181,8 @@ def mup_scale_by_sgd(
         momentum: decay rate of the accumulated gradients; None for none.
         nesterov: Nesterov momentum.
         accumulator_dtype: dtype of the accumulated gradients; None keeps the parameter's.
+        lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
+            same parameter are multiplied. They may be traced values.
 
     Returns:
         A transform whose state is that of `optax.trace`, or empty without momentum.
@@ -188,68 +193,6 @@ def mup_scale_by_sgd(
     Reference:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
     """
-    return _between_factors(
-        optax.identity() if momentum is None else optax.trace(momentum, nesterov, accumulator_dtype),
-        spec,
-        "sgd",
-        scale_eps=False,
-    )
-
-
-def mup_wrap(
-    tx: optax.GradientTransformation,
-    spec: MupSpec,
-    family: rules.Family | None = None,
-    *,
-    scale_eps: bool = True,
-) -> optax.GradientTransformationExtraArgs:
-    """Puts any optax transform between the µP factors of its family.
-
-    `tx` is what turns gradients into updates: `optax.scale_by_lion()`, `optax.adagrad(lr)`, your own. What
-    belongs outside of it: clipping, before; weight decay, after; whatever keeps its own copy of the
-    parameters (`optax.lookahead`, `optax.contrib.schedule_free`), around. Optimizers that normalise whole
-    tensors (LARS, LAMB, Muon) are of neither family.
-
-    `tx` is run for a few steps on single numbers, and what would scale wrongly with width is refused: weight
-    decay, clipping by the global norm, a transform of another family, µP factors inside of µP factors. A
-    transform that can't be run so, for instance as it needs extra arguments, is taken at its word.
-
-    Args:
-        tx: the transform; extra arguments of its `update` are passed on.
-        spec: what `mup_init` found out about the parameters.
-        family: `"adam"` for updates that don't depend on the gradient's scale, entry by entry (Adam, NAdam,
-            RAdam, AdaBelief, Adagrad, RMSProp, AMSGrad, Yogi, Lion, sign), `"sgd"` for updates linear in it.
-        scale_eps: divide gradients by the scale that µP gives them, so that an ε means the same at each
-            width. It makes no difference to the family `"sgd"`, nor where there is no ε.
-
-    Returns:
-        A transform whose state is that of `tx`.
-
-    Raises:
-        ParametrizationError: no family of that name, or `tx` is not of that family.
-        MujaxError: `tx` decays the weights, clips by the global norm, or has µP factors already.
-        SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
-
-    Example:
-        >>> import optax
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
-        >>> kernel = ParamSpec((6, 6), (2, 2), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
-        >>> spec = MupSpec({"kernel": kernel}, Parametrization((("mup", 1.0),)))
-        >>> tx = optax.chain(
-        ...     mup_wrap(optax.scale_by_lion(), spec, family="adam"),
-        ...     optax.add_decayed_weights(0.1),
-        ...     optax.scale_by_learning_rate(1e-3),
-        ... )
-
-    Reference:
-        Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix B.3: which optimizers scale alike.
-    """
-    if family is None:
-        known = ", ".join(map(repr, rules.FAMILIES))
-        raise ParametrizationError(
-            f"mup_wrap: expected family to be one of {known}, got none. Say which tx is."
-        )
-    chosen = rules.family(family)
-    wrapped = _between_factors(tx, spec, chosen, scale_eps=scale_eps)
-    check(tx, spec, chosen, rescaled=scale_eps and chosen in _WITH_EPSILON)
-    return wrapped
+    momenta = optax.identity() if momentum is None else optax.trace(momentum, nesterov, accumulator_dtype)
+    tx = in_units(momenta, spec, update=_lr_factors(spec, "sgd"))
+    return optax.with_extra_args_support(with_lr_multiples(tx, spec, lr_mults))

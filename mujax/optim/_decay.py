@@ -1,0 +1,206 @@
+"""Weight decay that says what it does with width and with the learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mujax import rules
+from mujax.errors import ConfigError, ParametrizationError
+from mujax.infshape import ROLES, MupSpec, Parametrization, ParamSpec, Role
+from mujax.optim._units import Factors, check_spec, factors, in_units
+
+Decay = Literal["independent", "coupled", "decoupled"]
+DECAYS: Final[tuple[Decay, ...]] = get_args(Decay)
+
+Mask = Any | Callable[[optax.Params], Any] | None
+
+# Longer than any warm-up; a schedule is looked at this far to find its peak.
+PEAK_WITHIN: Final = 2**17
+
+
+def _check_mode(decay: str) -> None:
+    if decay not in DECAYS:
+        raise ParametrizationError(f"decay: expected one of {', '.join(map(repr, DECAYS))}, got {decay!r}.")
+
+
+def decay_multiples(
+    spec: MupSpec,
+    decay: str,
+    lr: Callable[[ParamSpec, Parametrization], float] | None,
+    decay_roles: Sequence[Role] | None,
+) -> dict[str, float]:
+    """What each parameter's decay per step is multiplied with, over learning rate times weight decay.
+
+    Args:
+        spec: the parameters.
+        decay: one of `DECAYS`.
+        lr: the rule of the learning rate, which `"coupled"` follows.
+        decay_roles: the roles that decay; None for all.
+
+    Raises:
+        ParametrizationError: unknown mode or role.
+        ConfigError: `"coupled"` without a rule to follow.
+    """
+    check_spec(spec)
+    _check_mode(decay)
+    if decay == "coupled" and lr is None:
+        raise ConfigError(
+            'decay="coupled": expected the family of the optimizer, whose learning rates the decay follows, '
+            f"got none. Pass family=, one of {', '.join(map(repr, rules.FAMILIES))}."
+        )
+    roles = ROLES if decay_roles is None else decay_roles
+    unknown = [roles] if isinstance(roles, str) else [role for role in roles if role not in ROLES]
+    if unknown:
+        raise ParametrizationError(
+            f"decay_roles: expected a tuple out of {', '.join(map(repr, ROLES))}, got {unknown[0]!r}."
+        )
+    rule = lr if decay == "coupled" and lr is not None else rules.decay_factor
+    multiples = factors(spec, rule)
+    return {path: multiple if spec[path].role in roles else 0.0 for path, multiple in multiples.items()}
+
+
+def peak(learning_rate: optax.ScalarOrSchedule | None) -> Any:
+    """The learning rate itself, or the highest that a schedule reaches within `PEAK_WITHIN` steps.
+
+    Raises:
+        ConfigError: there is none, or the schedule can't be evaluated for many steps at once.
+    """
+    if learning_rate is None:
+        raise ConfigError(
+            'decay="decoupled": expected the base learning rate, which the decay is freed from, got None. '
+            "Pass learning_rate, or peak_learning_rate."
+        )
+    if not callable(learning_rate):
+        return learning_rate
+    try:
+        values = jax.vmap(learning_rate)(jnp.arange(PEAK_WITHIN + 1))
+    except Exception as error:
+        raise ConfigError(
+            'decay="decoupled": expected a schedule that can be evaluated for all of its first '
+            f"{PEAK_WITHIN} steps at once, got one that raises {type(error).__name__}. Say what its highest "
+            "learning rate is: peak_learning_rate=..."
+        ) from error
+    highest = jnp.max(values)
+    return highest if isinstance(highest, jax.core.Tracer) else float(highest)
+
+
+def strength(
+    weight_decay: optax.ScalarOrSchedule,
+    decay: str,
+    learning_rate: optax.ScalarOrSchedule | None,
+    peak_learning_rate: Any = None,
+) -> optax.ScalarOrSchedule:
+    """The weight decay that goes in front of a learning rate, for each mode.
+
+    `"decoupled"` divides it by the base learning rate, so that the product with the schedule is λ times
+    the schedule's shape: 1 where the learning rate is at its peak.
+    """
+    _check_mode(decay)
+    if decay != "decoupled":
+        return weight_decay
+    base = peak(learning_rate) if peak_learning_rate is None else peak_learning_rate
+    inverse = _inverse(base)
+    if callable(weight_decay):
+        return lambda step: weight_decay(step) * inverse
+    return weight_decay * inverse
+
+
+def _inverse(base: Any) -> Any:
+    """1 / base; 0 for a learning rate of 0, whose shape is 0 at every step."""
+    if isinstance(base, jax.Array):
+        return jnp.where(base == 0, 0.0, 1 / jnp.where(base == 0, 1.0, base))
+    return 1 / base if base else 0.0
+
+
+def is_zero(weight_decay: Any) -> bool:
+    """Whether it can be seen that nothing decays."""
+    if weight_decay is None:
+        return True
+    if callable(weight_decay) or isinstance(weight_decay, jax.core.Tracer):
+        return False
+    return not np.any(weight_decay)
+
+
+def decayed_weights(
+    spec: MupSpec, weight_decay: optax.ScalarOrSchedule, mask: Mask, multiples: Factors
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` with a multiple for each parameter."""
+    tx = optax.add_decayed_weights(weight_decay, mask)
+    return (
+        tx if all(multiple == 1 for multiple in multiples.values()) else in_units(tx, spec, params=multiples)
+    )
+
+
+def mup_add_decayed_weights(
+    spec: MupSpec,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    decay: Decay = "independent",
+    decay_roles: Sequence[Role] | None = None,
+    family: rules.Family | None = None,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformation:
+    r"""Adds decayed parameters to the updates, for a chain: after the µP factor, before the learning rate.
+
+    With :math:`\eta_t` the learning rate at step :math:`t` that `optax.scale_by_learning_rate` applies
+    afterwards, and :math:`f` a parameter's own factor (`mujax.rules.lr_factor`), a step shrinks it by
+
+    .. math::
+        \eta_t \lambda \theta \quad\text{(independent)}, \qquad
+        f \eta_t \lambda \theta \quad\text{(coupled)}, \qquad
+        \frac{\eta_t}{\max_t \eta_t} \lambda \theta \quad\text{(decoupled)}
+
+    Args:
+        spec: what `mup_init` found out about the parameters.
+        weight_decay: :math:`\lambda`, or a schedule of the step.
+        mask: which parameters decay: a tree of booleans, or a function from parameters to one.
+        decay: `"independent"`: learning rate times λ does not depend on width, as in microsoft/mup.
+            `"coupled"`: it has the width's factor of the learning rate, as a µP factor around
+            `optax.adamw` has. `"decoupled"`: λ is multiplied with the schedule's shape alone, which is 1
+            where the schedule is at its peak, so that a warm-up from 0 warms the decay up as well.
+        decay_roles: the roles that decay, such as `("hidden", "output")`; None for all.
+        family: the optimizer's family, whose factor `"coupled"` follows.
+        learning_rate: for `"decoupled"`, what the chain ends with: a number, or a schedule, whose highest
+            value within its first 131,072 steps is the peak. Give the peak itself as a number where the
+            schedule reaches it later.
+
+    Returns:
+        A transform whose state is that of `optax.add_decayed_weights`.
+
+    Raises:
+        ParametrizationError: unknown mode, role or family.
+        ConfigError: `"coupled"` without a family, `"decoupled"` without a learning rate.
+        SpecMismatchError: on `update`, when the tree is not the one that `spec` describes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> kernel = ParamSpec((6, 6), (2, 2), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
+        >>> spec = MupSpec({"kernel": kernel}, Parametrization((("mup", 1.0),)))
+        >>> tx = mup_add_decayed_weights(spec, 0.3, decay="coupled", family="adam")
+        >>> params = {"kernel": jnp.ones((6, 6))}
+        >>> updates, _ = tx.update({"kernel": jnp.zeros((6, 6))}, tx.init(params), params)
+        >>> round(float(updates["kernel"][0, 0]), 4)
+        0.1
+
+    References:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix B.3: decay transfers if it does not
+        depend on width.
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101: `"decoupled"`.
+    """
+    lr = None
+    if family is not None:
+        known = rules.family(family)
+
+        def lr(param: ParamSpec, chosen: Parametrization) -> float:
+            return rules.lr_factor(param, chosen, known)
+
+    multiples = decay_multiples(spec, decay, lr, decay_roles)
+    return decayed_weights(spec, strength(weight_decay, decay, learning_rate), mask, multiples)
