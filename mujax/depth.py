@@ -759,7 +759,7 @@ class _Search:
         self.marked, self.by_glob = self._marks()
         self.explicit = bool(residual) or bool(self.marked)
         self.branches: dict[int, tuple[int, int, int]] = {}
-        """Addition -> (operand, split's nodes, inside)."""
+        """Addition -> (operand, what both operands are computed from, inside)."""
         self.open: list[tuple[_Sum, str]] = []
 
     def _where(self, holds: Callable[[_Node], bool]) -> int:
@@ -804,6 +804,7 @@ class _Search:
                 past |= self.above[parent]
             self.above.append(past)
         self._settle_open()
+        self._leave_out_shared()
         self._check_nested()
         self._check_marks()
         found = tuple(self._branch(number) for number in sorted(self.branches))
@@ -818,6 +819,9 @@ class _Search:
             return None
         sides = [self._region(total, side) for side in (0, 1)]
         if self.explicit:
+            # A sum inside of what is named is its own.
+            if self.marked >> number & 1:
+                return None
             inside = [bool(region & self.marked) for region in sides]
             if inside[0] == inside[1]:
                 return None
@@ -834,7 +838,20 @@ class _Search:
                 self.open.append((total, "parameters but no product on one side of the sum"))
             return None
         branch = int(with_products[1])
-        return self._take(total, branch) if with_params[branch] else None
+        if not with_params[branch]:
+            return None
+        if any(self._gates(inner) for inner in _bits(sides[1 - branch])):
+            self.open.append((total, "a stream that is multiplied with another activation"))
+            return None
+        return self._take(total, branch)
+
+    def _gates(self, number: int) -> bool:
+        node = self.graph.nodes[number]
+        return (
+            node.eqn is not None
+            and node.eqn.primitive.name in ("mul", "div")
+            and [atom.kind for atom in node.operands] == ["data", "data"]
+        )
 
     def _sum(self, number: int, node: _Node) -> _Sum | None:
         if (
@@ -905,6 +922,18 @@ class _Search:
             inside = self._inside(total, branch)
             self.branches[total.node] = (branch, total.past, inside)
             within |= inside
+
+    def _leave_out_shared(self) -> None:
+        """What a branch computes from the stream for other branches, too, is inside of none."""
+        outside = {}
+        for number, (branch, past, inside) in self.branches.items():
+            end = self.graph.nodes[number].parents[branch]
+            outside[number] = self.above[end] & ~past & ~inside
+        for number, (branch, past, inside) in self.branches.items():
+            for other, region in outside.items():
+                if other != number:
+                    inside &= ~region
+            self.branches[number] = (branch, past, inside)
 
     def _projected(self, total: _Sum) -> int | None:
         """The branch of a sum whose other side is a projection shortcut: one product and no way around."""
