@@ -8,11 +8,10 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from mujax import rules
 from mujax.infshape import MupSpec, Role
 from mujax.optim._decay import Decay, decay_multiples, decayed_weights, strength
 from mujax.optim._scale import mup_scale_by_adam, mup_scale_by_sgd
-from mujax.optim._units import LrMults, with_lr_multiples
+from mujax.optim._units import LrMults, lr_rule, with_lr_multiples
 
 
 def mup_adam(
@@ -118,9 +117,7 @@ def mup_adamw(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101.
     """
-    multiples = decay_multiples(
-        spec, decay, lambda param, chosen: rules.lr_factor(param, chosen, "adam"), decay_roles
-    )
+    multiples = decay_multiples(spec, decay, lr_rule("adam"), decay_roles)
     weight_decay = strength(weight_decay, decay, learning_rate, peak_learning_rate)
     return optax.chain(
         mup_scale_by_adam(spec, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, scale_eps=scale_eps),

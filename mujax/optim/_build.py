@@ -11,12 +11,12 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
-import jax
 import optax
+from jax.core import Tracer
 
 from mujax import rules
 from mujax.errors import ConfigError, ParametrizationError
-from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
+from mujax.infshape import MupSpec, Role
 from mujax.optim._decay import Decay, decay_multiples, decayed_weights, is_zero, strength
 from mujax.optim._registry import Entry, Units
 from mujax.optim._units import (
@@ -26,6 +26,7 @@ from mujax.optim._units import (
     factors,
     in_units,
     lr_multiples,
+    lr_rule,
     product,
     ratio,
     with_lr_multiples,
@@ -85,11 +86,6 @@ class _Scales:
             norm=factors(spec, rules.norm_scale),
             normalized=normalized,
         )
-
-
-def lr_rule(family: rules.Family) -> Callable[[ParamSpec, Parametrization], float]:
-    """The rule of a family's learning rates."""
-    return lambda param, chosen: rules.lr_factor(param, chosen, family)
 
 
 def _matching(spec: MupSpec, patterns: Sequence[str]) -> list[str]:
@@ -181,7 +177,7 @@ def _whole(build: Build) -> optax.GradientTransformation:
         mults, params = {}, _inverse(update)
     keyword = entry.decay and entry.decay[0]
     if keyword in theirs and not is_zero(theirs[keyword]):
-        if entry.l2 and not isinstance(theirs[keyword], jax.core.Tracer):
+        if entry.l2 and not isinstance(theirs[keyword], Tracer):
             raise ConfigError(
                 f"mup_{build.name}: expected {keyword} to be 0, got {L2_REASON}. Decay the weights after it: "
                 f"optax.chain(mujax.mup_{entry.transform}(spec), mujax.mup_add_decayed_weights(spec, λ), "
@@ -342,12 +338,15 @@ def _adafactor(build: Build) -> optax.GradientTransformation:
 
 def _adafactor_decay(build: Build) -> optax.GradientTransformation:
     """Free of the learning rate, which has gone before; `"decoupled"` adds the schedule's shape."""
-    given, rate = build.theirs["weight_decay_rate"], build.rate[0]
+    given: Any = build.theirs["weight_decay_rate"]
+    rate: Any = build.rate[0]
     if build.options.decay == "decoupled" and callable(rate):
-        inverse = strength(1.0, "decoupled", rate, build.options.peak_learning_rate)
+        inverse: Any = strength(1.0, "decoupled", rate, build.options.peak_learning_rate)
 
-        def shaped(step: jax.Array) -> Any:
-            return (given(step) if callable(given) else given) * rate(step) * inverse
+        own: Callable[[Any], Any] = given if callable(given) else lambda _: given
+
+        def shaped(step: Any) -> Any:
+            return own(step) * rate(step) * inverse
 
         return decayed_weights(build.spec, shaped, build.theirs["weight_decay_mask"], build.multiples())
     return decayed_weights(build.spec, given, build.theirs["weight_decay_mask"], build.multiples())
@@ -396,7 +395,7 @@ def _sophia(build: Build) -> optax.GradientTransformation:
         theirs["hessian_diagonal_fn"], spec, gradient=gradient, update=ratio(scales.adam, gradient)
     )
     # Optax has the transform in the optimizer only: the rest of its chain is made to do nothing.
-    whole = build.make(-1.0, **{**theirs, "weight_decay": 0.0, "weight_decay_mask": None})
+    whole: Any = build.make(-1.0, **{**theirs, "weight_decay": 0.0, "weight_decay_mask": None})
 
     def init(params: optax.Params) -> optax.OptState:
         return whole.init(params)[0]

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from mujax import rules
 from mujax.errors import ConfigError, ParametrizationError
 from mujax.infshape import ROLES, MupSpec, Parametrization, ParamSpec, Role
-from mujax.optim._units import Factors, check_spec, factors, in_units
+from mujax.optim._units import Factors, check_spec, factors, in_units, lr_rule
 
 Decay = Literal["independent", "coupled", "decoupled"]
 DECAYS: Final[tuple[Decay, ...]] = get_args(Decay)
@@ -87,7 +88,7 @@ def peak(learning_rate: optax.ScalarOrSchedule | None) -> Any:
             "learning rate is: peak_learning_rate=..."
         ) from error
     highest = jnp.max(values)
-    return highest if isinstance(highest, jax.core.Tracer) else float(highest)
+    return highest if isinstance(highest, Tracer) else float(highest)
 
 
 def strength(
@@ -122,7 +123,7 @@ def is_zero(weight_decay: Any) -> bool:
     """Whether it can be seen that nothing decays."""
     if weight_decay is None:
         return True
-    if callable(weight_decay) or isinstance(weight_decay, jax.core.Tracer):
+    if callable(weight_decay) or isinstance(weight_decay, Tracer):
         return False
     return not np.any(weight_decay)
 
@@ -195,12 +196,5 @@ def mup_add_decayed_weights(
         depend on width.
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101: `"decoupled"`.
     """
-    lr = None
-    if family is not None:
-        known = rules.family(family)
-
-        def lr(param: ParamSpec, chosen: Parametrization) -> float:
-            return rules.lr_factor(param, chosen, known)
-
-    multiples = decay_multiples(spec, decay, lr, decay_roles)
+    multiples = decay_multiples(spec, decay, None if family is None else lr_rule(family), decay_roles)
     return decayed_weights(spec, strength(weight_decay, decay, learning_rate), mask, multiples)

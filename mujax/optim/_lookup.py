@@ -8,10 +8,10 @@ from typing import Final
 import optax
 
 from mujax.errors import ConfigError
-from mujax.optim import _alias, _optimizers
+from mujax.optim import _alias, _muon, _optimizers
 from mujax.optim._registry import AROUND, OPTIMIZERS, UNSUPPORTED
 
-_MODULES: Final = (_alias, _optimizers)
+_MODULES: Final = (_alias, _muon, _optimizers)
 
 
 def optimizer(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:

@@ -18,7 +18,7 @@ from mujax import rules
 from mujax.errors import MujaxError
 from mujax.infshape import MupSpec
 from mujax.optim._match import leaf_paths
-from mujax.optim._units import LrMults, factors, in_units, with_lr_multiples
+from mujax.optim._units import LrMults, factors, in_units, lr_rule, with_lr_multiples
 
 
 def mup_scale_by_adam(
@@ -92,7 +92,7 @@ def mup_scale_by_adam(
             return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
         return optax.scale_by_adam(b1, b2, eps * scale, eps_root * scale**2, mu_dtype, nesterov=nesterov)
 
-    tx = in_units(_by_group(adam, spec, scales), spec, update=_lr_factors(spec, "adam"))
+    tx = in_units(_by_group(adam, spec, scales), spec, update=factors(spec, lr_rule("adam")))
     return optax.with_extra_args_support(with_lr_multiples(tx, spec, lr_mults))
 
 
@@ -152,10 +152,6 @@ def _by_group(
     return optax.GradientTransformation(make(1.0).init, update)
 
 
-def _lr_factors(spec: MupSpec, family: rules.Family) -> dict[str, float]:
-    return factors(spec, lambda param, chosen: rules.lr_factor(param, chosen, family))
-
-
 def mup_scale_by_sgd(
     spec: MupSpec,
     momentum: ArrayLike | None = None,
@@ -194,5 +190,5 @@ def mup_scale_by_sgd(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
     """
     momenta = optax.identity() if momentum is None else optax.trace(momentum, nesterov, accumulator_dtype)
-    tx = in_units(momenta, spec, update=_lr_factors(spec, "sgd"))
+    tx = in_units(momenta, spec, update=factors(spec, lr_rule("sgd")))
     return optax.with_extra_args_support(with_lr_multiples(tx, spec, lr_mults))

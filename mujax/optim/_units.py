@@ -50,6 +50,16 @@ def factors(spec: MupSpec, rule: Callable[[ParamSpec, Parametrization], float]) 
     return {path: rule(param, chosen) for path, param in spec.items()}
 
 
+def lr_rule(family: str) -> Callable[[ParamSpec, Parametrization], float]:
+    """The rule of a family's learning rates.
+
+    Raises:
+        ParametrizationError: no family of that name.
+    """
+    known = rules.family(family)
+    return lambda param, chosen: rules.lr_factor(param, chosen, known)
+
+
 def ratio(over: Factors, under: Factors) -> dict[str, Any]:
     """One factor over the other, parameter by parameter."""
     return {path: factor / under[path] for path, factor in over.items()}
@@ -86,7 +96,7 @@ def in_units(
     """
     tx, param_factors = optax.with_extra_args_support(tx), params
 
-    def seen(params: optax.Params | None) -> optax.Params | None:
+    def seen(params: optax.Params | None) -> Any:
         if params is None or not param_factors:
             return params
         return multiply(params, leaf_paths(spec, params, "parameters"), param_factors)

@@ -11,7 +11,7 @@ from mujax import rules
 from mujax.errors import ParametrizationError
 from mujax.infshape import MupSpec, Parametrization, ParamSpec
 from mujax.optim._probe import behaviour, check, check_plain
-from mujax.optim._units import LrMults, check_spec, factors, in_units, with_lr_multiples
+from mujax.optim._units import LrMults, check_spec, factors, in_units, lr_rule, with_lr_multiples
 
 _Rule = Callable[[ParamSpec, Parametrization], float]
 
@@ -112,7 +112,7 @@ def mup_wrap(
             + (f"; it behaves like {seen!r}." if seen else ".")
         )
     chosen = rules.family(family)
-    lr = factors(spec, lambda param, parametrization: rules.lr_factor(param, parametrization, chosen))
+    lr = factors(spec, lr_rule(chosen))
     gradient = factors(spec, _GRADIENT[chosen] if scale_eps else _one)
     own = factors(spec, _PARAM[chosen] if scale_eps else _one)
     wrapped = in_units(
