@@ -760,6 +760,7 @@ class _Search:
         self.explicit = bool(residual) or bool(self.marked)
         self.branches: dict[int, tuple[int, int, int]] = {}
         """Addition -> (operand, what both operands are computed from, inside)."""
+        self.projections: set[int] = set()
         self.open: list[tuple[_Sum, str]] = []
 
     def _where(self, holds: Callable[[_Node], bool]) -> int:
@@ -921,6 +922,7 @@ class _Search:
                 )
             inside = self._inside(total, branch)
             self.branches[total.node] = (branch, total.past, inside)
+            self.projections.add(total.node)
             within |= inside
 
     def _leave_out_shared(self) -> None:
@@ -1053,10 +1055,10 @@ class _Search:
         for number, (branch, _, _) in self.branches.items():
             past = self.above[self.graph.nodes[number].parents[1 - branch]]
             before = past & additions
-            if before:
+            # A projection where a stage begins is not one in each layer.
+            if before and number not in self.projections:
                 between.append(self._used(past & self.below[before.bit_length() - 1] & outside))
         busy = [used for used in between if used]
-        # A projection where a stage begins is not one in each layer.
         if busy and len(busy) * 2 >= len(between):
             for used in busy:
                 found |= used

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import inspect
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,14 @@ from mujax.frontend import frontend
 from mujax.infshape import Parametrization, ParamSpec
 from mujax.models.resnet import ResNet, ResNetConfig
 from mujax.models.transformer import Transformer, TransformerConfig
+
+# Each program runs once: long before a careful compilation of it is over.
+COMPILE_FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+jit = functools.partial(jax.jit, compiler_options=COMPILE_FAST)
 
 X = jax.ShapeDtypeStruct((3, 7), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 5), jnp.int32)
@@ -247,7 +254,9 @@ def test_the_shortcut_of_a_resnet_is_the_stream(block, pre_activation):
     assert not found.stream
 
 
-@pytest.mark.parametrize("options", [{}, {"scan_layers": True, "remat": True}, {"dropout": 0.1, "use_bias": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"scan_layers": True, "remat": True}, {"dropout": 0.1, "use_bias": True}]
+)
 def test_the_branches_of_a_transformer(options):
     config = TransformerConfig(16, 3, max_len=8, vocab_size=11, **options)
     found = branches(Transformer(config), TOKENS, train=True)
@@ -255,8 +264,8 @@ def test_the_branches_of_a_transformer(options):
     scanned = "scan_layers" in options
     assert [branch.repeats for branch in found.found] == ([3] * 2 if scanned else [1] * 6)
     assert all(path.startswith("block") for path in found.params)
-    outside = {"final_norm/scale", "readout/kernel", "position_embedding/embedding", "token_embedding/embedding"}
-    assert not found.params & outside
+    embeddings = {"position_embedding/embedding", "token_embedding/embedding"}
+    assert not found.params & {"final_norm/scale", "readout/kernel", *embeddings}
     inside = {path for path in found.params if path.startswith("block_1" if not scanned else "block")}
     kinds = ("attention/query", "attention/out", "attention_norm", "ff_norm", "ff/up", "ff/down")
     assert all(any(kind in path for path in inside) for kind in kinds)
@@ -426,3 +435,620 @@ def test_names_and_marks_of_nothing_are_errors(body, residual, text):
 def test_parameters_on_the_stream_are_told():
     assert set(branches(Net(post_norm), X).stream) == {"f_norm/scale", "f_norm/bias"}
     assert not branches(Net(one_after_the_other), X).stream
+
+
+# ---- Table 1 as numbers ----------------------------------------------------------------------------------
+
+BASE, WIDTH, R = 8, 24, 3.0
+SHALLOW, DEEP, M = 2, 8, 4.0
+
+
+class LinenBlock(nn.Module):
+    """A pre-norm block whose kernels start at 1/sqrt(fan-in)."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + mlp(self.width, x), None
+
+
+class Linen(nn.Module):
+    """Stem, blocks, norm, readout; the blocks in a scan over remat, or one after the other."""
+
+    width: int
+    layers: int
+    scan: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width, name="stem")(x)
+        if self.scan:
+            blocks = nn.scan(
+                nn.remat(LinenBlock),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.layers,
+            )
+            x, _ = blocks(self.width, name="block")(x)
+        else:
+            for number in range(self.layers):
+                x, _ = LinenBlock(self.width, name=f"block_{number}")(x)
+        x = nn.LayerNorm(use_bias=False, name="norm")(x)
+        return nn.Dense(2, name="readout")(x)
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, width, rngs):
+        self.f_norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
+        self.f_up = nnx.Linear(width, width, rngs=rngs)
+        self.f_down = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.f_down(jnp.tanh(self.f_up(self.f_norm(x))))
+
+
+class NNX(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, width, layers, scan, rngs):
+        self.stem = nnx.Linear(7, width, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
+        self.readout = nnx.Linear(width, 2, rngs=rngs)
+        self.scan = scan
+        if scan:
+            make = nnx.split_rngs(splits=layers)(nnx.vmap(lambda rngs: NNXBlock(width, rngs)))
+            self.block = make(rngs)
+        else:
+            self.blocks = nnx.List([NNXBlock(width, rngs) for _ in range(layers)])
+
+    def __call__(self, x):
+        x = self.stem(x)
+        if self.scan:
+            x = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.block)
+        else:
+            for block in self.blocks:
+                x = block(x)
+        return self.readout(self.norm(x))
+
+
+def layer_norm(x, scale):
+    x = x - x.mean(-1, keepdims=True)
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def functional(width: int, layers: int, by_hand: float = 1.0) -> mujax.Functional:
+    """The same as pure functions over stacked parameters; `by_hand` multiplies each branch."""
+
+    def init(key, x):
+        keys = iter(jax.random.split(key, 4))
+
+        def normal(*shape):
+            return jax.random.normal(next(keys), shape) / math.sqrt(shape[-2])
+
+        return {
+            "stem": {"kernel": normal(7, width), "bias": jnp.zeros(width)},
+            "block": {
+                "f_norm": {"scale": jnp.ones((layers, width))},
+                "f_up": {"kernel": normal(layers, width, width), "bias": jnp.zeros((layers, width))},
+                "f_down": {"kernel": normal(layers, width, width)},
+            },
+            "norm": {"scale": jnp.ones(width)},
+            "readout": {"kernel": normal(width, 2), "bias": jnp.zeros(2)},
+        }
+
+    def apply(params, x):
+        def block(x, p):
+            y = layer_norm(x, p["f_norm"]["scale"])
+            y = jnp.tanh(y @ p["f_up"]["kernel"] + p["f_up"]["bias"]) @ p["f_down"]["kernel"]
+            return x + (y if by_hand == 1.0 else by_hand * y), None
+
+        x = x @ params["stem"]["kernel"] + params["stem"]["bias"]
+        x, _ = lax.scan(block, x, params["block"])
+        x = layer_norm(x, params["norm"]["scale"])
+        return x @ params["readout"]["kernel"] + params["readout"]["bias"]
+
+    return mujax.Functional(init, apply)
+
+
+# Builder of width and layers, and whether the base has fewer layers.
+BUILDERS: dict[str, tuple[Callable[[int, int], Any], bool]] = {
+    "linen": (lambda width, layers: Linen(width, layers, scan=False), False),
+    "linen_scan": (lambda width, layers: Linen(width, layers, scan=True), True),
+    "nnx": (lambda width, layers: lambda rngs: NNX(width, layers, False, rngs), False),
+    "nnx_scan": (lambda width, layers: lambda rngs: NNX(width, layers, True, rngs), True),
+    "functional": (functional, True),
+}
+
+
+def wrap(name: str, alpha: float = 1.0, **kwargs: Any) -> mujax.MupModel:
+    build, fewer = BUILDERS[name]
+    kwargs = {"depth": "scan" if fewer else (SHALLOW, DEEP), "depth_alpha": alpha, "strict": True} | kwargs
+    return mujax.mup_init(build(WIDTH, DEEP), build(BASE, SHALLOW if fewer else DEEP), X, **kwargs)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5, 0.75])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_factors_of_table_1(name, alpha):
+    mup = wrap(name, alpha)
+    hidden, branch, decay = 1 / R, M**-alpha, M ** (alpha - 1)
+    adam, sgd = M ** (alpha - 1), M ** (2 * alpha - 1)
+    # Per parameter: Adam's and SGD's learning rate, Adam's epsilon, learning rate times decay.
+    expected = {
+        "stem/kernel": (1, R, 1 / R, 1),
+        "stem/bias": (1, R, 1 / R, 1),
+        "f_norm/scale": (adam, R * sgd, branch / R, decay),
+        "f_up/kernel": (hidden * adam, sgd, branch / R, decay),
+        "f_up/bias": (adam, R * sgd, branch / R, decay),
+        "f_down/kernel": (hidden * adam, sgd, branch / R, decay),
+        "norm/scale": (1, R, 1 / R, 1),
+        "readout/kernel": (1, R, 1 / R, 1),
+        "readout/bias": (1, 1, 1, 1),
+    }
+    seen = set()
+    for path, param in mup.spec.items():
+        (kind,) = {max((k for k in expected if path.endswith(k)), key=len)}
+        chosen = mup.spec.parametrization
+        found = (
+            rules.lr_factor(param, chosen, "adam"),
+            rules.lr_factor(param, chosen, "sgd"),
+            rules.gradient_scale(param, chosen),
+            rules.decay_factor(param, chosen),
+        )
+        assert found == pytest.approx(expected[kind]), path
+        own = mup.init_scales.get(path, 1.0)
+        assert own == pytest.approx(R**0.5 if kind == "readout/kernel" else 1), path
+        seen.add(kind)
+    assert seen == set(expected)
+    residual = [c.factor for c in mup.corrections if c.kind == "residual"]
+    assert residual == pytest.approx([branch] * (1 if BUILDERS[name][1] else DEEP))
+    assert [c.factor for c in mup.corrections if c.kind != "residual"] == pytest.approx([1 / R])
+
+
+@pytest.mark.parametrize("family", rules.FAMILIES)
+def test_every_family_moves_the_stream_alike(family):
+    """m_L^-alpha times the size of an update is 1/m_L; SGD's update has the gradient's m_L^-alpha in it."""
+    param = ParamSpec((4, 4), (4, 4), (0,), (1,), depth=M)
+    for alpha in (0.5, 0.75, 1.0):
+        chosen = Parametrization((("mup", 1.0),), alpha)
+        gradient = rules.gradient_scale(param, chosen) if family == "sgd" else 1.0
+        step = rules.lr_factor(param, chosen, family) * gradient
+        assert rules.residual_factor(M, chosen) * step == pytest.approx(1 / M)
+
+
+def test_depth_is_a_share_of_the_parametrization():
+    param = ParamSpec((4, 4), (4, 4), (0,), (1,), depth=M)
+    half = Parametrization((("sp", 0.5), ("mup", 0.5)), 1.0)
+    assert rules.residual_factor(M, half) == pytest.approx(M**-0.5)
+    assert rules.gradient_scale(param, half) == pytest.approx(M**-0.5)
+    assert wrap("functional", parametrization="sp").corrections == ()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_layers_are_no_width(name):
+    """With and without depth=; the axis of a scan is neither fan-in nor fan-out."""
+    build, fewer = BUILDERS[name]
+    mup = wrap(name)
+    plain = mujax.mup_init(build(WIDTH, DEEP), build(BASE, SHALLOW if fewer else DEEP), X, strict=True)
+    for path, param in plain.spec.items():
+        stacked = fewer and "block" in path
+        assert param.layers == ((0,) if stacked else ())
+        assert 0 not in param.infinite or not stacked
+        assert {param.r_in, param.r_out} <= {1.0, R}
+        inside = "block" in path
+        assert mup.spec[path].depth == (M if inside else 1.0)
+        assert param.depth == 1.0
+        assert dataclasses.replace(mup.spec[path], depth=1.0) == param
+
+
+@pytest.mark.parametrize("name", ["linen", "functional"])
+def test_a_spec_with_depth_survives_json(name, tmp_path):
+    spec = wrap(name, 0.5).spec
+    spec.save(tmp_path / "spec.json")
+    back = mujax.MupSpec.load(tmp_path / "spec.json")
+    assert (back, hash(back)) == (spec, hash(spec))
+    assert back.parametrization.depth_alpha == 0.5
+    other = wrap(name, 1.0).spec
+    assert other != spec
+    assert str(other.parametrization) == "mup with depth alpha 1"
+
+
+# ---- what it computes ------------------------------------------------------------------------------------
+
+
+def examples(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=X.shape), dtype), jnp.asarray(rng.normal(size=(3, 2)), dtype)
+
+
+def equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", ["linen", "linen_scan", "functional"])
+def test_at_the_base_depth_nothing_changes(name):
+    """To the last bit: with depth=(n, n) as without it, and at the base's width as the user's own model."""
+    build, _ = BUILDERS[name]
+    x, _ = examples()
+    deep, plain = (
+        mujax.mup_init(build(WIDTH, 2), build(BASE, 2), X, strict=True, **kwargs)
+        for kwargs in ({"depth": (3, 3)}, {})
+    )
+    assert deep.corrections == plain.corrections
+    assert dict(deep.spec) == dict(plain.spec)
+    own = build(BASE, 2)
+    same = mujax.mup_init(own, own, X, depth=(2, 2), delta=build(WIDTH, 2), strict=True)
+    key = jax.random.key(0)
+    variables, expected = jit(lambda: (same.init(key, x), own.init(key, x)))()
+    equal(variables, expected)
+    equal(*jit(lambda v: (same.apply(v, x), own.apply(v, x)))(variables))
+    params = variables if name == "functional" else variables["params"]
+    gradients = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    ours, optaxs = mujax.mup_adamw(1e-2, same.spec, weight_decay=0.1), optax.adamw(1e-2, weight_decay=0.1)
+    equal(*jit(lambda: [tx.update(gradients, tx.init(params), params)[0] for tx in (ours, optaxs)])())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_training_is_that_of_a_model_scaled_by_hand(alpha):
+    """AdamW, five steps in float64, an epsilon and a decay that matter: the parameters agree to 1e-12."""
+    rate, eps, decay = 3e-2, 1e-3, 0.3
+    with jax.enable_x64(True):
+        x, y = examples(jnp.float64)
+        models = functional(BASE, DEEP), functional(BASE, SHALLOW)
+        mup = mujax.mup_init(*models, x, depth="scan", depth_alpha=alpha)
+        hand = functional(BASE, DEEP, M**-alpha)
+        start = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), hand.init(jax.random.key(0), x))
+
+        def group(inside: bool) -> optax.GradientTransformation:
+            lr = rate * M ** (alpha - 1) if inside else rate
+            return optax.adamw(lr, eps=eps * M**-alpha if inside else eps, weight_decay=decay)
+
+        labels = {part: part == "block" for part in start}
+        by_hand = optax.multi_transform({True: group(True), False: group(False)}, labels)
+        ours = mujax.mup_adamw(rate, mup.spec, eps=eps, weight_decay=decay)
+
+        def train(apply, tx):
+            def step(state, _):
+                params, rest = state
+                grads = jax.grad(lambda params: jnp.square(apply(params, x) - y).mean())(params)
+                updates, rest = tx.update(grads, rest, params)
+                return (optax.apply_updates(params, updates), rest), None
+
+            return jit(lambda: lax.scan(step, (start, tx.init(start)), length=5)[0][0])()
+
+        found, expected = train(mup.apply, ours), train(hand.apply, by_hand)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), found, expected)
+        if alpha < 1:
+            return
+        # The negative twin: without depth the same model goes elsewhere.
+        plain = train(functional(BASE, DEEP).apply, optax.adamw(rate, eps=eps, weight_decay=decay))
+        gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain, expected)
+        assert min(jax.tree.leaves(gap["block"])) > 1e-3
+
+
+SCALED: dict[str, Callable[..., Any]] = {
+    "the branch's output has other uses": lambda w, x, s: (x + s(y := mlp(w, x))) * jnp.cos(y),
+    "the stream has other uses": lambda w, x, s: (s(mlp(w, x)) + x) * jnp.cos(x),
+    "a difference": lambda w, x, s: x - s(mlp(w, x)),
+    "a difference, the stream taken away": lambda w, x, s: s(mlp(w, x)) - x,
+    "two branches from one split": lambda w, x, s: x + s(mlp(w, x)) + s(mlp(w, x, "g")),
+    "their sum": lambda w, x, s: x + s(mlp(w, x) + mlp(w, x, "g")),
+    "in a condition": lambda w, x, s: lax.cond(
+        x.sum() > 9, lambda x, y: x, lambda x, y: x + s(y), x, mlp(w, x)
+    ),
+    "inside of a jitted function": lambda w, x, s: jax.jit(lambda x, y: jnp.tanh(x + s(y)))(x, mlp(w, x)),
+    "a sum that is a product's origin, too": lambda w, x, s: dense(w, "after")(x + s(mlp(w, x))),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_only_what_goes_into_the_addition_is_multiplied(name):
+    body, (x, _) = SCALED[name], examples()
+    own = Net(lambda w, x: body(w, x, lambda y: y))
+    mup = mujax.mup_init(own, own, X, depth=(1, 4), depth_alpha=0.5, strict=True)
+    variables = own.init(jax.random.key(1), x)
+    by_hand = Net(lambda w, x: body(w, x, lambda y: y / 2))
+    with jax.default_matmul_precision("highest"):
+        found, expected = mup.apply(variables, x), by_hand.apply(variables, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected - own.apply(variables, x)).max() > 1e-2
+
+
+def test_dropout_and_batch_statistics_go_on():
+    """The factor comes after the dropout; other state is updated as without depth."""
+    net, (x, _) = Net(dropout), examples()
+    mup = mujax.mup_init(net, net, X, depth=(1, 4), depth_alpha=0.5)
+    variables = net.init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
+    by_hand = Net(lambda w, x: x + nn.Dropout(0.5, deterministic=False)(mlp(w, x)) / 2)
+    rngs = {"dropout": jax.random.key(3)}
+    expected = by_hand.apply(variables, x, rngs=rngs)
+    np.testing.assert_allclose(mup.apply(variables, x, rngs=rngs), expected, rtol=1e-5, atol=1e-6)
+    resnet = ResNet(ResNetConfig((1, 1), (8, 16)))
+    wide = ResNet(ResNetConfig((1, 1), (16, 32)))
+    images = jnp.cos(jnp.arange(2 * 8 * 8 * 3.0)).reshape(2, 8, 8, 3)
+    mup = mujax.mup_init(wide, resnet, IMAGES, train=True, depth=(1, 4), strict=True)
+    variables = jax.eval_shape(mup.init, jax.random.key(0), images)
+    run = functools.partial(mup.apply, train=True, mutable=["batch_stats"])
+    _, updated = jax.eval_shape(run, variables, images)
+    assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+    assert [c.kind for c in mup.corrections] == ["residual", "residual", "readout"]
+
+
+class Twice(nn.Module):
+    """Methods that go through a branch, through none, and through another one."""
+
+    def setup(self):
+        self.stem = nn.Dense(8)
+        self.block = LinenBlock(8)
+        self.last = nn.Dense(8)
+
+    def __call__(self, x):
+        return self.last(self.block(self.stem(x))[0])
+
+    def encode(self, x):
+        return self.stem(x)
+
+    def other(self, x):
+        y = self.stem(x)
+        return y + self.last(jnp.tanh(y))
+
+
+def test_a_call_that_goes_through_no_branch():
+    net, (x, _) = Twice(), examples()
+    mup = mujax.mup_init(net, net, X, depth=(1, 4), strict=True)
+    variables = net.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(
+        mup.apply(variables, x, method="encode"), net.apply(variables, x, method="encode")
+    )
+    mup = mujax.mup_init(net, net, X, method="__call__", depth=(1, 4), residual=["f_down"], strict=True)
+    np.testing.assert_array_equal(
+        mup.apply(variables, x, method="encode"), net.apply(variables, x, method="encode")
+    )
+
+
+def test_a_call_with_other_branches_is_an_error():
+    net, (x, _) = Twice(), examples()
+    mup = mujax.mup_init(net, net, X, depth=(1, 4), strict=True)
+    with pytest.raises(
+        mujax.DepthError, match=r"last/\w+: expected it outside of residual branches as in the"
+    ):
+        mup.apply(net.init(jax.random.key(0), x), x, method="other")
+
+
+# ---- a model with factors of its own ---------------------------------------------------------------------
+
+
+def lecun(layers: int) -> Any:
+    return nn.initializers.lecun_normal()
+
+
+def scaled(factor: Callable[[int], float], init: Callable[[int], Any] = lecun):
+    """Unrolled or scanned blocks x + factor(L) f(x)."""
+
+    class OwnBlock(nn.Module):
+        layers: int
+
+        @nn.compact
+        def __call__(self, x, _=None):
+            y = nn.LayerNorm(name="norm")(x)
+            y = jnp.tanh(nn.Dense(8, name="up")(y))
+            y = nn.Dense(8, name="down", kernel_init=init(self.layers))(y)
+            return x + factor(self.layers) * y, None
+
+    class Own(nn.Module):
+        layers: int
+        scan: bool
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="stem")(x)
+            if not self.scan:
+                for number in range(self.layers):
+                    x, _ = OwnBlock(self.layers, name=f"block_{number}")(x)
+                return x
+            blocks = nn.scan(
+                OwnBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers
+            )
+            return blocks(self.layers, name="block")(x)[0]
+
+    return Own
+
+
+OWN: dict[str, tuple[Callable[[int], float], str, str]] = {
+    "sqrt": (lambda n: 1 / math.sqrt(n), "the power 0.5", r"1/sqrt\(L\) for 12 layers"),
+    "linear": (lambda n: 1 / n, "the power 1", r"1/\(L\) for 12 layers"),
+    "gpt2": (lambda n: 1 / math.sqrt(2 * n), "the power 0.5", r"1/sqrt\(2 L\) for 12 layers"),
+    "relative": (lambda n: math.sqrt(3 / n), "the power 0.5", r"1/sqrt\(L / base L\) for 12 layers"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_factor_that_differs_between_base_and_target_is_refused(name):
+    factor, differs, _ = OWN[name]
+    own = scaled(factor)
+    text = (
+        r"test_depth.py:\d+: expected a residual branch without a factor for depth, found one multiplied with "
+        rf".* in the base and .* in the target, which falls with {differs} of the depth; take it out of the model"
+    )
+    with pytest.raises(mujax.DepthError, match=text):
+        mujax.mup_init(own(12, True), own(3, True), X, depth="scan")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_factor_that_is_a_power_of_the_depth_is_refused(name):
+    factor, _, equal = OWN[name]
+    own = scaled(factor)
+    text = rf"test_depth.py:\d+: expected a residual branch without a factor for depth, .* which is {equal}"
+    for scan in (False, True):
+        with pytest.raises(mujax.DepthError, match=text):
+            mujax.mup_init(own(12, scan), own(12, scan), X, depth=(3, 12))
+
+
+def test_factors_that_are_no_matter_of_depth_are_left_alone():
+    own = scaled(lambda n: 0.3)
+    assert mujax.mup_init(own(12, True), own(3, True), X, depth="scan", strict=True).corrections
+    # At the base's depth nothing is wrong with a factor of one's own.
+    own = scaled(lambda n: 1 / n)
+    assert not mujax.mup_init(own(4, False), own(4, False), X, depth=(4, 4), strict=True).corrections
+    # Of a weighted sum both terms have it.
+    net = Net(lambda w, x: 0.5 * x + 0.5 * mlp(w, x))
+    assert mujax.mup_init(net, net, X, depth=(1, 4), strict=True).corrections
+
+
+def test_a_constant_inside_of_a_branch_that_scales_with_depth_is_refused():
+    def build(width: int, layers: int) -> mujax.Functional:
+        one = functional(width, layers)
+
+        def apply(params, x):
+            def block(x, p):
+                y = layer_norm(x, p["f_norm"]["scale"]) / layers
+                y = jnp.tanh(y @ p["f_up"]["kernel"] + p["f_up"]["bias"])
+                return x + y @ p["f_down"]["kernel"], None
+
+            x, _ = lax.scan(block, x @ params["stem"]["kernel"] + params["stem"]["bias"], params["block"])
+            x = layer_norm(x, params["norm"]["scale"])
+            return x @ params["readout"]["kernel"] + params["readout"]["bias"]
+
+        return mujax.Functional(one.init, apply)
+
+    text = "expected nothing inside of residual branches to scale with depth, found .* power 1 from base"
+    with pytest.raises(mujax.DepthError, match=text):
+        mujax.mup_init(build(8, 8), build(8, 2), X, depth="scan")
+
+
+@pytest.mark.parametrize(
+    ("scan", "base", "text"),
+    [
+        (True, 3, "block/down/kernel: .* a standard deviation that falls with its power 0.5 from base"),
+        (False, 12, r"block_0/down/kernel: .* of block_0/up/kernel times 0.2041, which is 1/sqrt\(2 L\)"),
+        (True, 12, r"block/down/kernel: .* of block/up/kernel times 0.2041, which is 1/sqrt\(2 L\)"),
+    ],
+)
+def test_initial_values_scaled_by_depth_are_refused(scan, base, text):
+    """GPT-2's: the last kernel of each branch over sqrt(2 L)."""
+
+    def init(layers: int) -> Any:
+        return nn.initializers.variance_scaling(0.5 / layers, "fan_in", "truncated_normal")
+
+    own = scaled(lambda n: 1.0, init)
+    with pytest.raises(mujax.DepthError, match=text):
+        mujax.mup_init(own(12, scan), own(base, scan), X, depth=(3, 12))
+
+
+# ---- options ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"depth": (2,)}, mujax.ConfigError, "depth: expected two positive numbers of layers"),
+        ({"depth": (0, 4)}, mujax.ConfigError, "depth: expected two positive numbers of layers"),
+        ({"depth": (2, 4.0)}, mujax.ConfigError, "depth: expected two positive numbers of layers"),
+        ({"depth": "deep"}, mujax.ConfigError, "depth: expected two positive numbers of layers"),
+        ({"depth": (2, 4), "depth_alpha": 2.0}, mujax.ConfigError, "depth_alpha: expected .* 0.5 to 1"),
+        ({"depth_alpha": 0.5}, mujax.ConfigError, "expected depth_alpha and residual together with depth="),
+        ({"residual": ["f"]}, mujax.ConfigError, "expected depth_alpha and residual together with depth="),
+        ({"depth": (2, 4), "residual": "f"}, mujax.ConfigError, "residual: expected a sequence of globs"),
+        ({"depth": "scan"}, mujax.DepthError, "found no scan over layers whose length differs; pass depth="),
+    ],
+)
+def test_options_that_make_no_sense(options, error, text):
+    net = Net(pre_norm)
+    with pytest.raises(error, match=text):
+        mujax.mup_init(net, net, X, **options)
+
+
+def test_depth_that_contradicts_the_scan_is_an_error():
+    text = r"block/.*: expected its layers to grow as depth=\(2, 16\) says"
+    with pytest.raises(mujax.DepthError, match=text):
+        wrap("functional", depth=(2, 16))
+    assert [c.factor for c in wrap("functional", depth=(1, 4)).corrections if c.kind == "residual"] == [1 / M]
+
+
+def test_no_branches_is_an_error():
+    net = Net(_feed_forward_only)
+    with pytest.raises(mujax.DepthError, match="expected residual branches, found no addition"):
+        mujax.mup_init(net, net, X, depth=(2, 4))
+
+
+def test_base_and_target_that_differ_in_layers_alone_need_depth():
+    with pytest.raises(mujax.ShapeMismatchError, match="nothing tells which axes are infinite"):
+        mujax.mup_init(functional(8, 8), functional(8, 2), X)
+
+
+def test_the_factor_can_be_switched_off():
+    mup = wrap("functional", corrections={"residual": False})
+    assert "residual" not in {c.kind for c in mup.corrections}
+    assert mup.spec["block/f_up/kernel"].depth == M
+
+
+def test_what_is_on_the_stream_is_a_finding():
+    net = Net(post_norm)
+    with pytest.warns(mujax.MujaxWarning, match="acts on the residual stream in each layer"):
+        mup = mujax.mup_init(net, net, X, depth=(1, 2))
+    assert [finding.kind for finding in mup.findings] == ["stream parameter"]
+
+
+def test_explain_names_depth():
+    text = wrap("functional", 0.5).explain()
+    assert "parametrization mup with depth alpha 0.5" in text
+    assert "x 0.5  residual at " in text
+
+
+# ---- the coordinate check --------------------------------------------------------------------------------
+
+DEPTHS = (2, 4, 8, 16, 32, 64)
+
+
+def change_of_the_stream(parametrized: bool, alpha: float, layers: int) -> float:
+    """How far four steps of Adam move the final stream, root mean square."""
+    width, rate = 32, 3e-3
+    model, base = functional(width, layers), functional(width, DEPTHS[0])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 7)), jnp.float32)
+    y = jnp.asarray(np.random.default_rng(1).normal(size=(16, 2)), jnp.float32)
+    if parametrized:
+        mup = mujax.mup_init(model, base, X, depth=(DEPTHS[0], layers), depth_alpha=alpha)
+        apply, tx = mup.apply, mujax.mup_adam(rate, mup.spec)
+    else:
+        apply, tx = model.apply, optax.adam(rate)
+    params = model.init(jax.random.key(0), x)
+
+    def loss(params):
+        return jnp.square(apply(params, x) - y).mean()
+
+    def step(state, _):
+        params, rest = state
+        updates, rest = tx.update(jax.grad(loss)(params), rest, params)
+        return (optax.apply_updates(params, updates), rest), None
+
+    def stream(params, factor):
+        h = x @ params["stem"]["kernel"] + params["stem"]["bias"]
+
+        def block(h, p):
+            z = layer_norm(h, p["f_norm"]["scale"])
+            z = jnp.tanh(z @ p["f_up"]["kernel"] + p["f_up"]["bias"]) @ p["f_down"]["kernel"]
+            return h + factor * z, None
+
+        return lax.scan(block, h, params["block"])[0]
+
+    @jit
+    def run(start):
+        (end, _), _ = lax.scan(step, (start, tx.init(start)), length=4)
+        factor = (layers / DEPTHS[0]) ** -alpha if parametrized else 1.0
+        return jnp.sqrt(jnp.square(stream(end, factor) - stream(start, factor)).mean())
+
+    return float(run(params))
+
+
+def slope(parametrized: bool, alpha: float = 1.0) -> float:
+    """Of log change over log depth."""
+    sizes = [change_of_the_stream(parametrized, alpha, layers) for layers in DEPTHS]
+    return float(np.polyfit(np.log(DEPTHS), np.log(sizes), 1)[0])
+
+
+def test_the_change_of_the_stream_is_flat_in_depth():
+    assert abs(slope(True)) < 0.1, slope(True)
+
+
+def test_without_depth_it_grows():
+    assert slope(False) > 0.4
