@@ -8,6 +8,8 @@ Reference:
     arXiv 2203.03466.
 """
 
+from mujax.coord_check import CoordCheck as CoordCheck
+from mujax.coord_check import coord_check as coord_check
 from mujax.corrections import Correction as Correction
 from mujax.depth import residual_branch as residual_branch
 from mujax.errors import AuditError as AuditError

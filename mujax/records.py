@@ -29,11 +29,8 @@ STATS: Final = ("size", "change", "by_weights", "by_inputs")
 """Mean absolute entry of: the activation; its change since initialisation; the part of that change that the
 update of the tap's own parameters accounts for, and the rest, which its inputs account for."""
 
-LEAF_STATS: Final = ("initial", "update", "gradient")
-"""Root mean square over the entries of a parameter: of its initial value, its change and its gradient."""
-
-_SIZE: Final = STATS.index("size")
-_CHANGE: Final = STATS.index("change")
+# Below this many parameters a program takes longer to optimise than to run.
+_SMALL: Final = 4_000_000
 
 
 class Subject(NamedTuple):
@@ -61,14 +58,16 @@ class Measured(NamedTuple):
 
     Attributes:
         taps: (learning rates, seeds, steps + 1, taps, STATS).
-        leaves: (learning rates, seeds, steps + 1, parameters, LEAF_STATS).
         losses: (learning rates, seeds, steps + 1), before each step.
-        paths: the parameters, in the order of `leaves`.
+        initial: (seeds, parameters), the mean absolute entry of each parameter's initial value.
+        gradients: (parameters,), the largest mean absolute entry of each gradient.
+        paths: the parameters, in this order.
     """
 
     taps: np.ndarray
-    leaves: np.ndarray
     losses: np.ndarray
+    initial: np.ndarray
+    gradients: np.ndarray
     paths: tuple[str, ...]
 
 
@@ -76,8 +75,8 @@ class _State(NamedTuple):
     params: PyTree
     opt_state: PyTree
     variables: list[Any]
-    initial: PyTree
-    """The first parameters, records and outputs."""
+    first: PyTree
+    """The records and outputs before training."""
 
 
 class Program:
@@ -96,42 +95,51 @@ class Program:
         self._batches = batches
         self._factors = _factors(subject)
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
-        self._start = jax.jit(self._first_state)
-        self._step = jax.jit(self._one_step, donate_argnums=0)
+        self._start: Any = jax.jit(self._first_state)
+        self._step: Any = jax.jit(self._one_step, donate_argnums=0)
+        self.paths: tuple[str, ...] = ()
 
     def compile(self) -> None:
         """Compiles for one run; from any thread."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
         start = self._start.lower(key, rate)
-        self._step = self._step.lower(start.out_info, *self._shapes(), key, rate, number).compile()
-        self._start = start.compile()
-
-    def _shapes(self) -> tuple[Any, Any]:
-        first, batch = self._batches[0], self._batches[0]
-        return jax.eval_shape(lambda: (first, batch))
+        state, _ = start.out_info
+        batch = jax.eval_shape(lambda: self._batches[0])
+        step = self._step.lower(state, batch, batch, key, rate, number)
+        size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        quick = jax.default_backend() == "cpu" and size < _SMALL
+        options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if quick else {}
+        self._step, self._start = step.compile(options), start.compile(options)
+        self.paths = paths_of(state.params)
 
     def run(self, key: Key[Array, ""], rate: float, steps: int) -> Iterator[Any]:
         """Trains one model and yields what is measured before each step and after the last.
+
+        Yields:
+            First the initial sizes of the parameters; then for each step those of the taps, those of the
+            gradients, and the loss.
 
         Args:
             key: for the initial parameters and every random stream.
             rate: the learning rate.
             steps: number of optimizer steps.
         """
-        rate = np.float32(rate)
-        state = self._start(key, rate)
+        lr = np.float32(rate)
+        state, initial = self._start(key, lr)
+        yield initial
         for number in range(steps + 1):
             batch = self._batches[number % len(self._batches)]
-            state, measured = self._step(state, self._batches[0], batch, key, rate, np.int32(number))
+            state, measured = self._step(state, self._batches[0], batch, key, lr, np.int32(number))
             yield measured
 
-    def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> _State:
+    def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
         replay = self._subject.replay
         params, variables = replay.init(key)
-        seen = jax.eval_shape(lambda: self._read(params, variables, self._batches[0], key))
+        _, seen = jax.eval_shape(lambda: self._read(params, variables, self._batches[0], key))
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
-        return _State(params, self._subject.optimizer(rate).init(params), variables, (params, blank))
+        state = _State(params, self._subject.optimizer(rate).init(params), variables, blank)
+        return state, _of_leaves(params)
 
     def _read(self, params: PyTree, variables: list[Any], batch: Batch, key: Key[Array, ""]) -> Any:
         inputs, targets = batch
@@ -147,16 +155,16 @@ class Program:
         rate: Float[Array, ""],
         number: Any,
     ) -> tuple[_State, Any]:
-        params, opt_state, variables, (first_params, (first_loss, first)) = state
+        params, opt_state, variables, first = state
         (loss, seen), gradient = jax.value_and_grad(self._read, has_aux=True)(params, variables, batch, key)
         if len(self._batches) > 1:
             _, seen = self._read(params, variables, probe, key)
         first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, seen)
-        measured = (self._of_taps(first, seen), _of_leaves(first_params, params, gradient), loss)
+        measured = (self._of_taps(first, seen), _of_leaves(gradient), loss)
         tx = optax.with_extra_args_support(self._subject.optimizer(rate))
         updates, opt_state = tx.update(gradient, opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
-        return _State(params, opt_state, variables, (first_params, (first_loss, first))), measured
+        return _State(params, opt_state, variables, first), measured
 
     def _of_taps(self, first: Any, now: Any) -> Float[Array, "taps stats"]:
         (old_records, old_outputs), (new_records, new_outputs) = first, now
@@ -201,18 +209,20 @@ def site_factor(subject: Subject, tap: Tap) -> float:
     return own * inserted.get(tap.site, 1.0)
 
 
+def inserted_factor(subject: Subject, tap: Tap) -> float:
+    """The inserted constants alone."""
+    bare = subject._replace(replay=dataclasses.replace(subject.replay, hooks={}))
+    return site_factor(subject, tap) / site_factor(bare, tap)
+
+
 def _floating(output: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def _sizes(old: Any, new: Any, part: Any, factor: float) -> Float[Array, "stats"]:
+def _sizes(old: Any, new: Any, part: Any, factor: float) -> Float[Array, " stats"]:
     old, new = old.astype(jnp.float32), new.astype(jnp.float32)
     change = new - old
-    split = (
-        (jnp.nan, jnp.nan)
-        if part is None
-        else (_mean(part), _mean(change - part.astype(jnp.float32)))
-    )
+    split = (jnp.nan, jnp.nan) if part is None else (_mean(part), _mean(change - part.astype(jnp.float32)))
     return factor * jnp.stack([_mean(new), _mean(change), *split])
 
 
@@ -240,21 +250,8 @@ def _by_weights(replay: Replay, tap: Tap, old: forward.Record, new: forward.Reco
     return out if hook is None else hook(out)
 
 
-def _of_leaves(first: PyTree, now: PyTree, gradient: PyTree) -> Float[Array, "leaves stats"]:
-    change = jax.tree.map(lambda a, b: a - b, now, first)
-    rows = [
-        jnp.stack([_root_mean_square(leaf) for leaf in leaves])
-        for leaves in zip(*map(jax.tree.leaves, (first, change, gradient)), strict=True)
-    ]
-    return jnp.stack(rows)
-
-
-def _root_mean_square(x: Any) -> Any:
-    # Scaled first: the square of a small gradient is zero in single precision.
-    x = jnp.abs(x).astype(jnp.float32)
-    largest = jnp.max(x, initial=0.0)
-    safe = jnp.where(largest > 0, largest, 1.0)
-    return largest * jnp.sqrt(jnp.mean(jnp.square(x / safe)))
+def _of_leaves(tree: PyTree) -> Float[Array, " leaves"]:
+    return jnp.stack([_mean(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def paths_of(params: PyTree) -> tuple[str, ...]:

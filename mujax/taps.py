@@ -206,7 +206,8 @@ def downstream(program: Any, analysis: Analysis, factors: Mapping[EqnPath, float
     """The constants that the output of an equation is multiplied with before anything else is done to it.
 
     A µP written by hand divides logits after the readout's product, and after its bias: what counts is
-    how large the product is then.
+    how large the product is then. What queries are divided by on their way to attention logits belongs to
+    the logits and does not count.
 
     Args:
         program: the program that the equation is in.
@@ -223,12 +224,15 @@ def downstream(program: Any, analysis: Analysis, factors: Mapping[EqnPath, float
     for atom in jaxpr.outvars:
         if not isinstance(atom, jex.Literal):
             readers[atom].append((-1, None))
+    products = {product.site for product in analysis.products}
     out, factor = jaxpr.eqns[int(site[-1])].outvars[0], 1.0
     while len(readers[out]) == 1:
         ((index, eqn),) = readers[out]
         if eqn is None:
             break
         here = (*site[:-1], index)
+        if here in products:
+            return 1.0
         step = _constant_step(eqn, eqn.invars.index(out), analysis.operands.get(here, ()))
         if step is None:
             break
@@ -250,4 +254,3 @@ def _constant_step(eqn: Any, position: int, operands: Sequence[Operand]) -> floa
         return 1 / abs(other.number)
     # A bias is scaled by what comes after it, as the product is.
     return 1.0 if name in ("add", "sub") and other.kind == "param" else None
-

@@ -1,0 +1,334 @@
+"""The verdict on a coordinate check: slopes with their intervals, what they should be, and who is to blame.
+
+The theory says how each activation, its change and the effect of each update scale with width; a slope
+whose whole interval lies outside of what is allowed fails. The blame comes from what the rules say of each
+parameter by itself: how its initial values, the constants on its product and its learning rate scale.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1 and Tables 3, 8 and 9.
+    Yang, Simon, Bernstein, A Spectral Condition for Feature Learning, arXiv 2310.17813.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Final, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from mujax import rules
+from mujax.infshape import ParamSpec
+from mujax.records import STATS
+from mujax.taps import Tap
+
+Status = Literal["pass", "fail", "undecided"]
+
+CONFIDENCE: Final = 0.99
+
+Quantity = Literal["initial size", "size", "change", "effect of its update"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """A power of the width.
+
+    Attributes:
+        value: slope of log2 of the quantity over log2 of the width.
+        low: end of its 99 % confidence interval.
+        high: the other end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def fitted_slope(widths: Sequence[int], values: Float[np.ndarray, "widths seeds"]) -> Slope:
+    """The least-squares slope of log2(value) over log2(width), with its interval.
+
+    The seeds are the repeats: their spread at each width, pooled over widths, is the noise. With a single
+    seed the scatter around the line is taken for it.
+
+    Args:
+        widths: at least two.
+        values: positive.
+
+    >>> slope = fitted_slope([64, 128, 256], np.array([[1.0, 1.1], [2.0, 2.2], [4.0, 4.4]]))
+    >>> round(slope.value, 6)
+    1.0
+    """
+    logs = np.log2(values)
+    x = np.log2(np.asarray(widths, np.float64))
+    x = x - x.mean()
+    means = logs.mean(axis=1)
+    spread = float(np.sum(x**2))
+    value = float(np.sum(x * means)) / spread
+    count, seeds = logs.shape
+    if seeds > 1:
+        freedom = count * (seeds - 1)
+        variance = float(np.sum((logs - means[:, None]) ** 2)) / freedom / seeds
+    else:
+        freedom = count - 2
+        rest = means - means.mean() - value * x
+        variance = float(np.sum(rest**2)) / freedom if freedom else math.inf
+    reach = student_t((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance / spread) if variance else 0.0
+    return Slope(value, value - reach, value + reach)
+
+
+def student_t(probability: float, freedom: int) -> float:
+    """Quantile of Student's t distribution, by Hill's expansion (good to 1 % from three degrees on).
+
+    >>> round(student_t(0.995, 12), 2), round(student_t(0.975, 4), 2)
+    (3.05, 2.78)
+    """
+    if freedom < 1:
+        return math.inf
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:
+        side = 2 * probability - 1
+        return side * math.sqrt(2 / (1 - side**2))
+    z, n = NormalDist().inv_cdf(probability), freedom
+    return (
+        z
+        + (z**3 + z) / (4 * n)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
+    )
+
+
+# ---- taps ------------------------------------------------------------------------------------------
+
+# Finite widths bend the lines: measured slopes of correct models lie within 0.15 of their limits, faults
+# move them by 1/2 or more.
+_TOLERANCE: Final = 0.25
+_AT_FIRST: Final = 0.2
+# An interval that ends this far outside still excludes the nearest fault, half a power of the width away.
+_MARGIN: Final = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One quantity of one tap against what the theory allows.
+
+    Attributes:
+        quantity: what was looked at.
+        slope: what was measured; None where there was nothing to measure.
+        allowed: smallest and largest exponent that passes.
+        status: `"fail"` if the slope's whole interval is outside; `"pass"` if the slope is inside and its
+            interval excludes the nearest fault, which is half a power of the width away.
+        note: what else there is to say.
+    """
+
+    quantity: Quantity
+    slope: Slope | None
+    allowed: tuple[float, float]
+    status: Status
+    note: str = ""
+
+
+def _judged(
+    quantity: Quantity, widths: Sequence[int], values: np.ndarray, allowed: tuple[float, float]
+) -> Check | None:
+    """The check of positive values; None where some are zero, as the change of what can't change is."""
+    if not np.all(np.isfinite(values)):
+        narrow = np.all(np.isfinite(values[0]))
+        note = "diverges as the model grows wider" if narrow else "diverges: take a smaller learning rate"
+        return Check(quantity, None, allowed, "fail" if narrow else "undecided", note)
+    if np.any(values <= 0):
+        return None
+    slope = fitted_slope(widths, values)
+    low, high = allowed
+    told_apart = slope.low >= low - _MARGIN and slope.high <= high + _MARGIN
+    if told_apart and low <= slope.value <= high:
+        status: Status = "pass"
+    elif slope.high < low or slope.low > high:
+        status = "fail"
+    else:
+        status = "undecided"
+    return Check(quantity, slope, allowed, status)
+
+
+def judge(
+    tap: Tap, widths: Sequence[int], stats: Float[np.ndarray, "widths seeds steps stats"]
+) -> list[Check]:
+    """Checks one tap at one learning rate.
+
+    What is allowed: at initialisation activations do not depend on width, but for the readout and for
+    attention logits, which are sums of independent terms and fall as the root of the width at most. Once
+    training has begun nothing grows; changes do not vanish either, where a part that is incoherent (and falls
+    as the root) may still be the larger one at a small width.
+
+    Args:
+        tap: the tap.
+        widths: ascending.
+        stats: what `records.Program` measured, before each step and after the last.
+    """
+    size, change, by_weights = (stats[..., STATS.index(name)] for name in ("size", "change", "by_weights"))
+    trained = slice(1, None)
+    falls = -0.5 if tap.falls_at_first else 0.0
+    found = []
+    if tap.kind != "vector":
+        found.append(_judged("initial size", widths, size[:, :, 0], (falls - _AT_FIRST, _AT_FIRST)))
+        found.append(
+            _judged("size", widths, _over_steps(size[:, :, trained]), (falls - _TOLERANCE, _TOLERANCE))
+        )
+        found.append(
+            _judged("change", widths, _over_steps(change[:, :, trained]), (-0.5 - _TOLERANCE, _TOLERANCE))
+        )
+    if tap.operand >= 0 and tap.params:
+        # How long the updates of a gain or bias go on in one direction depends on much else, so of these
+        # the first counts; a product sums over its fan-in, and needs all steps against the noise.
+        first = _first_move(by_weights)
+        values = by_weights[:, :, first] if tap.kind == "vector" else _over_steps(by_weights[:, :, trained])
+        found.append(_judged("effect of its update", widths, values, (-0.5 - _TOLERANCE, _TOLERANCE)))
+    checks = [check for check in found if check is not None]
+    return [_transient(check, widths, {"size": size, "change": change}) for check in checks]
+
+
+def _over_steps(values: np.ndarray) -> np.ndarray:
+    """The geometric mean over those steps in which all models have moved; zero where there is none."""
+    moved = np.all(values != 0, axis=(0, 1))
+    if not moved.any():
+        return np.zeros(values.shape[:-1])
+    return np.exp2(np.log2(values[..., moved]).mean(axis=-1))
+
+
+def _first_move(by_weights: np.ndarray) -> int:
+    """The first step after which every model's update shows."""
+    moved = np.flatnonzero(np.all(by_weights[:, :, 1:] != 0, axis=(0, 1)))
+    return int(moved[0]) + 1 if len(moved) else 1
+
+
+def _transient(check: Check, widths: Sequence[int], series: Mapping[str, np.ndarray]) -> Check:
+    """A growth of the first steps that is gone at the end is no failure."""
+    if check.status != "fail" or check.quantity not in series or check.slope is None:
+        return check
+    values = series[check.quantity]
+    last = _judged(check.quantity, widths, values[:, :, -1], check.allowed)
+    if last is None or last.status != "pass" or values.shape[2] < 4:
+        return check
+    return dataclasses.replace(last, note="outside at first, within by the last step")
+
+
+# ---- parameters ------------------------------------------------------------------------------------
+
+Rule = Literal[
+    "initialisation", "forward factor", "learning rate", "epsilon", "weight decay", "attention", "activation"
+]
+
+# Exponents of a rule are exact but for the noise of initial values.
+_EXACT: Final = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A rule that a parameter or a place breaks.
+
+    Attributes:
+        name: the parameter, or the tap.
+        rule: which rule.
+        found: the exponent of the width that was measured.
+        expected: the exponent that the rule gives, in Table 8's terms.
+        where: `file:line` of the product, or what else to look at.
+        message: what is wrong and what to do, in a sentence.
+    """
+
+    name: str
+    rule: Rule
+    found: float
+    expected: float
+    where: str
+    message: str
+
+
+_REMEDY: Final[Mapping[Rule, str]] = {
+    "initialisation": "its initial values scale as width^{found:.2f} and should scale as "
+    "width^{expected:.2f}; use mup.init, or give it the rule's standard deviation",
+    "forward factor": "the constants on its product scale as width^{found:.2f} and should scale as "
+    "width^{expected:.2f}; look for a factor that is missing, applied twice or applied elsewhere",
+    "learning rate": "its learning rate scales as width^{found:.2f} and should scale as "
+    "width^{expected:.2f}; check its role, its base shape and the optimizer's factor for it",
+    "epsilon": "the optimizer's epsilon takes over: the update falls as width^{found:.2f} beside what it "
+    "is without; let epsilon follow the gradient (scale_eps=True) or make it smaller",
+    "weight decay": "its decay per step scales as width^{found:.2f} and should not depend on width; put "
+    "weight decay after the µP factor",
+    "attention": "attention logits are off by width^{found:.2f} from what 1/d attention gives; leave the "
+    "attention correction on, or divide by d in place of its root",
+}
+
+
+def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Fault:
+    """A fault with its sentence."""
+    message = f"{name}: " + _REMEDY[rule].format(found=found + 0.0, expected=expected + 0.0)
+    return Fault(name, rule, found, expected, where, message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponents:
+    """How one use of one parameter scales from the narrowest model to the widest, as powers of the width.
+
+    Attributes:
+        initial: of its initial values; None where they are zero.
+        factor: of the constants on the product.
+        lr: of its learning rate; None where the optimizer's is not known.
+        linear: whether the optimizer is linear in the gradient.
+    """
+
+    initial: float | None
+    factor: float
+    lr: float | None
+    linear: bool
+
+
+def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: Exponents) -> list[Fault]:
+    """Compares one use of a parameter with Table 8, up to what the tables may differ in.
+
+    A constant moved from the product to the initial values, with the learning rate adapted, is the same
+    training run (Tables 3, 8 and 9 are one): what counts is initial * factor, and lr * factor, or lr *
+    factor^2 where the optimizer is linear in the gradient.
+
+    Args:
+        tap: where it is used.
+        path: the parameter.
+        param: its shape and roles, the widest model against the narrowest.
+        octaves: log2 of the ratio of the two widths.
+        found: what was measured.
+    """
+    table = rules.parametrization("mup")
+    family: rules.Family = "sgd" if found.linear else "adam"
+    power = 2 if found.linear else 1
+
+    def exponent(ratio: float) -> float:
+        return math.log2(ratio) / octaves
+
+    initial = exponent(rules.init_scale(param, table, 1.0))
+    factor = 0.0
+    if tap.kind == "readout":
+        factor = -exponent(param.r_in if param.role == "output" else param.r_out)
+    lr = exponent(rules.lr_factor(param, table, family))
+    off_initial = 0.0 if found.initial is None else found.initial - initial
+    off_factor = found.factor - factor
+    off_lr = 0.0 if found.lr is None else found.lr - lr
+
+    def is_off(value: float) -> bool:
+        return abs(value) > _EXACT
+
+    init_breaks = found.initial is not None and is_off(off_initial + off_factor)
+    lr_breaks = found.lr is not None and is_off(off_lr + power * off_factor)
+    if not (init_breaks or lr_breaks):
+        return []
+    of_factor = fault(tap.name, "forward factor", found.factor, factor, tap.where)
+    of_initial = fault(path, "initialisation", found.initial or 0.0, initial, tap.where)
+    of_lr = fault(path, "learning rate", found.lr or 0.0, lr, tap.where)
+    # A constant that nothing makes up for is a fault of its own; one that is made up for is a way of writing.
+    if is_off(off_factor) and lr_breaks and not is_off(off_lr):
+        return [of_factor, *([of_initial] if is_off(off_initial) else [])]
+    if is_off(off_factor) and init_breaks and not is_off(off_initial):
+        return [of_factor, *([of_lr] if is_off(off_lr) else [])]
+    return [one for one, broken in ((of_initial, init_breaks), (of_lr, lr_breaks)) if broken]
