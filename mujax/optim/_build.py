@@ -341,7 +341,7 @@ def _adafactor_decay(build: Build) -> optax.GradientTransformation:
     given: Any = build.theirs["weight_decay_rate"]
     rate: Any = build.rate[0]
     if build.options.decay == "decoupled" and callable(rate):
-        inverse: Any = strength(1.0, "decoupled", rate, build.options.peak_learning_rate)
+        inverse: Any = strength(1.0, "decoupled", build.rate[0], build.options.peak_learning_rate)
 
         own: Callable[[Any], Any] = given if callable(given) else lambda _: given
 

@@ -187,8 +187,10 @@ def by_leaf(
             out, new_state = make(mine[group[0]]).update(
                 [leaves[number] for number in group], state, parameters
             )
+            # An argument that is being traced has a dtype, which would be the update's.
+            keep = isinstance(mine[group[0]], int | float)
             for number, new in zip(group, jax.tree.leaves(out), strict=True):
-                done[number] = new
+                done[number] = new if keep else new.astype(leaves[number].dtype)
         return structure.unflatten(done), new_state
 
     return optax.GradientTransformation(make(1.0).init, update)
