@@ -164,6 +164,11 @@ class ParamSpec:
         return self._ratio((*self.fan_out, *(axis for axis in self.stack if axis not in self.layers)))
 
     @property
+    def r_layers(self) -> float:
+        """Layers in this array at the target over those at the base."""
+        return self._ratio(self.layers)
+
+    @property
     def role(self) -> Role:
         """`"input"`, `"hidden"`, `"output"` or `"finite"`: which of fan-in and fan-out are infinite."""
         wide_in = any(axis in self.infinite for axis in self.fan_in)

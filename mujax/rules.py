@@ -305,6 +305,9 @@ def lr_factor(param: ParamSpec, chosen: Parametrization, optimizer_family: Famil
     factor = _depth_power(param, chosen, DEPTH_LR[optimizer_family])
     for table, weight in chosen.weights:
         factor *= _power(param, TABLES[table][param.role].lr[optimizer_family]) ** weight
+    if optimizer_family == "normalized_gradient" and chosen.depth_alpha is not None:
+        # One norm for all layers of a scan: each layer's share of it falls with the root of their number.
+        factor *= param.r_layers ** (mup_share(chosen) / 2)
     return factor
 
 
@@ -365,7 +368,7 @@ def norm_scale(param: ParamSpec, chosen: Parametrization) -> float:
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
-    return (param.r_in * param.r_out) ** (mup_share(chosen) / 2)
+    return (param.r_in * param.r_out * param.r_layers) ** (mup_share(chosen) / 2)
 
 
 def unaligned(param: ParamSpec, chosen: Parametrization) -> float:

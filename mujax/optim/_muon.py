@@ -71,7 +71,8 @@ class _Matrix:
     @property
     def batch_growth(self) -> float:
         """Number of matrices at the target over that at the base."""
-        batch = set(range(len(self.param.shape))) - {*self.rows, *self.columns}
+        # Layers are no part of one product.
+        batch = set(range(len(self.param.shape))) - {*self.rows, *self.columns, *self.param.layers}
         return self._growth(sorted(batch))
 
     def lr_factor(self, chosen: Parametrization) -> float:

@@ -616,6 +616,27 @@ def test_every_family_moves_the_stream_alike(family):
         assert rules.residual_factor(M, chosen) * step == pytest.approx(1 / M)
 
 
+def test_optimizers_that_divide_by_a_norm_see_layers_one_by_one_or_all_at_once():
+    """A layer's share of the norm of all falls with the root of their number; Muon's is each layer's own."""
+    one = mujax.ParamSpec((4, 4), (4, 4), (0,), (1,), depth=M)
+    all_at_once = mujax.ParamSpec((8, 4, 4), (2, 4, 4), (1,), (2,), stack=(0,), layers=(0,), depth=M)
+    chosen = Parametrization((("mup", 1.0),), 1.0)
+    for family, share in (
+        ("normalized_gradient", M**0.5),
+        ("normalized", 1.0),
+        ("spectral", 1.0),
+        ("adam", 1.0),
+    ):
+        found = rules.lr_factor(all_at_once, chosen, family)
+        assert found == pytest.approx(share * rules.lr_factor(one, chosen, family))
+    assert rules.norm_scale(all_at_once, chosen) == pytest.approx(M**0.5)
+    spec = mujax.MupSpec({"one": one, "all": all_at_once}, chosen)
+    tx = mujax.mup_scale_by_muon(spec)
+    gradients = {"one": jnp.eye(4), "all": jnp.broadcast_to(jnp.eye(4), (8, 4, 4))}
+    updates, _ = tx.update(gradients, tx.init(gradients), gradients)
+    np.testing.assert_allclose(updates["all"], jnp.broadcast_to(updates["one"], (8, 4, 4)), rtol=1e-5)
+
+
 def test_depth_is_a_share_of_the_parametrization():
     param = ParamSpec((4, 4), (4, 4), (0,), (1,), depth=M)
     half = Parametrization((("sp", 0.5), ("mup", 0.5)), 1.0)
@@ -867,8 +888,8 @@ def test_a_factor_that_differs_between_base_and_target_is_refused(name):
     factor, differs, _ = OWN[name]
     own = scaled(factor)
     text = (
-        r"test_depth.py:\d+: expected a residual branch without a factor for depth, found one multiplied with "
-        rf".* in the base and .* in the target, which falls with {differs} of the depth; take it out of the model"
+        r"test_depth.py:\d+: expected a residual branch without a factor for depth, found one multiplied "
+        rf"with .* in the base and .* in the target, which falls with {differs} of the depth; take it"
     )
     with pytest.raises(mujax.DepthError, match=text):
         mujax.mup_init(own(12, True), own(3, True), X, depth="scan")
@@ -1011,7 +1032,6 @@ def change_of_the_stream(parametrized: bool, alpha: float, layers: int) -> float
         apply, tx = mup.apply, mujax.mup_adam(rate, mup.spec)
     else:
         apply, tx = model.apply, optax.adam(rate)
-    params = model.init(jax.random.key(0), x)
 
     def loss(params):
         return jnp.square(apply(params, x) - y).mean()
@@ -1032,12 +1052,13 @@ def change_of_the_stream(parametrized: bool, alpha: float, layers: int) -> float
         return lax.scan(block, h, params["block"])[0]
 
     @jit
-    def run(start):
+    def run():
+        start = model.init(jax.random.key(0), x)
         (end, _), _ = lax.scan(step, (start, tx.init(start)), length=4)
         factor = (layers / DEPTHS[0]) ** -alpha if parametrized else 1.0
         return jnp.sqrt(jnp.square(stream(end, factor) - stream(start, factor)).mean())
 
-    return float(run(params))
+    return float(run())
 
 
 def slope(parametrized: bool, alpha: float = 1.0) -> float:
