@@ -137,7 +137,8 @@ def mup_normalize(spec: MupSpec) -> optax.GradientTransformation:
     This is the steepest direction in the metric that µP's SGD descends in: each layer's share of it is
     independent of width, and it is the same in Tables 3, 8 and 9. For the base model it is
     `optax.contrib.normalize`, bit for bit. Its use is sharpness-aware minimisation, where the plain one
-    comes to perturb nothing but the readout as the width grows:
+    comes to perturb only some of the layers as width grows (in Table 3 the readout, in Table 8 the hidden
+    weights):
 
         optax.contrib.sam(mup_sgd(lr, spec), optax.chain(mup_normalize(spec), optax.sgd(rho)))
 

@@ -265,17 +265,24 @@ def check_plain(tx: optax.GradientTransformation, spec: MupSpec) -> None:
     """Refuses a transform that is in µP already, and one that µP has nothing to say about.
 
     Raises:
-        MujaxError: it applies µP factors.
+        MujaxError: it applies µP factors, or Muon's shape factor.
         ConfigError: it finds its own learning rate.
     """
     # optax warns of some names that contrib has instead.
     public = {**vars(optax.contrib), **vars(optax)}
-    types = tuple(public[name] for name in UNSUPPORTED_STATES if name in public)
+    types = (optax.contrib.MuonState, *(public[name] for name in UNSUPPORTED_STATES if name in public))
 
     def examine(paths: Sequence[str]) -> None:
         states = _Probe.of(tx, spec, paths).states()
         for node in jax.tree.leaves(states, is_leaf=lambda node: isinstance(node, types)):
             if isinstance(node, types):
+                if isinstance(node, optax.contrib.MuonState):
+                    raise MujaxError(
+                        "mup_wrap: expected a transform without factors of its own, found Muon, whose shape "
+                        "factor at the target's sizes the µP rule would scale a second time, and which goes "
+                        "by rank where roles say what a matrix is. Use mujax.mup_muon or "
+                        "mujax.mup_scale_by_muon."
+                    )
                 name = UNSUPPORTED_STATES[type(node).__name__]
                 raise ConfigError(
                     f"mup_wrap: expected an optimizer with a µP rule, found {name}: {UNSUPPORTED[name]}."
