@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import jax
@@ -11,10 +12,9 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jaxtyping import Array, Float64, Int64
-from problems import OPTIMIZERS, Architecture, Case, Mlp, Transformer, batches, tree, weights
+from problems import Architecture, Case, Mlp, Transformer, batches, tree, weights
 
 import mujax
-from mujax.optim import mup_adam, mup_adamw, mup_sgd
 
 DOUBLE: Final = jnp.float64
 
@@ -89,6 +89,19 @@ def transform(case: Case, parametrization: str = "mup") -> mujax.MupModel:
     return mujax.mup_init(build(case.target), build(case.base), inputs, parametrization=parametrization)
 
 
+_MAKERS: Final[Mapping[str, Callable[..., optax.GradientTransformation]]] = {
+    "sgd": mujax.mup_sgd,
+    "adam": mujax.mup_adam,
+    "adamw": mujax.mup_adamw,
+    # PyTorch's is outside of the square root.
+    "rmsprop": functools.partial(mujax.mup_rmsprop, eps_in_sqrt=False),
+    "adagrad": mujax.mup_adagrad,
+    "nadam": mujax.mup_nadam,
+    "radam": mujax.mup_radam,
+    "asgd": mujax.mup_sgd,
+}
+
+
 def optimizer(case: Case, spec: mujax.MupSpec, **changes: Any) -> optax.GradientTransformation:
     """The case's optimizer, with microsoft/mup's unscaled epsilon.
 
@@ -97,13 +110,10 @@ def optimizer(case: Case, spec: mujax.MupSpec, **changes: Any) -> optax.Gradient
         spec: what to scale by.
         **changes: arguments to set differently.
     """
-    makers: dict[str, Callable[..., optax.GradientTransformation]] = {
-        "sgd": mup_sgd,
-        "adam": mup_adam,
-        "adamw": mup_adamw,
-    }
-    scale_eps = {} if case.optimizer == "sgd" else {"scale_eps": False}
-    return makers[case.optimizer](spec=spec, **{**OPTIMIZERS[case.optimizer], **scale_eps, **changes})
+    given = {**case.options, **changes}
+    if "scale_eps" in inspect.signature(_MAKERS[case.optimizer]).parameters:
+        given.setdefault("scale_eps", False)
+    return _MAKERS[case.optimizer](spec=spec, **given)
 
 
 def losses(

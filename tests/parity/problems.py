@@ -84,10 +84,20 @@ TARGETS: Final[Mapping[str, Mapping[str, Architecture]]] = {
 
 # By optax's names, as tuned on the base. Adam's epsilon is large enough to matter, so that where it enters
 # is part of what is compared.
-OPTIMIZERS: Final[Mapping[str, Mapping[str, Any]]] = {
+OPTIMIZERS: Final[dict[str, Mapping[str, Any]]] = {
     "sgd": {"learning_rate": 0.05, "momentum": 0.9},
     "adam": {"learning_rate": 0.01, "b1": 0.9, "b2": 0.98, "eps": 1e-3},
     "adamw": {"learning_rate": 0.01, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.3},
+}
+
+# What microsoft/mup takes as `MuAdam(impl=...)` and `MuSGD(impl=...)`. Where the two libraries put an epsilon
+# in different places (Adagrad, RAdam) it is next to none. ASGD's own iterates are SGD's where nothing decays.
+IMPLEMENTATIONS: Final[dict[str, Mapping[str, Any]]] = {
+    "rmsprop": {"learning_rate": 0.003, "decay": 0.95, "eps": 1e-3, "momentum": 0.5},
+    "adagrad": {"learning_rate": 0.03, "initial_accumulator_value": 1e-3, "eps": 0.0},
+    "nadam": {"learning_rate": 0.01, "b1": 0.9, "b2": 0.98, "eps": 1e-3},
+    "radam": {"learning_rate": 0.04, "b1": 0.9, "b2": 0.98, "eps": 1e-30},
+    "asgd": {"learning_rate": 0.1},
 }
 
 
@@ -101,6 +111,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.architecture}-{self.growth}-{self.optimizer}"
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The optimizer's arguments."""
+        return (OPTIMIZERS | IMPLEMENTATIONS)[self.optimizer]
 
     @property
     def base(self) -> Architecture:
@@ -117,7 +132,7 @@ CASES: Final = tuple(
     Case(architecture, growth, optimizer)
     for architecture in BASES
     for growth in TARGETS[architecture]
-    for optimizer in OPTIMIZERS
+    for optimizer in (*OPTIMIZERS, *(IMPLEMENTATIONS if growth == "mixed" else ()))
 )
 
 

@@ -6,13 +6,14 @@ Imported only where `torch` and `mup` are installed (extra `parity`).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import mup
 import numpy as np
 import torch
-from problems import OPTIMIZERS, Architecture, Case, Mlp, Transformer, batches, weights
+from problems import Architecture, Case, Mlp, Transformer, batches, weights
 from torch import nn
 from torch.nn import functional
 
@@ -115,31 +116,44 @@ def state_dict(size: Architecture, shapes: Mapping[str, torch.Size]) -> dict[str
     return state
 
 
+# optax's names of arguments that PyTorch calls otherwise.
+_ARGUMENTS: Final = {"learning_rate": "lr", "decay": "alpha"}
+
+_MAKERS: Final[Mapping[str, Callable[..., torch.optim.Optimizer]]] = {
+    "sgd": mup.MuSGD,
+    "adam": mup.MuAdam,
+    "adamw": mup.MuAdamW,
+    "rmsprop": functools.partial(mup.MuAdam, impl=torch.optim.RMSprop),
+    "adagrad": functools.partial(mup.MuAdam, impl=torch.optim.Adagrad),
+    # So large that PyTorch's schedule of the momentum is at its end from the first step on; optax has none.
+    "nadam": functools.partial(mup.MuAdam, impl=torch.optim.NAdam, momentum_decay=1e6),
+    "radam": functools.partial(mup.MuAdam, impl=torch.optim.RAdam),
+    "asgd": functools.partial(mup.MuSGD, impl=torch.optim.ASGD, lambd=0.0),
+}
+
+
 def _optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
-    given = dict(OPTIMIZERS[case.optimizer])
-    lr = given.pop("learning_rate")
+    given = {_ARGUMENTS.get(name, name): value for name, value in case.options.items()}
     if "b1" in given:
         given["betas"] = (given.pop("b1"), given.pop("b2"))
-    makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        "sgd": mup.MuSGD,
-        "adam": mup.MuAdam,
-        "adamw": mup.MuAdamW,
-    }
-    return makers[case.optimizer](parameters, lr=lr, **given)
+    return _MAKERS[case.optimizer](parameters, **given)
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    # Split between threads, products this small spend nearly all their time waiting for each other.
-    threads = torch.get_num_threads()
+def _one_thread_in_double() -> Iterator[None]:
+    # Split between threads, products this small spend nearly all their time waiting for each other. Some of
+    # PyTorch's optimizers (NAdam, ASGD) keep scalars of their own, in the default dtype.
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
 
 
-@_one_thread()
+@_one_thread_in_double()
 def losses(case: Case) -> list[float]:
     """Trains with microsoft/mup and returns the loss at every step, before its update."""
     model = _build(case.target)

@@ -19,7 +19,7 @@ import optax
 import ours
 import pytest
 from jaxtyping import Float64
-from problems import CASES, OPTIMIZERS, STEPS, Case
+from problems import CASES, IMPLEMENTATIONS, OPTIMIZERS, STEPS, Case
 
 import mujax
 from mujax import rules
@@ -33,6 +33,7 @@ RTOL = 1e-9
 CLEARLY = 1e-3
 
 MLP_SGD, MLP_ADAM, MLP_ADAMW = (Case("mlp", "mixed", name) for name in OPTIMIZERS)
+MLP_RMSPROP, MLP_ADAGRAD, _, MLP_RADAM, MLP_ASGD = (Case("mlp", "mixed", name) for name in IMPLEMENTATIONS)
 TRANSFORMER_SGD, TRANSFORMER_ADAM, _ = (Case("transformer", "mixed", name) for name in OPTIMIZERS)
 
 
@@ -117,6 +118,9 @@ def test_readout_without_its_factor_differs(case: Case) -> None:
         (MLP_SGD, "output"),
         (MLP_ADAM, "hidden"),
         (MLP_ADAMW, "hidden"),
+        (MLP_ADAGRAD, "hidden"),
+        (MLP_RADAM, "hidden"),
+        (MLP_ASGD, "input"),
     ],
     ids=str,
 )
@@ -134,10 +138,18 @@ def test_fan_in_taken_for_fan_out_differs(case: Case) -> None:
     assert distance(ours.losses(case, model=model, tx=tx), case) > CLEARLY
 
 
-def test_scaled_epsilon_differs() -> None:
-    model = ours.transform(MLP_ADAM)
-    tx = ours.optimizer(MLP_ADAM, model.spec, scale_eps=True)
-    assert distance(ours.losses(MLP_ADAM, model=model, tx=tx), MLP_ADAM) > CLEARLY
+@pytest.mark.parametrize("case", [MLP_ADAM, MLP_RMSPROP], ids=str)
+def test_scaled_epsilon_differs(case: Case) -> None:
+    model = ours.transform(case)
+    tx = ours.optimizer(case, model.spec, scale_eps=True)
+    assert distance(ours.losses(case, model=model, tx=tx), case) > CLEARLY
+
+
+def test_an_epsilon_on_the_other_side_of_the_root_differs() -> None:
+    """optax's default for RMSProp is not PyTorch's."""
+    model = ours.transform(MLP_RMSPROP)
+    tx = ours.optimizer(MLP_RMSPROP, model.spec, eps_in_sqrt=True)
+    assert distance(ours.losses(MLP_RMSPROP, model=model, tx=tx), MLP_RMSPROP) > CLEARLY
 
 
 def test_decay_multiplied_with_the_factor_differs() -> None:
