@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from mujax import forward, rules
-from mujax.depth import Branches, Depth, find_branches
+from mujax.depth import Branches, Depth, find_branches, power_of_fix
 from mujax.errors import DepthError, MujaxError, RoleError
 from mujax.frontend import Call
 from mujax.infshape import MupSpec, Parametrization, ParamSpec
@@ -101,18 +101,22 @@ def read_call(
     analysis = analyse(base, program, call.params, state, prescribed)
     found: dict[EqnPath, list[Correction]] = {}
     findings = list(analysis.findings)
+    reached = None
+    if share and depth is not None and depth.ratio != 1:
+        reached = _known_branches(spec, find_branches(program, call.params, depth.residual, part=True))
     if share:
         for site, correction in _of_products(spec, analysis).items():
             found.setdefault(site, []).append(correction)
         for fix in analysis.fixes:
+            if reached and depth and "residual" in off and power_of_fix(fix, reached, depth, spec):
+                # The model's own factor for depth, which takes the place of ours.
+                continue
             kind: Kind = "attention" if fix.attention else "scale"
             found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
     branches: dict[EqnPath, int] = {}
-    if share and depth is not None and depth.ratio != 1:
+    if reached and depth:
         factor = rules.residual_factor(depth.ratio, chosen)
-        for branch in _known_branches(
-            spec, find_branches(program, call.params, depth.residual, part=True)
-        ).found:
+        for branch in reached.found:
             found.setdefault(branch.site, []).append(Correction("residual", factor, branch.where))
             branches[branch.site] = branch.operand
     out: dict[EqnPath, tuple[Correction, ...]] = {}

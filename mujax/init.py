@@ -170,7 +170,8 @@ def mup_init(
         _depth=plan,
     )
     if plan is not None and branches is not None:
-        refuse_own_factors(*branches, plan, mup._reading.analysis.fixes)
+        if "residual" not in off:
+            refuse_own_factors(*branches, plan, mup._reading.analysis.fixes, spec)
         if branches[1].stream:
             mup = dataclasses.replace(mup, _said=(_of_stream(branches[1]),))
     if zero_init:
@@ -337,6 +338,7 @@ class MupModel:
             variables=lambda key: self._target.leaves(self.init(key)),
             inputs=self._inputs,
             analysis=self._reading.analysis,
+            corrections=self._reading.corrections,
         )
 
     def explain(self) -> str:

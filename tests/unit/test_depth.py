@@ -194,6 +194,12 @@ def low_rank_inside(w, x):
     return x + jnp.tanh(dense(w, "full")(y) + dense(w, "b")(dense(2, "a")(y)))
 
 
+def embedded(w, x):
+    """A lookup that only the branch and the stream read, in another dtype: no use inside of the branch."""
+    x = nn.Embed(5, w, dtype=jnp.float16, name="embed")(x[:, 0].astype(int)).astype(jnp.float32)
+    return x + mlp(w, x)
+
+
 def stage(w, x):
     """A projection shortcut."""
     y = nn.relu(dense(w, "f_up")(x))
@@ -221,6 +227,7 @@ FOUND: dict[Callable[..., Any], list[set[str]]] = {
     conditioned: [{f"{name}_{one}/kernel" for one in ("shift", "down")} for name in "fg"],
     cross_attention: [{f"{name}_{one}/kernel" for one in "qkv"} for name in "fg"],
     low_rank_inside: [{"full/kernel", "a/kernel", "b/kernel"}],
+    embedded: [MLP],
     stage: [{"f_up/kernel", "f_down/kernel"}],
 }
 
@@ -326,7 +333,12 @@ def _shared(w, x):
     return x + f(jnp.tanh(f(x))) if w == 1 else jnp.tanh(f(x + f(jnp.tanh(x))))
 
 
+def _part_of_the_stream(w, x):
+    return x.at[:, :4].add(dense(4, "f")(jnp.tanh(x)))
+
+
 AMBIGUOUS: dict[Callable[..., Any], str] = {
+    _part_of_the_stream: "found an addition to a part of an array",
     _highway: "found a stream that is multiplied with another activation",
     _two_projections: "found products with parameters or between activations on both sides of the sum",
     _low_rank: "found products with parameters or between activations on both sides of the sum",
@@ -911,9 +923,27 @@ def test_factors_that_are_no_matter_of_depth_are_left_alone():
     # At the base's depth nothing is wrong with a factor of one's own.
     own = scaled(lambda n: 1 / n)
     assert not mujax.mup_init(own(4, False), own(4, False), X, depth=(4, 4), strict=True).corrections
+    # A constant of some branches only: half a step of a feed-forward, as in the Conformer.
+    net = Net(lambda w, x: (y := x + 0.5 * mlp(w, x)) + mlp(w, y, "g"))
+    assert mujax.mup_init(net, net, X, depth=(1, 4), strict=True).corrections
     # Of a weighted sum both terms have it.
     net = Net(lambda w, x: 0.5 * x + 0.5 * mlp(w, x))
     assert mujax.mup_init(net, net, X, depth=(1, 4), strict=True).corrections
+
+
+def test_a_factor_of_ones_own_can_take_the_place_of_mujaxs():
+    """The learning rates then are those of Table 1, and the forward pass is the model's own."""
+    own = scaled(OWN["relative"][0])
+    mup = mujax.mup_init(own(12, True), own(3, True), X, depth="scan", corrections={"residual": False})
+    assert mup.corrections == ()
+    assert mup.spec["block/up/kernel"].depth == M
+
+
+def test_what_scales_as_width_does_is_no_matter_of_depth():
+    """Width and depth grow alike, and a constant of the branch falls with one of them: with the width."""
+    wide, narrow = (Net(lambda w, x: x + mlp(w, x) * w**-0.5, width=width) for width in (32, 8))
+    mup = mujax.mup_init(wide, narrow, X, depth=(2, 8), strict=True)
+    assert sorted(c.kind for c in mup.corrections) == ["readout", "residual", "scale"]
 
 
 def test_a_constant_inside_of_a_branch_that_scales_with_depth_is_refused():
