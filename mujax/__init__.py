@@ -115,3 +115,7 @@ from mujax.rules import interpolate as interpolate
 from mujax.trace import Finding as Finding
 from mujax.transfer import TransferConfig as TransferConfig
 from mujax.transfer import transfer as transfer
+from mujax.transfer_check import TransferCheck as TransferCheck
+from mujax.transfer_check import transfer_check as transfer_check
+from mujax.wider import WiderIsBetter as WiderIsBetter
+from mujax.wider import wider_is_better as wider_is_better

@@ -1,17 +1,22 @@
-"""What a training run comes down to, and where a curve of such losses over learning rates is lowest."""
+"""Statistics of training runs: what a run comes down to, and where a curve over learning rates is lowest."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+from scipy import special
 
 # How far from the best grid point the parabola looks, in powers of two: wide enough to average over noise,
 # near enough that the loss is still a parabola in the logarithm of the learning rate.
 _FIT_REACH: Final = 2.0
+
+
+Status = Literal["pass", "fail", "undecided"]
+"""What a check says; undecided where the noise, or the grid, does not allow to tell."""
 
 
 class Losses(NamedTuple):
@@ -60,6 +65,15 @@ def mean(losses: Sequence[float | None]) -> float | None:
     """The mean over seeds; None where one of them diverged."""
     finite = [loss for loss in losses if loss is not None]
     return statistics.fmean(finite) if len(finite) == len(losses) else None
+
+
+def student(confidence: float, freedom: float) -> float:
+    """Half the width of a two-sided interval, in standard errors: a quantile of Student's t.
+
+    >>> round(student(0.95, 4), 3)
+    2.776
+    """
+    return float(special.stdtrit(freedom, (1 + confidence) / 2))
 
 
 def best_index(losses: Sequence[float | None]) -> int | None:
