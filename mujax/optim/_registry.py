@@ -350,6 +350,10 @@ OPTIMIZERS: Final[Mapping[str, Entry]] = {
         layout="sophia",
         epsilons={"eps": "gradient over update"},
         decay=_DECAY_2,
+        same_run=(
+            "Hutchinson's estimate of the diagonal has noise from the other entries of a row, whose units "
+            "change with the table; its expectation is the same, and with an exact diagonal so is the run"
+        ),
         note=(
             "Its Newton step is clipped at the learning rate, entry by entry: Adam's rule. The diagonal of "
             "the Hessian is measured against the parameter's own learning rate, so that γ clips at the same "
