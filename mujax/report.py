@@ -53,6 +53,7 @@ def explain(
         f"{len(spec)} parameters, {spec.size():,} entries, parametrization {chosen}. Factors are relative "
         "to the base; "
         "init is what the user's own initial values are multiplied with.",
+        *_of_depth(spec),
         "",
     ]
     for number, row in enumerate(rows):
@@ -72,6 +73,16 @@ def explain(
         for f, n in counts.items()
     ] or ["  nothing"]
     return "\n".join(lines)
+
+
+def _of_depth(spec: MupSpec) -> list[str]:
+    """How much deeper than the base, and how many parameters that concerns."""
+    ratios = {param.depth for param in spec.values()} - {1.0}
+    inside = sum(param.depth != 1 for param in spec.values())
+    return [
+        f"{ratio:.4g} times as deep as the base: {inside} parameters are inside of residual branches."
+        for ratio in sorted(ratios)
+    ]
 
 
 def _alike(spec: MupSpec, scales: Mapping[str, float]) -> dict[str, list[str]]:

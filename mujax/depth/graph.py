@@ -260,7 +260,7 @@ class Graph:
                 *(
                     atom.roots
                     for atom, var in zip(ins, eqn.invars, strict=True)
-                    if math.prod(shape_of(var)) > 1 or atom.axes is not None
+                    if any(size != 1 for size in shape_of(var)) or atom.axes is not None
                 )
             )
         opaque = any(isinstance(value, jex.Jaxpr | jex.ClosedJaxpr) for value in eqn.params.values())
@@ -366,9 +366,8 @@ def _closed_over(array: Any) -> Atom:
 
 
 def _number(value: Any) -> float | None:
-    if np.size(value) != 1 or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        return None
-    return float(np.asarray(value).reshape(()))
+    floating = isinstance(value, float) or jnp.issubdtype(getattr(value, "dtype", np.int32), jnp.floating)
+    return float(np.asarray(value).reshape(())) if floating and np.size(value) == 1 else None
 
 
 def _folded(eqn: Any, ins: Sequence[Atom]) -> float | None:

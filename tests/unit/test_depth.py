@@ -1044,6 +1044,8 @@ def test_explain_names_depth():
     text = wrap("functional", 0.5).explain()
     assert "parametrization mup with depth alpha 0.5" in text
     assert "x 0.5  residual at " in text
+    assert "4 times as deep as the base: 4 parameters are inside of residual branches." in text
+    assert "as deep as the base" not in wrap("functional", depth=None, depth_alpha=1.0).explain()
 
 
 # ---- the coordinate check --------------------------------------------------------------------------------
