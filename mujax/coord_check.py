@@ -27,16 +27,18 @@ import numpy as np
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.infshape import ParamSpec
 from mujax.init import MupModel
-from mujax.records import STATS, Batch, Measured, Program, Subject, inserted_factor, site_factor
+from mujax.records import STATS, Batch, Measured, Program, Subject, hook_factor, inserted_factor, site_factor
 from mujax.response import Response, respond
 from mujax.subject import Loss, Optimizer, as_inputs, default_loss, optimizer_of, subjects
-from mujax.taps import Tap, find_taps
+from mujax.taps import chain, find_taps
 from mujax.verdict import Check, Exponents, Fault, Status, broken_rules, fault, judge
 
 # Large, as the guide of microsoft/mup recommends, and a second one further up: what a small rate hides
 # behind the initial values a large one shows.
 _RATES: Final[Mapping[bool, tuple[float, float]]] = {True: (2.0**-5, 2.0**-3), False: (2.0**-9, 2.0**-7)}
 _EXACT: Final = 0.2
+# A gradient this much smaller than the others is rounding.
+_NOISE: Final = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +247,7 @@ def coord_check(
     learning_rates: Sequence[float] | None = None,
     steps: int = 6,
     seeds: int = 4,
+    seed: int = 0,
     base: Callable[[int], Any] | None = None,
     base_width: int | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -272,6 +275,7 @@ def coord_check(
         learning_rates: tried one after the other; two large ones by default.
         steps: optimizer steps.
         seeds: number of seeds; they are the repeats that the intervals come from.
+        seed: the first of them.
         base: target width -> base model; `factory(base_width)` by default.
         base_width: the smallest of `widths` by default.
         kwargs: keyword arguments of the model.
@@ -306,14 +310,16 @@ def coord_check(
     models = subjects(factory, widths, base, base_width, examples, kwargs, **mup_kwargs)
     clean = _clean(factory, models, examples, kwargs)
     taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
-    given = _with_targets(clean, examples) if batches is None else [(as_inputs(x), y) for x, y in batches]
+    given = (
+        _with_targets(clean, examples, seed) if batches is None else [(as_inputs(x), y) for x, y in batches]
+    )
     if batches is None and loss is not None:
         raise ConfigError("loss: expected batches with targets beside a loss of your own, got inputs only.")
     checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
     rates = tuple(learning_rates) if learning_rates else _default_rates(checked, optimizer)
-    measured = _measure(checked, loss or default_loss, given, rates, steps, seeds, progress)
-    faults = _faults(clean, models, checked, measured, rates[0])
-    return _report(models, taps, measured, rates, steps, seeds, faults)
+    numbers = range(seed, seed + seeds)
+    measured = _measure(checked, loss or default_loss, given, rates, steps, numbers, progress)
+    return report(clean, models, checked, measured, rates, steps)
 
 
 def _bound(optimizer: Optimizer, mup: MupModel) -> Callable[[Any], Any]:
@@ -342,7 +348,7 @@ def _outputs(mup: MupModel) -> list[str]:
     return ["output"] if len(leaves) == 1 else [f"output {number}" for number, _ in enumerate(leaves)]
 
 
-def _with_targets(mup: MupModel, inputs: tuple[Any, ...]) -> list[Batch]:
+def _with_targets(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
     """Made-up targets: classes where the output can be logits, else values."""
     output = mup.replay.output()
     if not hasattr(output, "shape"):
@@ -350,7 +356,7 @@ def _with_targets(mup: MupModel, inputs: tuple[Any, ...]) -> list[Batch]:
             f"inputs: expected a model that returns one array, got {jax.tree.map(jnp.shape, output)}; pass "
             "batches= with targets and a loss=."
         )
-    key = jax.random.key(0)
+    key = jax.random.key(seed)
     if output.ndim >= 2 and output.shape[-1] > 1:
         return [(inputs, jax.random.randint(key, output.shape[:-1], 0, output.shape[-1]))]
     return [(inputs, jax.random.normal(key, output.shape, output.dtype))]
@@ -367,13 +373,15 @@ def _measure(
     batches: Sequence[Batch],
     rates: Sequence[float],
     steps: int,
-    seeds: int,
+    seeds: Sequence[int],
     progress: Callable[[CheckProgress], None] | None,
 ) -> dict[int, Measured]:
     tell = progress or (lambda _: None)
-    total = len(checked) * len(rates) * seeds
+    total = len(checked) * len(rates) * len(seeds)
     # Compiling is most of the work of a small check; a wide model takes longer to run.
-    weights = {width: 1.0 + 0.1 * (width / min(checked)) ** 2 * len(rates) * seeds / 40 for width in checked}
+    weights = {
+        width: 1.0 + 0.1 * (width / min(checked)) ** 2 * len(rates) * len(seeds) / 40 for width in checked
+    }
     whole = 2 * len(checked) + sum(weights.values())
     done, work = 0, 0.0
     tell(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
@@ -386,11 +394,11 @@ def _measure(
             work += 2
             found = []
             for rate in rates:
-                for seed in range(seeds):
+                for seed in seeds:
                     tell(CheckProgress(done, total, work / whole, f"width {width}"))
                     found.append(list(program.run(jax.random.key(seed), rate, steps)))
-                    done, work = done + 1, work + weights[width] / (len(rates) * seeds)
-            out[width] = _gathered(found, program.paths, len(rates), seeds)
+                    done, work = done + 1, work + weights[width] / (len(rates) * len(seeds))
+            out[width] = _gathered(found, program.paths, len(rates), len(seeds))
     tell(CheckProgress(done, total, 1.0, "done"))
     return out
 
@@ -414,16 +422,27 @@ def _gathered(found: list[list[Any]], paths: tuple[str, ...], rates: int, seeds:
 # ---- the verdict -----------------------------------------------------------------------------------
 
 
-def _report(
+def report(
+    clean: MupModel,
     models: Mapping[int, MupModel],
-    taps: Sequence[Tap],
+    checked: Mapping[int, Subject],
     measured: Mapping[int, Measured],
     rates: tuple[float, ...],
     steps: int,
-    seeds: int,
-    faults: tuple[Fault, ...],
 ) -> CoordCheck:
+    """The verdict on what was measured.
+
+    Args:
+        clean: the widest model against the narrowest, read off their programs and nothing else.
+        models: what was checked, by width.
+        checked: the same with optimizer and taps.
+        measured: what was measured, by width.
+        rates: the learning rates.
+        steps: number of steps.
+    """
+    faults = _faults(clean, models, checked, measured, rates[0])
     widths = tuple(models)
+    taps = checked[widths[-1]].taps
     table = np.stack([measured[width].taps for width in widths])
     blamed = {one.name for one in faults}
     reports = []
@@ -451,7 +470,7 @@ def _report(
         widths=widths,
         learning_rates=rates,
         steps=steps,
-        seeds=seeds,
+        seeds=table.shape[2],
         parametrization=str(next(iter(models.values())).spec.parametrization),
         sizes={rate: sizes[:, which] for which, rate in enumerate(rates)},
         losses={rate: losses[:, which] for which, rate in enumerate(rates)},
@@ -526,7 +545,12 @@ def _faults(
                 *_of_optimizer(path, [(one.epsilon[number], one.decay[number]) for one in responses], octaves)
             )
     add(*_of_attention(clean, checked[narrow], checked[wide], octaves))
+    add(*_of_constants(clean, checked[narrow], checked[wide], octaves))
     return tuple(found.values())
+
+
+def _typical(measured: Measured) -> float:
+    return float(np.median(measured.gradients)) or 1.0
 
 
 def _entry(mup: MupModel, path: str) -> float:
@@ -576,4 +600,26 @@ def _of_attention(clean: MupModel, narrow: Subject, wide: Subject, octaves: floa
             found = math.log2(inserted_factor(wide, tap) / inserted_factor(narrow, tap)) / octaves
             if abs(found - expected) > _EXACT:
                 out.append(fault(tap.name, "attention", found - expected, 0.0, tap.where))
+    return out
+
+
+def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
+    """Constants that scale with width and that nothing holds.
+
+    Those behind a product with a parameter are a part of that product's factor and looked at there.
+    """
+    replay = clean.replay
+    counted = {
+        step.site
+        for tap in wide.taps
+        if tap.site is not None and tap.params
+        for step in chain(replay.program, replay.analysis, tap.site)
+    }
+    out = []
+    for site, corrections in replay.corrections.items():
+        wanted = math.prod(one.factor for one in corrections if one.kind == "scale")
+        applied = hook_factor(wide, site) / hook_factor(narrow, site)
+        off = math.log2(applied / wanted) / octaves
+        if site not in counted and wanted != 1 and abs(off) > _EXACT:
+            out.append(fault(corrections[0].where, "constant", off, 0.0, corrections[0].where))
     return out

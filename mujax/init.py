@@ -152,8 +152,7 @@ def mup_init(
     if depth is not None:
         plan = _depth(depth, residual, spec)
         branches = _branches(plan, base_program, base_call, program, call)
-        inside = {path: dataclasses.replace(spec[path], depth=plan.ratio) for path in branches[1].params}
-        spec = MupSpec({**spec, **inside}, chosen)
+        spec = _inside(spec, branches[1], plan)
         refuse_scaled_init(spec, branches[1], plan, own, target.program, target.params)
     mup = MupModel(
         spec=spec,
@@ -498,6 +497,18 @@ def _branches(depth: Depth, base: Any, base_call: Call, target: Any, call: Call)
             f"{len(big.found)}; build both with the same code."
         )
     return small, big
+
+
+def _inside(spec: MupSpec, branches: Branches, depth: Depth) -> MupSpec:
+    """The spec with what is inside of residual branches as deep as it is."""
+    if depth.ratio == 1:
+        return spec
+    params = dict(spec)
+    for path in branches.params:
+        # The layers of a scan are layers where base and target have the same number of them, too.
+        layers = tuple(axis for axis in params[path].stack if axis in branches.layers.get(path, ()))
+        params[path] = dataclasses.replace(params[path], depth=depth.ratio, layers=layers)
+    return MupSpec(params, spec.parametrization)
 
 
 def _of_stream(branches: Branches) -> Finding:

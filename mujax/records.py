@@ -24,6 +24,7 @@ from mujax import forward
 from mujax.infshape import leaf_path
 from mujax.replay import Replay
 from mujax.taps import Tap, downstream
+from mujax.trace import EqnPath
 
 STATS: Final = ("size", "change", "by_weights", "by_inputs")
 """Mean absolute entry of: the activation; its change since initialisation; the part of that change that the
@@ -207,6 +208,11 @@ def site_factor(subject: Subject, tap: Tap) -> float:
     inserted = {site: _constant(hook) for site, hook in subject.replay.hooks.items()}
     own = downstream(subject.replay.program, subject.replay.analysis, inserted, tap.site)
     return own * inserted.get(tap.site, 1.0)
+
+
+def hook_factor(subject: Subject, site: EqnPath) -> float:
+    """The constant that is inserted at a place."""
+    return _constant(subject.replay.hooks.get(site))
 
 
 def inserted_factor(subject: Subject, tap: Tap) -> float:

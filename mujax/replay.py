@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from mujax import forward
+from mujax.corrections import Correction
 from mujax.errors import ShapeMismatchError
 from mujax.frontend import Call
 from mujax.trace import Analysis, EqnPath
@@ -35,6 +36,7 @@ class Replay:
         variables: key -> flat variables.
         inputs: the example inputs.
         analysis: what is known of the program.
+        corrections: what the hooks are for, by place.
     """
 
     program: Any
@@ -45,6 +47,7 @@ class Replay:
     variables: Callable[[Key[Array, ""]], list[Any]]
     inputs: tuple[Any, ...]
     analysis: Analysis
+    corrections: Mapping[EqnPath, Sequence[Correction]]
 
     def init(self, key: Key[Array, ""]) -> tuple[PyTree, list[Any]]:
         """Initial parameters, as a tree of dicts by path, and the variables that they are a part of."""

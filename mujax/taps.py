@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jax.extend import core as jex
 
@@ -215,30 +216,77 @@ def downstream(program: Any, analysis: Analysis, factors: Mapping[EqnPath, float
         factors: factors that are inserted, by place.
         site: the place of the equation.
     """
-    jaxpr = forward.around(program, site)
-    readers: dict[Any, list[tuple[int, Any]]] = collections.defaultdict(list)
-    for index, eqn in enumerate(jaxpr.eqns):
-        for atom in eqn.invars:
-            if not isinstance(atom, jex.Literal):
-                readers[atom].append((index, eqn))
-    for atom in jaxpr.outvars:
-        if not isinstance(atom, jex.Literal):
-            readers[atom].append((-1, None))
     products = {product.site for product in analysis.products}
-    out, factor = jaxpr.eqns[int(site[-1])].outvars[0], 1.0
-    while len(readers[out]) == 1:
-        ((index, eqn),) = readers[out]
-        if eqn is None:
-            break
-        here = (*site[:-1], index)
-        if here in products:
+    factor = 1.0
+    for step in chain(program, analysis, site):
+        if step.site in products:
             return 1.0
-        step = _constant_step(eqn, eqn.invars.index(out), analysis.operands.get(here, ()))
-        if step is None:
-            break
-        factor *= step * factors.get(here, 1.0)
-        out = eqn.outvars[0]
+        factor *= step.constant * factors.get(step.site, 1.0)
     return factor
+
+
+class Step(NamedTuple):
+    """A later equation that does nothing but multiply with a constant.
+
+    Attributes:
+        site: its place.
+        constant: the constant; 1 for a change of layout or an added parameter.
+    """
+
+    site: EqnPath
+    constant: float
+
+
+def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
+    """The equations that an output goes through one after the other, for as long as they only scale it.
+
+    The last one is the product that it goes into, if that is what ends the chain.
+
+    Args:
+        program: the program that the equation is in.
+        analysis: what is known of its operands.
+        site: the place of the equation.
+    """
+    products = {product.site for product in analysis.products}
+    jaxpr = forward.around(program, site)
+    out = jaxpr.eqns[int(site[-1])].outvars[0]
+    while True:
+        readers = _readers(jaxpr).get(out, [])
+        if len(readers) != 1:
+            return
+        (index,) = readers
+        if index == _OUTPUT:
+            site = site[:-2]
+            if not site or forward.at(program, site).primitive.name not in _CALLS:
+                return
+            caller = forward.at(program, site)
+            out, jaxpr = caller.outvars[jaxpr.outvars.index(out)], forward.around(program, site)
+            continue
+        site = (*site[:-1], index)
+        if site in products:
+            yield Step(site, 1.0)
+            return
+        eqn = jaxpr.eqns[index]
+        constant = _constant_step(eqn, eqn.invars.index(out), analysis.operands.get(site, ()))
+        if constant is None:
+            return
+        yield Step(site, constant)
+        out = eqn.outvars[0]
+
+
+_OUTPUT = -1
+_CALLS = frozenset({"jit", "remat2", "custom_jvp_call", "closed_call", "core_call"})
+
+
+@functools.lru_cache(maxsize=64)
+def _readers(jaxpr: Any) -> Mapping[Any, Sequence[int]]:
+    """Which equations read each variable, by index; `_OUTPUT` for the program's own outputs."""
+    readers: dict[Any, list[int]] = collections.defaultdict(list)
+    for index, atoms in [*enumerate(eqn.invars for eqn in jaxpr.eqns), (_OUTPUT, jaxpr.outvars)]:
+        for atom in atoms:
+            if not isinstance(atom, jex.Literal):
+                readers[atom].append(index)
+    return readers
 
 
 def _constant_step(eqn: Any, position: int, operands: Sequence[Operand]) -> float | None:

@@ -219,7 +219,14 @@ def _transient(check: Check, widths: Sequence[int], series: Mapping[str, np.ndar
 # ---- parameters ------------------------------------------------------------------------------------
 
 Rule = Literal[
-    "initialisation", "forward factor", "learning rate", "epsilon", "weight decay", "attention", "activation"
+    "initialisation",
+    "forward factor",
+    "learning rate",
+    "epsilon",
+    "weight decay",
+    "attention",
+    "constant",
+    "activation",
 ]
 
 # Exponents of a rule are exact but for the noise of initial values.
@@ -258,6 +265,8 @@ _REMEDY: Final[Mapping[Rule, str]] = {
     "is without; let epsilon follow the gradient (scale_eps=True) or make it smaller",
     "weight decay": "its decay per step scales as width^{found:.2f} and should not depend on width; put "
     "weight decay after the µP factor",
+    "constant": "a constant of the model scales as width^{found:.2f} and should not depend on width; leave "
+    "the scale correction on, or write the constant as a number",
     "attention": "attention logits are off by width^{found:.2f} from what 1/d attention gives; leave the "
     "attention correction on, or divide by d in place of its root",
 }
@@ -326,9 +335,10 @@ def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: E
     of_factor = fault(tap.name, "forward factor", found.factor, factor, tap.where)
     of_initial = fault(path, "initialisation", found.initial or 0.0, initial, tap.where)
     of_lr = fault(path, "learning rate", found.lr or 0.0, lr, tap.where)
-    # A constant that nothing makes up for is a fault of its own; one that is made up for is a way of writing.
-    if is_off(off_factor) and lr_breaks and not is_off(off_lr):
-        return [of_factor, *([of_initial] if is_off(off_initial) else [])]
-    if is_off(off_factor) and init_breaks and not is_off(off_initial):
-        return [of_factor, *([of_lr] if is_off(off_lr) else [])]
+    # A constant that neither of the two makes up for is a fault of its own; where one of them does, it is a
+    # way of writing, and the other is at fault.
+    neither = (init_breaks or found.initial is None) and (lr_breaks or found.lr is None)
+    if is_off(off_factor) and neither and not (is_off(off_lr) and is_off(off_initial)):
+        rest = ((of_initial, is_off(off_initial)), (of_lr, is_off(off_lr)))
+        return [of_factor, *(one for one, broken in rest if broken)]
     return [one for one, broken in ((of_initial, init_breaks), (of_lr, lr_breaks)) if broken]

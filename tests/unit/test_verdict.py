@@ -1,0 +1,182 @@
+"""Slopes, their intervals, what passes and what fails, and which rule gets the blame."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mujax.infshape import ParamSpec
+from mujax.taps import Tap
+from mujax.verdict import Exponents, broken_rules, fitted_slope, judge, student_t
+
+WIDTHS = (64, 128, 256, 512)
+
+
+def noisy(slope, noise, seeds=4, steps=4, seed=0):
+    """Sizes that scale as a power of the width: (widths, seeds, steps)."""
+    draw = np.random.default_rng(seed).normal(size=(len(WIDTHS), seeds, steps))
+    return np.asarray(WIDTHS, float)[:, None, None] ** slope * np.exp2(noise * draw)
+
+
+def stats(size=0.0, change=0.0, by_weights=0.0, noise=0.02, seed=0):
+    """What is measured at a tap whose quantities scale with these exponents: nothing has moved at first."""
+    table = np.stack(
+        [
+            noisy(slope, noise, seed=seed + n)
+            for n, slope in enumerate((size, change, by_weights, by_weights))
+        ],
+        axis=-1,
+    )
+    table[:, :, 0, 1:] = 0.0
+    return table
+
+
+def tap(kind="product"):
+    return Tap("net/kernel", kind, (0,), "net.py:1", ("net/kernel",), 1)
+
+
+def statuses(checks):
+    return {check.quantity: check.status for check in checks}
+
+
+@pytest.mark.parametrize("slope", [-1.0, 0.0, 0.37])
+def test_slope_of_a_power(slope):
+    found = fitted_slope(WIDTHS, noisy(slope, 0.0)[..., 0])
+    assert found.value == pytest.approx(slope)
+    assert found.low == pytest.approx(slope)
+
+
+def test_interval_covers_as_often_as_it_says():
+    inside = 0
+    for seed in range(400):
+        found = fitted_slope(WIDTHS, noisy(0.3, 0.2, seed=seed)[..., 0])
+        inside += found.low <= 0.3 <= found.high
+    # 99 % of 400, give or take three standard deviations.
+    assert 390 <= inside <= 400
+
+
+def test_interval_is_wider_with_noise_and_fewer_seeds():
+    def width(noise, seeds):
+        found = fitted_slope(WIDTHS, noisy(0.0, noise, seeds)[..., 0])
+        return found.high - found.low
+
+    assert width(0.2, 8) > 2 * width(0.02, 8)
+    assert width(0.1, 2) > width(0.1, 16)
+
+
+def test_one_seed_takes_the_scatter_around_the_line():
+    straight = fitted_slope(WIDTHS, noisy(1.0, 0.0, seeds=1)[..., 0])
+    scattered = fitted_slope(WIDTHS, noisy(1.0, 0.3, seeds=1)[..., 0])
+    assert straight.high - straight.low < 1e-6
+    assert scattered.high - scattered.low > 0.2
+
+
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 63.657), (2, 9.925), (3, 5.841), (4, 4.604), (12, 3.055), (100, 2.626)]
+)
+def test_student_t_quantiles(freedom, value):
+    # Tables of the t distribution at 0.995.
+    assert student_t(0.995, freedom) == pytest.approx(value, rel=0.02)
+    assert student_t(0.995, 0) == math.inf
+
+
+def test_what_depends_on_nothing_passes():
+    assert set(statuses(judge(tap(), WIDTHS, stats())).values()) == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("quantity", "exponents"),
+    [
+        ("initial size", {"size": 0.5}),
+        ("initial size", {"size": -0.5}),
+        ("size", {"size": 0.5}),
+        ("change", {"change": 0.5}),
+        ("change", {"change": -1.0}),
+        ("effect of its update", {"by_weights": 0.5}),
+        ("effect of its update", {"by_weights": -1.0}),
+    ],
+)
+def test_a_power_of_the_width_fails(quantity, exponents):
+    assert statuses(judge(tap(), WIDTHS, stats(**exponents)))[quantity] == "fail"
+
+
+@pytest.mark.parametrize("kind", ["readout", "logits", "output"])
+def test_sums_of_independent_terms_may_fall_at_first(kind):
+    assert statuses(judge(tap(kind), WIDTHS, stats(size=-0.5)))["initial size"] == "pass"
+    assert statuses(judge(tap(kind), WIDTHS, stats(size=-1.0)))["initial size"] == "fail"
+    assert statuses(judge(tap(kind), WIDTHS, stats(size=0.5)))["initial size"] == "fail"
+
+
+def test_noise_leaves_it_open():
+    found = statuses(judge(tap(), WIDTHS, stats(change=0.2, noise=1.5)))
+    assert found["change"] == "undecided"
+
+
+def test_growth_of_the_first_steps_is_told_from_growth_that_lasts():
+    table = stats(change=1.0)
+    table[:, :, -1, 1] = noisy(0.0, 0.02)[:, :, -1]
+    check = next(check for check in judge(tap(), WIDTHS, table) if check.quantity == "change")
+    assert check.status == "pass"
+    assert check.note == "outside at first, within by the last step"
+
+
+def test_divergence_of_the_wide_fails_and_of_all_is_open():
+    table = stats()
+    table[-1, :, 2:] = np.nan
+    checks = judge(tap(), WIDTHS, table)
+    assert statuses(checks)["size"] == "fail"
+    assert next(check for check in checks if check.quantity == "size").note.startswith("diverges as")
+    table[:, :, 2:] = np.inf
+    assert statuses(judge(tap(), WIDTHS, table))["size"] == "undecided"
+
+
+def test_what_does_not_move_is_not_judged():
+    table = stats()
+    table[..., 1:] = 0.0
+    assert set(statuses(judge(tap(), WIDTHS, table))) == {"initial size", "size"}
+
+
+def test_only_the_update_counts_for_a_vector():
+    assert set(statuses(judge(tap("vector"), WIDTHS, stats(size=1.0)))) == {"effect of its update"}
+
+
+# ---- rules: exponents of a hidden weight, and of an output weight in each table ----------------------
+
+HIDDEN = ParamSpec((256, 256), (64, 64), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
+OUTPUT = ParamSpec((256, 8), (64, 8), fan_in=(0,), fan_out=(1,), infinite=(0,))
+
+
+def blamed(param, kind, initial, factor, lr, linear=False):
+    found = broken_rules(tap(kind), "net/kernel", param, 2.0, Exponents(initial, factor, lr, linear))
+    return [one.rule for one in found]
+
+
+def test_hidden_weight():
+    assert blamed(HIDDEN, "product", -0.5, 0.0, -1.0) == []
+    assert blamed(HIDDEN, "product", 0.0, 0.0, -1.0) == ["initialisation"]
+    assert blamed(HIDDEN, "product", -0.5, 0.0, 0.0) == ["learning rate"]
+    assert blamed(HIDDEN, "product", -0.5, -1.0, -1.0) == ["forward factor"]
+    assert blamed(HIDDEN, "product", -0.5, 0.0, 0.0, linear=True) == []
+
+
+@pytest.mark.parametrize(
+    ("initial", "factor", "adam", "sgd"), [(0, -1, 0, 1), (-1, 0, -1, -1), (-0.5, -0.5, -0.5, 0)]
+)
+def test_the_three_tables_are_one(initial, factor, adam, sgd):
+    assert blamed(OUTPUT, "readout", initial, factor, adam) == []
+    assert blamed(OUTPUT, "readout", initial, factor, sgd, linear=True) == []
+    assert blamed(OUTPUT, "readout", initial, factor, adam + 1) == ["learning rate"]
+    assert blamed(OUTPUT, "readout", initial + 0.5, factor, adam) == ["initialisation"]
+
+
+def test_standard_readout_lacks_its_factor_and_its_initial_values():
+    assert blamed(OUTPUT, "readout", -0.5, 0.0, 0.0) == ["forward factor", "initialisation"]
+
+
+def test_zero_initial_values_are_right():
+    assert blamed(OUTPUT, "readout", None, -1.0, 0.0) == []
+    assert blamed(OUTPUT, "readout", None, 0.0, 0.0) == ["forward factor"]
+
+
+def test_unknown_learning_rate_is_not_blamed():
+    assert blamed(HIDDEN, "product", -0.5, 0.0, None) == []
