@@ -52,9 +52,31 @@ def test_spec_scale_measures_in_processes_of_their_own(tmp_path):
     assert all(row["import_megabytes"] > 50 and 0 < row["megabytes"] < 500 for row in found["layers"])
 
 
-@pytest.mark.parametrize("script", ["overhead.py", "spec_scale.py"])
-def test_bad_options_are_one_line(script):
-    done = run(script, "--runs", "0")
+def test_optimizers_sweeps_both_sides_on_one_grid(tmp_path):
+    found = report(
+        "optimizers.py", tmp_path / "optimizers.json", "--optimizers", "lamb", "--widths", "8", "24"
+    )
+    assert (found["widths"], found["seeds"], found["steps"]) == ([8, 24], 1, 3)
+    (row,) = found["rows"]
+    assert (row["optimizer"], row["family"]) == ("lamb", "normalized")
+    for side in ("optax", "mujax"):
+        curves = row[side]["loss"]
+        assert list(curves) == ["8", "24"]
+        assert all(len(curve) == len(row["log2_lrs"]) for curve in curves.values())
+        best = row[side]["best_log2_lr"].values()
+        assert row[side]["drift_log2"] == max(best) - min(best)
+        assert row[side]["regret"] >= 0
+    # At the base the two are the same optimizer and the same model, at the target they are not.
+    assert row["optax"]["loss"]["8"] == row["mujax"]["loss"]["8"]
+    assert row["optax"]["loss"]["24"] != row["mujax"]["loss"]["24"]
+
+
+@pytest.mark.parametrize(
+    ("script", "option"),
+    [("overhead.py", "--runs"), ("spec_scale.py", "--runs"), ("optimizers.py", "--steps")],
+)
+def test_bad_options_are_one_line(script, option):
+    done = run(script, option, "0")
     assert done.returncode == 2
     assert "expected at least 1, got 0" in done.stderr
     assert "Traceback" not in done.stderr
