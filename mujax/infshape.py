@@ -165,8 +165,11 @@ class ParamSpec:
 
     @property
     def r_layers(self) -> float:
-        """Layers in this array at the target over those at the base."""
-        return self._ratio(self.layers)
+        """Layers in this array at the target over those at the base.
+
+        With the layers of a base that is only said to have fewer (`depth`), not with those it was given with.
+        """
+        return self.depth if self.layers and self.depth != 1 else self._ratio(self.layers)
 
     @property
     def role(self) -> Role:

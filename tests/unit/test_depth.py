@@ -674,6 +674,21 @@ def test_layers_are_no_width(name):
         assert dataclasses.replace(mup.spec[path], depth=1.0) == param
 
 
+@pytest.mark.parametrize("layers", [DEEP, SHALLOW])
+def test_a_scan_of_as_many_layers_in_the_base_is_the_same_model(layers):
+    """Whether the base has fewer layers or is only said to have: the factors are the same for every family."""
+    build, _ = BUILDERS["functional"]
+    models = build(WIDTH, DEEP), build(BASE, layers)
+    spec = mujax.mup_init(*models, X, depth=(SHALLOW, DEEP), strict=True).spec
+    read_off = wrap("functional").spec
+    for path, param in spec.items():
+        assert param.r_layers == (M if "block" in path else 1)
+        for family in rules.FAMILIES:
+            chosen = spec.parametrization
+            found, expected = (rules.lr_factor(one[path], chosen, family) for one in (spec, read_off))
+            assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", ["linen", "functional"])
 def test_a_spec_with_depth_survives_json(name, tmp_path):
     spec = wrap(name, 0.5).spec
