@@ -108,8 +108,9 @@ def _refuse_decay(probe: _Probe) -> None:
     if not np.any(pulled):
         return
     path = probe.paths[int(np.argmax(pulled.any(axis=0)))]
-    further = probe.run(zeros, param=_SCALES[0])
-    if np.allclose(further[pulled], updates[pulled], rtol=_RTOL, atol=0):
+    # So large that no epsilon counts.
+    far, further = (probe.run(zeros, param=scale) for scale in _SCALES)
+    if np.allclose(further[pulled], far[pulled], rtol=_RTOL, atol=0):
         raise MujaxError(
             f"mup_wrap, {path}: expected no update at zero gradient, found one that depends on the sign of "
             "the parameter: weight decay as an L2 gradient inside of an adaptive optimizer, which µP rules "
@@ -185,7 +186,7 @@ def _behaves_like(tx: optax.GradientTransformation, spec: MupSpec, paths: Sequen
 
 
 def _entries(shape: tuple[int, ...]) -> np.ndarray:
-    ramp = np.array([8.0, 1.0, 0.5, 4.0])
+    ramp = np.array([256.0, 32.0, 16.0, 128.0])
     return ramp[: int(np.prod(shape))].reshape(shape)
 
 
