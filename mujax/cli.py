@@ -1,6 +1,7 @@
 """The command `mujax`: reads arguments, shows progress, prints tables. All the work is done elsewhere.
 
-Exit codes: 0 for success, 2 for bad input (one sentence on stderr), 130 after Ctrl-C.
+Exit codes: 0 for success, 1 for a check that did not pass, 2 for bad input (one sentence on stderr), 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import json
+import math
 import pathlib
 import re
 import signal
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import jax
 import jax.numpy as jnp
 
-from mujax import models
-from mujax.errors import ConfigError, MujaxError
-from mujax.init import mup_init
+from mujax import models, rules
+from mujax.builtin import BUILTIN, made_up
+from mujax.coord_check import CheckProgress, CoordCheck, TapReport, coord_check
+from mujax.errors import ConfigError, MujaxError, MujaxWarning
+from mujax.init import MupModel, mup_init
+from mujax.optim import optimizer as optimizer_by_name
 from mujax.transfer import (
     LOSS_MEASURE,
     OPTIMIZERS,
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PICTURE: Final = "transfer.png"
+CHECK_PICTURE: Final = "coord_check.png"
+CHECK_REPORT: Final = "coord_check.json"
 
 # What the extra `cli` brings and only the command needs. tyro and rich are imported where they are used, so
 # that a missing one is reported in a sentence; annotations are strings until tyro reads them.
@@ -58,6 +68,11 @@ def _default(field: str) -> str:
     return "(default: " + ", ".join(f"{value} for {name}" for name, value in shown.items()) + ")"
 
 
+def _default_widths() -> str:
+    shown = (f"{' '.join(map(str, entry.widths))} for {name}" for name, entry in BUILTIN.items())
+    return f"(default: {', '.join(shown)}; as for mlp else)"
+
+
 def _option(metavar: str, text: str, default: str | None = None) -> Any:
     from tyro.conf import arg
 
@@ -71,8 +86,10 @@ def _numbers(kind: type[int] | type[float], many: bool = False) -> Any:
     expected = "a whole number" if kind is int else "a number"
 
     def read(arguments: list[str]) -> Any:
+        # Between several both spaces and commas.
+        words = " ".join(arguments).replace(",", " ").split() if many else arguments
         try:
-            values = tuple(kind(argument) for argument in arguments)
+            values = tuple(kind(word) for word in words)
         except ValueError:
             raise ValueError(f"expected {expected}, got {' '.join(arguments)!r}") from None
         return values if many else values[0]
@@ -151,10 +168,50 @@ class _Explain:
     ] = ()
 
 
-def _parse(argv: Sequence[str] | None) -> _Transfer | _Explain:
+@dataclasses.dataclass(frozen=True)
+class _CoordCheck:
+    """Check by training that nothing in a model depends on its width, and name what breaks the rules.
+
+    Trains the model at several widths for a few steps, in the parametrization asked for and in another one
+    for comparison. Writes coord_check.json and coord_check.png. Exit code 0 if the check passes, 1 if not.
+    """
+
+    model: Annotated[
+        str,
+        _positional(),
+        _option("MODEL", f"{', '.join(BUILTIN)}, or package.module:factory of your own."),
+    ]
+    widths: Annotated[
+        tuple[int, ...] | None,
+        _numbers(int, many=True),
+        _option("N ...", "Widths.", _default_widths()),
+    ] = None
+    base_width: Annotated[
+        int | None, _numbers(int), _option("N", "Width of the base.", "(default: the smallest width)")
+    ] = None
+    optimizer: Annotated[str, _option("NAME", "optax's name of an optimizer.")] = "adam"
+    parametrization: Annotated[str, _option("NAME", "One of mup, table3, table9, sp.")] = "mup"
+    log2_lrs: Annotated[
+        tuple[float, ...] | None,
+        _numbers(float, many=True),
+        _option("X ...", "Learning rates, as powers of two.", "(default: two large ones)"),
+    ] = None
+    steps: Annotated[int, _numbers(int), _option("N", "Steps of a run.")] = 6
+    seeds: Annotated[int, _numbers(int), _option("N", "Number of seeds: the repeats.")] = 4
+    inputs: Annotated[
+        tuple[str, ...],
+        _option("SHAPE ...", "Inputs, such as 8x784 or 8x64:int32, where the factory gives none.", ""),
+    ] = ()
+    alone: Annotated[bool, _option("", "Check no other parametrization for comparison.")] = False
+    out: Annotated[
+        pathlib.Path | None, _option("DIR", "Folder for the results.", "(default: coord-check-MODEL)")
+    ] = None
+
+
+def _parse(argv: Sequence[str] | None) -> _Transfer | _Explain | _CoordCheck:
     import tyro
 
-    commands = {"transfer": _Transfer, "explain": _Explain}
+    commands = {"transfer": _Transfer, "explain": _Explain, "coord-check": _CoordCheck}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -415,6 +472,26 @@ def _input(text: str) -> jax.ShapeDtypeStruct:
         raise ConfigError(f"inputs: expected a shape such as 8x784 or 8x64:int32, got {text!r}.") from None
 
 
+def _inputs(name: str, said: Sequence[str], given: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    if said:
+        return tuple(map(_input, said))
+    if given is None:
+        raise ConfigError(
+            f"MODEL: expected inputs to trace {name} with, got the module only; "
+            "return (module, inputs) or say --inputs, for instance --inputs 8x784."
+        )
+    return given
+
+
+def _traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options: Any) -> MupModel:
+    try:
+        return mup_init(model, base, *inputs, **options)
+    except MujaxError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"MODEL: expected {name} to run on its inputs, got {_said(error)}.") from error
+
+
 def _run_explain(options: _Explain) -> None:
     for name in ("width", "base_width"):
         if getattr(options, name) < 1:
@@ -422,28 +499,208 @@ def _run_explain(options: _Explain) -> None:
     factory = _factory(options.model)
     model, inputs = _build(options.model, factory, options.width)
     base, _ = _build(options.model, factory, options.base_width)
-    if options.inputs:
-        inputs = tuple(map(_input, options.inputs))
-    if inputs is None:
-        raise ConfigError(
-            f"MODEL: expected inputs to trace {options.model} with, got the module only; "
-            "return (module, inputs) or say --inputs, for instance --inputs 8x784."
-        )
+    inputs = _inputs(options.model, options.inputs, inputs)
     # At the base's own width nothing differs: a third width tells what is infinite.
     delta = (
         _build(options.model, factory, 2 * options.base_width)[0]
         if options.width == options.base_width
         else None
     )
-    try:
-        mup = mup_init(model, base, *inputs, delta=delta, parametrization=options.parametrization)
-    except MujaxError:
-        raise
-    except Exception as error:
-        raise ConfigError(
-            f"MODEL: expected {options.model} to run on its inputs, got {_said(error)}."
-        ) from error
+    mup = _traced(options.model, model, base, inputs, delta=delta, parametrization=options.parametrization)
     print(mup.explain())
+
+
+# ---- mujax coord-check ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _check_display(console: Console) -> Iterator[Callable[[str, float], None]]:
+    """What is under way and the share of the work that is done: a bar on a terminal, else a line for each."""
+    from rich import progress as rich_progress
+
+    if not console.is_terminal:
+        begun, last = time.monotonic(), ""
+
+        def print_line(doing: str, share: float) -> None:
+            nonlocal last
+            if doing != last:
+                last = doing
+                left = f", about {_seconds_left(begun, share)} left" if share else ""
+                print(f"{doing}: {share:.0%} done{left}", file=console.file, flush=True)
+
+        yield print_line
+        return
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=None),
+        rich_progress.TaskProgressColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TextColumn("left"),
+        rich_progress.TimeRemainingColumn(),
+    )
+    with rich_progress.Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
+        task = bar.add_task("reading the model", total=1.0)
+        yield lambda doing, share: bar.update(task, completed=share, description=doing)
+
+
+def _seconds_left(begun: float, share: float) -> str:
+    seconds = (time.monotonic() - begun) * (1 - share) / share
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """What is to be checked, on what."""
+
+    title: str
+    factory: Callable[[int], Any]
+    widths: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+def _to_check(options: _CoordCheck) -> _Checked:
+    """The model with concrete inputs; whatever is wrong with it is said here, before any training."""
+    key = jax.random.key(0)
+    known = BUILTIN.get(options.model)
+    widths = tuple(sorted(set(options.widths or (known or BUILTIN["mlp"]).widths)))
+    if len(widths) < 2 or widths[0] < 1:
+        raise ConfigError(f"widths: expected at least two different positive numbers, got {widths}.")
+    if options.base_width is not None and options.base_width < 1:
+        raise ConfigError(f"base_width: expected at least 1, got {options.base_width}.")
+    if known is not None and options.inputs:
+        raise ConfigError(f"inputs: expected none for {options.model}, which brings its own.")
+    if known is not None:
+        batches = [known.batch(key)]
+        known.build(widths[0])
+        arguments = {"batches": batches, "kwargs": known.kwargs}
+        return _Checked(known.title, known.build, widths, arguments)
+    factory = _factory(options.model)
+    base, given = _build(options.model, factory, widths[0])
+    model, _ = _build(options.model, factory, widths[1])
+    inputs = _inputs(options.model, options.inputs, given)
+    with warnings.catch_warnings():
+        # The check itself says it again.
+        warnings.simplefilter("ignore", MujaxWarning)
+        mup = _traced(options.model, model, base, inputs, parametrization=options.parametrization)
+    return _Checked(
+        options.model,
+        lambda width: _build(options.model, factory, width)[0],
+        widths,
+        {"inputs": made_up(inputs, mup, key)},
+    )
+
+
+def _run_coord_check(options: _CoordCheck) -> int:
+    from rich.console import Console
+
+    plot = importlib.import_module("mujax.plot")
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {getattr(options, name)}.")
+    optimizer_by_name(options.optimizer)
+    rules.parametrization(options.parametrization)
+    subject = _to_check(options)
+    out = options.out or pathlib.Path(f"coord-check-{options.model.replace(':', '.')}")
+    _make_folder(out)
+    chosen = options.parametrization
+    names = (chosen,) if options.alone else (chosen, "mup" if chosen == "sp" else "sp")
+    try:
+        with _gentle_interrupts() as check, _check_display(Console(stderr=True)) as show:
+            reports = {}
+            for number, name in enumerate(names):
+
+                def count(now: CheckProgress, name: str = name, number: int = number) -> None:
+                    if now.done < now.total:
+                        show(f"{name}, {now.doing}", (number + now.work_done) / len(names))
+                    check()
+
+                reports[name] = coord_check(
+                    subject.factory,
+                    subject.widths,
+                    optimizer=options.optimizer,
+                    learning_rates=options.log2_lrs and tuple(2.0**rate for rate in options.log2_lrs),
+                    steps=options.steps,
+                    seeds=options.seeds,
+                    base_width=options.base_width,
+                    progress=count,
+                    parametrization=name,
+                    **subject.arguments,
+                )
+    except KeyboardInterrupt:
+        raise _StoppedError("interrupted; nothing was written.") from None
+    _write_report(out / CHECK_REPORT, options, reports)
+    # Standard parametrization above, as in the paper's figures.
+    rows = [reports[name] for name in sorted(names, key=lambda name: name != "sp")]
+    plot.plot_coord_check(rows, out / CHECK_PICTURE, title=f"{subject.title}, {options.optimizer}")
+    _print_check(Console(), reports)
+    print(f"\nWritten: {out / CHECK_REPORT}, {out / CHECK_PICTURE}")
+    return 0 if reports[chosen] else 1
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"out: expected a folder to write to, found that {folder} is not ({error}); take another."
+        ) from error
+
+
+def _write_report(path: pathlib.Path, options: _CoordCheck, reports: dict[str, CoordCheck]) -> None:
+    report = {
+        "model": options.model,
+        "optimizer": options.optimizer,
+        "parametrization": options.parametrization,
+        "verdict": reports[options.parametrization].verdict,
+        "checks": {name: _strict(json.loads(check.to_json())) for name, check in reports.items()},
+    }
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _strict(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_STATUS_STYLES: Final = {"pass": "green", "fail": "bold red", "undecided": "yellow"}
+
+
+def _print_check(console: Console, reports: dict[str, CoordCheck]) -> None:
+    from rich.table import Table
+
+    # A table that is read later, from a file, should not be folded to what happens to be the default.
+    console.width = console.width if console.is_terminal else max(console.width, 120)
+    (chosen, check), *others = reports.items()
+    table = Table(title=parametrization_title(chosen), title_justify="left", title_style="bold")
+    table.add_column("tap", overflow="fold")
+    for heading in ("status", "quantity", "exponent of width", "allowed"):
+        table.add_column(heading, no_wrap=True)
+    for tap in check.taps:
+        inherited = tap.status == "fail" and not tap.blamed
+        style = "dim" if inherited else "" if tap.status == "pass" else _STATUS_STYLES[tap.status]
+        table.add_row(*_cells(tap, "inherited" if inherited else tap.status), style=style)
+    console.print(table)
+    console.print(check.headline(), style=_STATUS_STYLES[check.verdict], highlight=False, soft_wrap=True)
+    for line in check.explained():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for name, other in others:
+        said = f"\n{parametrization_title(name)}, for comparison: {other.headline()}"
+        console.print(said, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(tap: TapReport, status: str) -> tuple[str, ...]:
+    worst = tap.worst
+    if worst is None:
+        return tap.name, status, "", "", ""
+    allowed = f"{worst.allowed[0]:+.2f} to {worst.allowed[1]:+.2f}"
+    if worst.slope is None:
+        return tap.name, status, worst.quantity, worst.note, allowed
+    reach = worst.slope.high - worst.slope.value
+    return tap.name, status, worst.quantity, f"{worst.slope.value:+.2f} ± {reach:.2f}", allowed
 
 
 # ---- main -----------------------------------------------------------------------------------------------
@@ -466,6 +723,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parse(argv)
         if isinstance(options, _Transfer):
             _run_transfer(options)
+        elif isinstance(options, _CoordCheck):
+            return _run_coord_check(options)
         else:
             _run_explain(options)
     except SystemExit as stop:

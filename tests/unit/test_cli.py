@@ -11,10 +11,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from checks import check, tap
 from rich.console import Console
 
 from mujax import cli
+from mujax.coord_check import CheckProgress, CoordCheck
 from mujax.errors import DataError
 from mujax.transfer import Progress, Report, Run, TransferConfig, summarise
 
@@ -275,6 +278,200 @@ def test_explain_takes_another_parametrization(capsys: Captured) -> None:
     assert "table3" in capsys.readouterr().out
 
 
+# ---- mujax coord-check ----------------------------------------------------------------------------------
+
+Checks = list[dict[str, Any]]
+
+
+@pytest.fixture
+def checked(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Checks:
+    """The checks that were asked for; none is made, and only what is in µP passes."""
+    calls: Checks = []
+
+    def coord_check(factory: Any, widths: Any, *, progress: Any, **options: Any) -> CoordCheck:
+        calls.append({"factory": factory, "widths": widths, **options})
+        for done in range(3):
+            progress(CheckProgress(done, 2, done / 2, f"width {widths[min(done, 1)]}"))
+        return check("sp" if options["parametrization"] == "sp" else "mup")
+
+    monkeypatch.setattr(cli, "coord_check", coord_check)
+    return calls
+
+
+def test_a_check_that_passes_ends_with_a_table_files_and_0(
+    checked: Checks, capsys: Captured, folder: pathlib.Path
+) -> None:
+    assert cli.main(["coord-check", "mlp"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"hidden/kernel .*pass .*change .*\+0\.00 ± 0\.10 .*-0\.75 to \+0\.25", out)
+    assert "PASS: nothing depends on width in 4 taps" in out
+    assert "Standard parametrization, for comparison: FAIL: 2 of 4 taps depend on width" in out
+    assert "Look at:" not in out
+    assert "coord-check-mlp/coord_check.json, coord-check-mlp/coord_check.png" in out
+    # No terminal: a quiet line for each thing done, no control characters.
+    assert re.sub(r"about \d+ s", "about 1 s", err) == (
+        "mup, width 64: 0% done\n"
+        "mup, width 128: 25% done, about 1 s left\n"
+        "sp, width 64: 50% done, about 1 s left\n"
+        "sp, width 128: 75% done, about 1 s left\n"
+    )
+    assert (folder / "coord-check-mlp" / "coord_check.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((folder / "coord-check-mlp" / "coord_check.json").read_text())
+    assert {name: report[name] for name in ("model", "optimizer", "parametrization", "verdict")} == {
+        "model": "mlp",
+        "optimizer": "adam",
+        "parametrization": "mup",
+        "verdict": "pass",
+    }
+    assert {name: entry["verdict"] for name, entry in report["checks"].items()} == {
+        "mup": "pass",
+        "sp": "fail",
+    }
+    assert report["checks"]["sp"]["faults"][0]["name"] == "hidden/kernel"
+    assert len(report["checks"]["sp"]["taps"]) == 4
+
+
+def test_a_check_that_fails_names_the_culprit_and_ends_with_1(checked: Checks, capsys: Captured) -> None:
+    assert cli.main(["coord-check", "mlp", "--parametrization", "sp", "--out", "here"]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"hidden/kernel .*fail .*\+1\.00 ± 0\.10", out)
+    assert re.search(r"output .*inherited .*\+0\.50 ± 0\.10", out)
+    assert "FAIL: 2 of 4 taps depend on width" in out
+    assert "hidden/kernel: its learning rate scales as width^0.00 and should scale as width^-1.00" in out
+    assert "[net.py:12]" in out
+    assert "µP, for comparison: PASS" in out
+    assert [call["parametrization"] for call in checked] == ["sp", "mup"]
+    assert json.loads(pathlib.Path("here/coord_check.json").read_text())["verdict"] == "fail"
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_check_that_is_undecided_or_diverges_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    unsure = check(
+        "mup", [tap("a/kernel", status="undecided"), tap("b/kernel", status="undecided", slope=None)]
+    )
+    for sizes in unsure.sizes.values():
+        sizes[1:, 2:] = np.nan
+    monkeypatch.setattr(cli, "coord_check", lambda *_, **__: unsure)
+    assert cli.main(["coord-check", "mlp", "--alone"]) == 1
+    out = capsys.readouterr().out
+    assert "UNDECIDED: 2 of 2 taps" in out
+    assert "diverges as the model grows wider" in out
+    assert "NaN" not in pathlib.Path("coord-check-mlp/coord_check.json").read_text()
+
+
+@pytest.mark.parametrize("widths", ["16,64,32", "16 64 32", "16, 64,32"])
+def test_every_option_reaches_the_check(widths: str, checked: Checks) -> None:
+    line = (
+        f"coord-check transformer --widths {widths} --base-width 8 --optimizer adamw --log2-lrs -9,-7.5 "
+        "--steps 3 --seeds 2 --parametrization table3 --alone --out there"
+    )
+    assert cli.main(line.split()) == 0
+    (call,) = checked
+    batches, factory = call.pop("batches"), call.pop("factory")
+    assert factory(16).config.d_model == 16
+    ((((inputs,), targets),)) = batches
+    assert inputs.shape == targets.shape
+    assert call == {
+        "widths": (16, 32, 64),
+        "optimizer": "adamw",
+        "learning_rates": (2.0**-9, 2.0**-7.5),
+        "steps": 3,
+        "seeds": 2,
+        "base_width": 8,
+        "parametrization": "table3",
+        "kwargs": {},
+    }
+
+
+@pytest.mark.parametrize("strikes", [1, 2])
+@pytest.mark.usefixtures("folder")
+def test_an_interrupted_check_ends_with_130_and_no_files(
+    strikes: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def coord_check(*_: Any, progress: Any, **__: Any) -> CoordCheck:
+        for _ in range(strikes):
+            signal.raise_signal(signal.SIGINT)
+        progress(CheckProgress(0, 2, 0.5, "width 64"))
+        pytest.fail("the check went on")
+
+    monkeypatch.setattr(cli, "coord_check", coord_check)
+    assert cli.main(["coord-check", "mlp", "--out", "here"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "mujax: interrupted; nothing was written."
+    assert list(pathlib.Path("here").iterdir()) == []
+
+
+def test_on_a_terminal_the_check_shows_a_bar_and_elsewhere_minutes_or_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.StringIO()
+    with cli._check_display(Console(file=screen, force_terminal=True, width=100)) as show:
+        show("mup, width 256", 0.25)
+    for text in ("mup, width 256", "25%", "left"):
+        assert text in screen.getvalue()
+    monkeypatch.setattr(cli.time, "monotonic", iter([0.0, 100.0, 100.0]).__next__)
+    lines = io.StringIO()
+    with cli._check_display(Console(file=lines)) as show:
+        show("a", 0.25)
+        show("b", 0.75)
+    assert lines.getvalue() == "a: 25% done, about 5 min left\nb: 75% done, about 33 s left\n"
+
+
+NETS = """
+import jax, jax.numpy as jnp
+from flax import linen as nn, nnx
+
+
+class Linen(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width, use_bias=False, name="first")(x))
+        return nn.Dense(3, use_bias=False, name="last")(x)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, width, *, rngs):
+        self.table = nnx.Embed(11, width, rngs=rngs)
+        self.last = nnx.Linear(width, 11, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens, keep):
+        return self.last(jnp.where(keep, self.table(tokens), 0))
+
+
+def linen(width):
+    return Linen(width)
+
+
+def of_nnx(width):
+    inputs = jax.ShapeDtypeStruct((4, 6), "int32"), jax.ShapeDtypeStruct((4, 6, 1), "bool")
+    return lambda rngs: Nnx(width, rngs=rngs), inputs
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "expected"),
+    [
+        ("nets:linen --inputs 8x5", "last/kernel", 0),
+        ("nets:of_nnx --parametrization sp", "table/embedding", 1),
+    ],
+)
+def test_a_factory_of_the_users_own_is_checked(
+    line: str, wrong: str, expected: int, folder: pathlib.Path, capsys: Captured
+) -> None:
+    (folder / "nets.py").write_text(NETS)
+    small = "--widths 16,128 --steps 1 --seeds 4 --log2-lrs -6 --alone --out here"
+    assert cli.main(["coord-check", *line.split(), *small.split()]) == expected
+    report = json.loads((folder / "here" / "coord_check.json").read_text())
+    (checked,) = report["checks"].values()
+    assert wrong in {one["name"] for one in checked["taps"]}
+    assert (wrong in {one["name"] for one in checked["faults"]}) is bool(expected)
+    assert ("[nets.py:" in capsys.readouterr().out) is bool(expected)
+    assert (folder / "here" / "coord_check.png").stat().st_size > 10_000
+
+
 # ---- bad input ------------------------------------------------------------------------------------------
 
 SIZES = "--width 32 --base-width 8"
@@ -284,7 +481,7 @@ SIZES = "--width 32 --base-width 8"
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "Expected one of {transfer, explain}"),
+        ("", "Expected one of {transfer, explain, coord-check}"),
         ("tune", "Unrecognized options: tune"),
         ("transfer --stepz 3", "Unrecognized options: --stepz, 3"),
         ("transfer --steps many", "--steps: expected a whole number, got 'many'"),
@@ -320,6 +517,25 @@ SIZES = "--width 32 --base-width 8"
         (f"explain own.nets:both --inputs 2xtwo {SIZES}", "inputs: expected a shape such as 8x784"),
         (f"explain own.nets:both --inputs 2x5:floot {SIZES}", "inputs: expected a shape such as 8x784"),
         (f"explain mlp --parametrization ntk {SIZES}", "parametrization: expected one of"),
+        ("coord-check", "Missing from mujax coord-check: MODEL; see mujax --help."),
+        ("coord-check mlp --widths 8,many", "--widths: expected a whole number, got '8,many'"),
+        ("coord-check mlp --widths 8", "widths: expected at least two different positive numbers, got (8,)."),
+        ("coord-check mlp --widths 0,8", "widths: expected at least two different positive numbers"),
+        ("coord-check mlp --base-width 0", "base_width: expected at least 1, got 0."),
+        ("coord-check mlp --steps 0", "steps: expected at least 1, got 0."),
+        ("coord-check mlp --seeds 0", "seeds: expected at least 1, got 0."),
+        ("coord-check mlp --optimizer adamm", "optimizer: expected one of 'acprop', "),
+        ("coord-check mlp --parametrization ntk", "parametrization: expected one of"),
+        ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which brings its own."),
+        ("coord-check mlp --out broken.py", "out: expected a folder to write to, found that broken.py is"),
+        ("coord-check mpl", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
+        ("coord-check own.nets:alone", "return (module, inputs) or say --inputs"),
+        ("coord-check own.nets:breaks", "to build width 64, got RuntimeError: no such luck."),
+        (
+            "coord-check own.nets:wrong_inputs",
+            "expected own.nets:wrong_inputs to run on its inputs, got ",
+        ),
+        ("coord-check transformer --widths 30,60", "TransformerConfig.n_heads: expected a divisor"),
         ("explain transformer --width 30 --base-width 8", "TransformerConfig.n_heads: expected a divisor"),
     ],
 )
@@ -335,15 +551,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(line: str, said: str, capsys:
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("line", ["transfer", "coord-check mlp"])
 @pytest.mark.parametrize("package", ["tyro", "rich", "matplotlib"])
 def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
-    package: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    package: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     for name in [name for name in sys.modules if name == "mujax.plot" or name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(cli, "transfer", lambda *_, **__: pytest.fail("the sweep was begun"))
-    assert cli.main(["transfer"]) == 2
+    for name in ("transfer", "coord_check"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("it was begun"))
+    assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
     assert err == f'mujax: the command needs the package {package}; pip install "mujax-mup[cli]".\n'
 
@@ -367,7 +585,7 @@ def test_an_error_of_ours_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> N
         cli.main(["transfer", "--quick"])
 
 
-@pytest.mark.parametrize("line", ["--help", "transfer --help", "explain --help"])
+@pytest.mark.parametrize("line", ["--help", "transfer --help", "explain --help", "coord-check --help"])
 def test_help_is_no_error(line: str, capsys: Captured) -> None:
     assert cli.main(line.split()) == 0
     assert "usage: mujax" in capsys.readouterr().out

@@ -1,16 +1,22 @@
-"""The picture of a transfer report: what is drawn where, and that a PNG comes out."""
+"""The pictures of a transfer report and of a coordinate check: what is drawn where, as a PNG."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 import struct
 
 import numpy as np
 import pytest
+from checks import FAILING, RATES, check, tap
+from checks import WIDTHS as CHECKED_WIDTHS
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
-from mujax.plot import plot_transfer, transfer_figure
+from mujax.errors import ConfigError
+from mujax.plot import coord_check_figure, plot_coord_check, plot_transfer, transfer_figure
 from mujax.transfer import Report, Run, TransferConfig, summarise
 
 WIDTHS = (32, 64, 128)
@@ -112,3 +118,142 @@ def test_a_sweep_in_which_everything_diverged_still_gives_a_picture(tmp_path: pa
     )
     plot_transfer(make_report(lost=everything), tmp_path / "transfer.png")
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
+
+
+# ---- the coordinate check -------------------------------------------------------------------------------
+
+
+def drawn(axes: Axes) -> dict[str, tuple[list[float], str]]:
+    """Each tap's line: its heights and colour."""
+    return {
+        str(line.get_label()): (list(np.asarray(line.get_ydata(), float)), to_hex(line.get_color()))
+        for line in axes.get_lines()
+        if line.get_marker() == "o"
+    }
+
+
+def texts(axes: Axes) -> list[Text]:
+    return [text for text in axes.texts if text.get_text()]
+
+
+def colours_of_legend(reports: list[object]) -> dict[str, str]:
+    (legend,) = coord_check_figure(reports).legends  # type: ignore[arg-type]
+    labels = [text.get_text() for text in legend.get_texts()]
+    lines = legend.get_lines()
+    return {label: to_hex(line.get_color()) for label, line in zip(labels, lines, strict=True)}
+
+
+def test_a_row_for_each_parametrization_and_a_panel_for_each_of_five_steps() -> None:
+    figure = coord_check_figure([check("sp", steps=20), check("mup", steps=20)], title="Net, adam")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    steps = ["at initialisation", *(f"change by step {step}" for step in (1, 3, 7, 20))]
+    assert titles == steps * 2
+    assert [axes.get_title(loc="left") for axes in coord_check_figure([check(steps=1)]).axes] == steps[:2]
+    assert {axes.get_ylim() for axes in figure.axes} == {figure.axes[0].get_ylim()}
+    assert {(axes.get_xscale(), axes.get_yscale()) for axes in figure.axes} == {("log", "log")}
+    assert list(figure.axes[-1].get_xticks()) == list(CHECKED_WIDTHS)
+    said = [text.get_text() for axes in figure.axes for text in texts(axes)]
+    assert "Standard parametrization" in said
+    assert "fail: 2 of 4 activations depend on width, 1 of them by a fault elsewhere" in said
+    assert "pass: none of 4 activations depends on width" in said
+    assert "Net, adam, learning rate $2^{-9}$, 4 seeds" in [text.get_text() for text in figure.texts]
+
+
+def test_a_line_for_each_tap_size_at_first_and_changes_after() -> None:
+    report = check("mup")
+    before, after, *_ = coord_check_figure([report]).axes
+    numbers = {"first/kernel": 0, "hidden/kernel": 2, "output": 3}
+    # Gains and biases that are not to blame: the sum with them is not judged.
+    assert set(drawn(before)) == set(drawn(after)) == set(numbers)
+    for name, number in numbers.items():
+        sizes = report.sizes[RATES[0]]
+        assert drawn(before)[name][0] == pytest.approx(sizes[:, 0, number, 0])
+        assert drawn(after)[name][0] == pytest.approx(sizes[:, 1, number, 1])
+    for axes in (before, after):
+        (flat,) = [line for line in axes.get_lines() if line.get_marker() != "o"]
+        assert len(set(np.asarray(flat.get_ydata()).tolist())) == 1
+    other = coord_check_figure([report], learning_rate=RATES[1]).axes[0]
+    assert drawn(other)["output"][0] == pytest.approx(3 * np.array(drawn(before)["output"][0]))
+
+
+def test_what_fails_is_in_colour_and_named_what_inherits_is_pale_what_passes_is_grey() -> None:
+    report = check("sp")
+    *_, last = coord_check_figure([report]).axes
+    legend = colours_of_legend([report])
+    assert set(legend) == {"wrong learning rate", "fault inherited", "passes", "slope 0"}
+    colours = {name: colour for name, (_, colour) in drawn(last).items()}
+    assert colours == {
+        "first/kernel": legend["passes"],
+        "hidden/kernel": legend["wrong learning rate"],
+        "output": legend["fault inherited"],
+    }
+    names = [text for text in texts(last) if text.get_text() == "hidden"]
+    assert [to_hex(name.get_color()) for name in names] == [legend["wrong learning rate"]]
+    # Its twin in which all is well names nothing.
+    *_, last = coord_check_figure([check("mup")]).axes
+    assert texts(last) == []
+    assert set(colours_of_legend([check("mup")])) == {"passes", "slope 0"}
+
+
+def test_undecided_taps_and_gains_at_fault_are_drawn_and_named() -> None:
+    taps = (tap("a/kernel", status="undecided"), tap("b/scale", "vector", "fail", blamed=True, slope=None))
+    *_, last = coord_check_figure([check("mup", taps)]).axes
+    assert set(drawn(last)) == {"a/kernel", "b/scale"}
+    assert {text.get_text() for text in texts(last)} == {"a", "b/scale"}
+
+
+def test_names_do_not_overlap_and_the_rest_is_counted() -> None:
+    taps = [tap(f"block_{n}/kernel", status="fail", blamed=True, slope=1.0) for n in range(30)]
+    report = check("sp", taps)
+    for sizes in report.sizes.values():
+        sizes[..., 1] = 1.0
+    figure = coord_check_figure([report])
+    figure.canvas.draw()
+    *_, last = figure.axes
+    # Without the lines that lead from the names to the curves.
+    boxes = sorted((Text.get_window_extent(text) for text in texts(last)), key=lambda box: -box.y0)
+    assert len(boxes) == 21
+    assert "and 10 more" in [text.get_text() for text in texts(last)]
+    assert all(above.y0 >= below.y1 - 1 for above, below in itertools.pairwise(boxes))
+    assert max(box.x1 for box in boxes) <= figure.bbox.x1
+
+
+def test_long_names_stay_inside_of_the_picture() -> None:
+    name = "encoder/stage_3_block_12/cross_attention/shortcut_projection/kernel"
+    figure = coord_check_figure([check("sp", [tap(name, status="fail", blamed=True)])])
+    figure.canvas.draw()
+    *_, last = figure.axes
+    (text,) = texts(last)
+    assert text.get_text() == "…tention/shortcut_projection"
+    assert text.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_what_diverged_or_never_moved_leaves_gaps_and_a_picture(tmp_path: pathlib.Path) -> None:
+    report = check("sp", FAILING, lost=np.s_[2, 3:])
+    figure = coord_check_figure([report])
+    heights = drawn(figure.axes[-1])["hidden/kernel"][0]
+    assert [math.isnan(height) for height in heights] == [False, False, True]
+    assert "hidden" in [text.get_text() for text in texts(figure.axes[-1])]
+    for nothing in (math.nan, 0.0):
+        empty = check("sp", FAILING)
+        for sizes in empty.sizes.values():
+            sizes[...] = nothing
+        plot_coord_check([empty, check("mup")], tmp_path / "check.png")
+        plot_coord_check([empty], tmp_path / "check.png")
+
+
+def test_the_file_of_a_check_is_a_png_of_a_size_to_show(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "check.png"
+    plot_coord_check([check("sp"), check("mup")], path, title="Net, adam")
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 1500
+    assert height > 900
+
+
+def test_a_picture_of_nothing_or_of_a_rate_that_was_not_tried_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reports: expected at least one coordinate check to draw"):
+        coord_check_figure([])
+    with pytest.raises(ConfigError, match=r"learning_rate: expected one that all .*, got 0\.5\."):
+        coord_check_figure([check()], learning_rate=0.5)
