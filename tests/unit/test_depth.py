@@ -802,6 +802,40 @@ def test_only_what_goes_into_the_addition_is_multiplied(name):
     assert np.abs(expected - own.apply(variables, x)).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["linen_scan", "nnx_scan"])
+def test_flax_under_a_scan_is_the_function_scaled_by_hand(name):
+    """Outputs and gradients: the parameters of the three have the same paths."""
+    build, _ = BUILDERS[name]
+    x, _ = examples()
+    mup = mujax.mup_init(
+        build(BASE, DEEP), build(BASE, SHALLOW), X, depth="scan", depth_alpha=0.5, strict=True
+    )
+    variables = mup.init(jax.random.key(0), x)
+    if name == "linen_scan":
+        params = variables["params"]
+
+        def ours(params):
+            return mup.apply({"params": params}, x)
+    else:
+        graph, state = nnx.split(variables)
+        params = nnx.to_pure_dict(state)
+
+        def ours(params):
+            of_params = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
+            return mup.apply(nnx.merge(graph, of_params), x)
+
+    hand = functools.partial(functional(BASE, DEEP, M**-0.5).apply, x=x)
+
+    def loss(apply, params):
+        out = apply(params)
+        return jnp.square(out - 1).sum(), out
+
+    with jax.default_matmul_precision("highest"):
+        run = jit(lambda p: [jax.value_and_grad(loss, 1, has_aux=True)(apply, p) for apply in (ours, hand)])
+        found, expected = run(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
 def test_dropout_and_batch_statistics_go_on():
     """The factor comes after the dropout; other state is updated as without depth."""
     net, (x, _) = Net(dropout), examples()
