@@ -289,7 +289,7 @@ def test_same_run_in_all_tables(name):
         assert distance(curve(make_spec(table), AROUND[name]), reference(name)) < SAME
 
 
-@pytest.mark.parametrize("name", AROUND)
+@pytest.mark.parametrize("name", ["clipping", "accumulation", "lookahead", "sam"])
 def test_the_base_model_is_bit_identical_to_optax(name):
     spec = make_spec("table9", base=True)
     np.testing.assert_array_equal(curve(spec, AROUND[name]), curve(spec, AROUND[name], OPTAX))

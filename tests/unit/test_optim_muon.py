@@ -42,7 +42,7 @@ muon = functools.partial(optax.contrib.muon, ns_steps=1)
 scale_by_muon = functools.partial(optax.contrib.scale_by_muon, ns_steps=1)
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SPECTRAL = 1.2909944487  # sqrt(5 / 3)
-ZOO = ("dense_general", "conv", "einsum", "fused_qkv", "moe", "scan_last_axis", "transposed")
+ZOO = ("dense_general", "conv", "moe", "scan_last_axis", "transposed")
 OTHERS = {
     "embed": ParamSpec((11, 20), (11, 4), (0,), (1,), (), (1,), tied=True),
     "first": ParamSpec((7, 20), (7, 4), (0,), (1,), (), (1,)),
@@ -119,7 +119,7 @@ class TestFactors:
         others = one_update(mup_scale_by_muon(make_spec(params={"to heads": wrong})), gradients)["to heads"]
         assert not np.allclose(ours / np.linalg.norm(ours), others / np.linalg.norm(others), rtol=0.1)
 
-    @pytest.mark.parametrize("parametrization", ["mup", "table3", "table9", "sp"])
+    @pytest.mark.parametrize("parametrization", ["mup", "table9"])
     def test_everything_else_goes_through_adam_with_adams_rule(self, parametrization):
         spec = make_spec(parametrization, params=OTHERS | {"dense": HIDDEN["dense"]})
         gradients = random_tree(spec)
@@ -446,55 +446,60 @@ RUN = {
 }
 
 
+@functools.cache
+def curve(parametrization, **options):
+    spec = make_spec(parametrization, params=RUN)
+    chosen = spec.parametrization
+    rng = np.random.default_rng(0)
+    params = {
+        path: jnp.asarray(rng.normal(size=param.shape)) * 0.5 * rules.init_scale(param, chosen, 1.0)
+        for path, param in spec.items()
+    }
+    f = {path: rules.forward_factor(param, chosen) for path, param in spec.items()}
+    x, y = jnp.asarray(rng.normal(size=(16, 6))), jnp.asarray(rng.integers(3, size=16))
+
+    def loss(p):
+        h = jnp.tanh(x @ (f["w1"] * p["w1"]) + f["b1"] * p["b1"])
+        h = jnp.tanh(jnp.einsum("bi,ihk->bhk", h, p["w2"]))
+        logits = f["w3"] * jnp.einsum("bhk,hko->bo", h, p["w3"]) + p["b3"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    tx = mup_muon(0.03, spec, eps=1e-2, weight_decay=0.3, adam_weight_decay=0.3, **options)
+
+    def step(carry, _):
+        params, state = carry
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    run = jax.jit(
+        lambda carry: jax.lax.scan(step, carry, length=15)[1],
+        compiler_options=FAST,
+    )
+    return np.asarray(run((params, tx.init(params))))
+
+
 class TestOneRunInThreeTables:
     @pytest.fixture(autouse=True)
     def float64(self):
         with jax.enable_x64(True):
             yield
 
-    def curve(self, parametrization, **options):
-        spec = make_spec(parametrization, params=RUN)
-        chosen = spec.parametrization
-        rng = np.random.default_rng(0)
-        params = {
-            path: jnp.asarray(rng.normal(size=param.shape)) * 0.5 * rules.init_scale(param, chosen, 1.0)
-            for path, param in spec.items()
-        }
-        f = {path: rules.forward_factor(param, chosen) for path, param in spec.items()}
-        x, y = jnp.asarray(rng.normal(size=(16, 6))), jnp.asarray(rng.integers(3, size=16))
-
-        def loss(p):
-            h = jnp.tanh(x @ (f["w1"] * p["w1"]) + f["b1"] * p["b1"])
-            h = jnp.tanh(jnp.einsum("bi,ihk->bhk", h, p["w2"]))
-            logits = f["w3"] * jnp.einsum("bhk,hko->bo", h, p["w3"]) + p["b3"]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-        tx = mup_muon(0.03, spec, eps=1e-2, weight_decay=0.3, adam_weight_decay=0.3, **options)
-
-        def step(carry, _):
-            params, state = carry
-            value, gradients = jax.value_and_grad(loss)(params)
-            updates, state = tx.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), value
-
-        run = jax.jit(
-            lambda carry: jax.lax.scan(step, carry, length=15)[1],
-            compiler_options=FAST,
-        )
-        return np.asarray(run((params, tx.init(params))))
-
     @pytest.mark.parametrize(
         "options", [{}, {"adaptive": True, "consistent_rms": 0.1}], ids=["plain", "adaptive"]
     )
     def test_same_run(self, options):
-        reference = self.curve("mup", **options)
+        reference = curve("mup", **options)
         assert reference[-1] < 0.95 * reference[0]
         for table in ("table3", "table9"):
-            np.testing.assert_allclose(self.curve(table, **options), reference, rtol=1e-9)
-        assert np.max(np.abs(self.curve("sp", **options) / reference - 1)) > 1e-5
+            np.testing.assert_allclose(curve(table, **options), reference, rtol=1e-9)
+
+    def test_standard_parametrization_is_another_run(self):
+        reference, other = (curve(table) for table in ("mup", "sp"))
+        assert np.max(np.abs(other / reference - 1)) > 1e-5
 
     def test_an_epsilon_that_is_not_scaled_shows(self):
-        reference, other = (self.curve(table, scale_eps=False) for table in ("mup", "table9"))
+        reference, other = (curve(table, scale_eps=False) for table in ("mup", "table9"))
         assert np.max(np.abs(other / reference - 1)) > 1e-6
 
 
