@@ -7,6 +7,7 @@ What can't be run there (it needs extra arguments, or it holds values that are b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mujax.errors import ConfigError, MujaxError, ParametrizationError, SpecMismatchError
 from mujax.infshape import MupSpec
@@ -76,15 +77,20 @@ class _Probe:
         """The state at the start."""
         return self.init(self._tree([1.0] * len(self.paths)))
 
+    @property
+    def owners(self) -> Int[np.ndarray, " entries"]:
+        """The number of the parameter that each entry of all of them belongs to."""
+        return np.repeat(np.arange(len(self.paths)), [math.prod(shape) for shape in self.shapes])
+
     def run(
         self, gradients: Float[np.ndarray, "steps n"], param: float = 1.0
-    ) -> Float[np.ndarray, "steps n"]:
-        """The updates of consecutive steps, for parameters of one entry that stays at `param`."""
+    ) -> Float[np.ndarray, "steps entries"]:
+        """The updates of consecutive steps, for gradients and parameters whose entries are all the same."""
         steps = self.trees(list(gradients), param)
-        return np.array([[leaf.item() for leaf in leaves] for leaves in steps]).reshape(gradients.shape)
+        return np.array([np.concatenate([leaf.ravel() for leaf in leaves]) for leaves in steps])
 
     def trees(self, gradients: Sequence[Any], param: float = 1.0) -> list[list[np.ndarray]]:
-        """The same for parameters of any shape, whose entries all stay at `param`."""
+        """The same, leaf by leaf and for gradients of any entries; the parameters stay at `param`."""
         params = self._tree([param] * len(self.paths))
         state = self.init(params)
         steps = []
@@ -107,7 +113,7 @@ def _refuse_decay(probe: _Probe) -> None:
     pulled = np.isfinite(updates) & np.isfinite(mirrored) & (updates != mirrored)
     if not np.any(pulled):
         return
-    path = probe.paths[int(np.argmax(pulled.any(axis=0)))]
+    path = probe.paths[probe.owners[int(np.argmax(pulled.any(axis=0)))]]
     # So large that no epsilon counts.
     far, further = (probe.run(zeros, param=scale) for scale in _SCALES)
     if np.allclose(further[pulled], far[pulled], rtol=_RTOL, atol=0):
@@ -134,9 +140,8 @@ _WORDS: Final[Mapping[Family, str]] = {
 }
 
 
-def _behaves_like(tx: optax.GradientTransformation, spec: MupSpec, paths: Sequence[str]) -> Family | None:
+def _behaves_like(probe: _Probe) -> Family | None:
     """The family whose behaviour all of the updates show; None where they show no one's."""
-    probe = _Probe.of(tx, spec, paths, size=2)
     count = len(probe.paths)
     scales = np.resize(_SCALES, count)
     # Positive, of full rank, with singular values that are far apart, and with signs of rank one.
@@ -207,11 +212,9 @@ def _flat(matrix: Float[np.ndarray, "2 2"]) -> bool:
     return bool(smallest > 0 and largest / smallest < _FLAT / 2)
 
 
-def _refuse_other_family(
-    tx: optax.GradientTransformation, spec: MupSpec, paths: Sequence[str], family: Family
-) -> None:
+def _refuse_other_family(probe: _Probe, family: Family) -> None:
     """Refuses a transform that behaves as another family does, in each entry and at every step."""
-    found = _behaves_like(tx, spec, paths)
+    found = _behaves_like(probe)
     if found is not None and found != family:
         raise ParametrizationError(
             f"mup_wrap: expected a transform of the family {family!r}, found one whose updates are "
@@ -226,7 +229,8 @@ def _refuse_norm_clipping(probe: _Probe) -> None:
     huge[1, 0] = _HUGE
     alone = huge.copy()
     alone[1, 1:] = 0.0
-    free, clipped, silent = (probe.run(gradients)[1, 1:] for gradients in (rest, huge, alone))
+    others = probe.owners > 0
+    free, clipped, silent = (probe.run(gradients)[1, others] for gradients in (rest, huge, alone))
     silenced = np.allclose(clipped, silent, rtol=_RTOL, atol=0)
     if silenced and not np.allclose(free, silent, rtol=_RTOL, atol=0):
         raise MujaxError(
@@ -294,7 +298,7 @@ def check_plain(tx: optax.GradientTransformation, spec: MupSpec) -> None:
 
 def behaviour(tx: optax.GradientTransformation, spec: MupSpec) -> Family | None:
     """The family that a transform behaves like, if it can be run and behaves like one."""
-    return _attempt(spec, lambda paths: _behaves_like(tx, spec, paths))
+    return _attempt(spec, lambda paths: _behaves_like(_Probe.of(tx, spec, paths, size=2)))
 
 
 def check(tx: optax.GradientTransformation, spec: MupSpec, family: Family, *, rescaled: bool) -> None:
@@ -313,9 +317,9 @@ def check(tx: optax.GradientTransformation, spec: MupSpec, family: Family, *, re
     """
 
     def examine(paths: Sequence[str]) -> None:
-        probe = _Probe.of(tx, spec, paths)
+        probe = _Probe.of(tx, spec, paths, size=2)
         _refuse_decay(probe)
-        _refuse_other_family(tx, spec, paths, family)
+        _refuse_other_family(probe, family)
         if rescaled:
             _refuse_norm_clipping(probe)
 
