@@ -339,7 +339,13 @@ def _scales(axes: Axes, widths: Sequence[int], limits: tuple[float, float]) -> N
     axes.xaxis.set_major_locator(FixedLocator(list(widths)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(numticks=7))
+    decades = limits[1] - limits[0]
+    # Powers of ten alone would leave a small range with one number or none.
+    if decades > 2:
+        axes.yaxis.set_major_locator(LogLocator(numticks=7))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_minor_locator(NullLocator())
 

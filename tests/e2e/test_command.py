@@ -95,6 +95,24 @@ def test_explain_reads_a_model_from_the_current_directory(tmp_path: pathlib.Path
     assert readout.split()[1:4] == ["64x3", "16x3", "output"]
 
 
+def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib.Path) -> None:
+    small = ["--widths", "16,64", "--steps", "1", "--seeds", "2", "--alone", "--parametrization", "sp"]
+    done = run(*COMMAND, "coord-check", "mlp", *small, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    report = json.loads((tmp_path / "coord-check-mlp" / "coord_check.json").read_text())
+    (checked,) = report["checks"].values()
+    assert report["verdict"] == checked["verdict"] == "fail"
+    blamed = {(fault["name"], fault["rule"]) for fault in checked["faults"]}
+    assert ("hidden_1/kernel", "learning rate") in blamed
+    assert not any(name.startswith("hidden_0") for name, _ in blamed)
+    picture = tmp_path / "coord-check-mlp" / "coord_check.png"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    for said in ("FAIL: ", "Look at:", "hidden_1/kernel: its learning rate", "mlp.py:", str(picture.name)):
+        assert said in done.stdout
+    assert "% done, about " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
     done = run(*COMMAND, "transfer", "--steps", "many", cwd=tmp_path)
     assert done.returncode == 2

@@ -152,6 +152,8 @@ def test_a_row_for_each_parametrization_and_a_panel_for_each_of_five_steps() -> 
     assert {axes.get_ylim() for axes in figure.axes} == {figure.axes[0].get_ylim()}
     assert {(axes.get_xscale(), axes.get_yscale()) for axes in figure.axes} == {("log", "log")}
     assert list(figure.axes[-1].get_xticks()) == list(CHECKED_WIDTHS)
+    low, high = figure.axes[0].get_ylim()
+    assert sum(low <= tick <= high for tick in figure.axes[0].get_yticks()) >= 3
     said = [text.get_text() for axes in figure.axes for text in texts(axes)]
     assert "Standard parametrization" in said
     assert "fail: 2 of 4 activations depend on width, 1 of them by a fault elsewhere" in said
