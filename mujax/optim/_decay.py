@@ -164,7 +164,8 @@ def mup_add_decayed_weights(
         mask: which parameters decay: a tree of booleans, or a function from parameters to one.
         decay: `"independent"`: learning rate times λ does not depend on width, as in microsoft/mup.
             `"coupled"`: it has the width's factor of the learning rate, as a µP factor around
-            `optax.adamw` has. `"decoupled"`: λ is multiplied with the schedule's shape alone, which is 1
+            `optax.adamw` has, which differs from table to table: with it, Tables 3, 8 and 9 are not the same
+            training run. `"decoupled"`: λ is multiplied with the schedule's shape alone, which is 1
             where the schedule is at its peak, so that a warm-up from 0 warms the decay up as well.
         decay_roles: the roles that decay, such as `("hidden", "output")`; None for all.
         family: the optimizer's family, whose factor `"coupled"` follows.

@@ -758,3 +758,27 @@ class TestSwitches:
         for name in ("lars", "lamb", "adafactor", "fromage", "sophia", "schedule_free_adamw", "novograd"):
             with pytest.raises(SpecMismatchError, match=r"^w1: expected shape \(6, 20\), found \(6, 4\)"):
                 ours(name, spec).init(random_tree(make_spec(base=True), 0))
+
+    @pytest.mark.parametrize(
+        "name", ["fromage", "lamb", "lars", "novograd", "schedule_free_adamw", "adamaxw"]
+    )
+    def test_inside_of_inject_hyperparams(self, name):
+        spec = make_spec()
+        params = random_tree(spec, 0)
+        mine = optax.inject_hyperparams(optimizer(name))(learning_rate=LR, spec=spec)
+        plain = optax.inject_hyperparams(OPTIMIZERS[name].constructor(name))(learning_rate=LR)
+        state = mine.init(params)
+        assert set(state.hyperparams) == set(plain.init(params).hyperparams)
+        _, new_state = jax.eval_shape(mine.update, params, state, params)
+        assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+    @pytest.mark.parametrize("name", ["fromage", "lamb", "lars", "novograd", "sophia", "adafactor", "acprop"])
+    def test_dtypes_are_optaxs(self, name):
+        spec = make_spec()
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_tree(spec, 0))
+
+        def types(tx):
+            shapes = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+            return jax.tree.map(lambda leaf: leaf.dtype, shapes)
+
+        assert types(ours(name, spec)) == types(theirs(name))

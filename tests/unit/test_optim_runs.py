@@ -211,6 +211,19 @@ def test_an_epsilon_that_is_not_scaled_shows(case):
     assert distance(losses_of(case, "table3", scale_eps=False), reference(case)) > OTHER
 
 
+def test_coupled_decay_is_another_run_in_each_table():
+    """The learning rates that it follows are not the same in them."""
+    assert (
+        distance(
+            losses_of("adamaxw", "table3", decay="coupled"), losses_of("adamaxw", "mup", decay="coupled")
+        )
+        > OTHER
+    )
+    for table in ("table3", "table9"):
+        found = losses_of("adamaxw", table, decay="decoupled")
+        assert distance(found, losses_of("adamaxw", "mup", decay="decoupled")) < SAME
+
+
 # ---- steps of the same size at all widths -----------------------------------------------------------
 
 WIDTHS = (32, 256)
