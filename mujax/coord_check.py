@@ -305,21 +305,43 @@ def coord_check(
     for name, value, least in (("steps", steps, 1), ("seeds", seeds, 1)):
         if value < least:
             raise ConfigError(f"{name}: expected at least {least}, got {value}.")
-    examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
-    of_rate = optimizer_of(optimizer)
-    models = subjects(factory, widths, base, base_width, examples, kwargs, **mup_kwargs)
-    clean = _clean(factory, models, examples, kwargs)
-    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
-    given = (
-        _with_targets(clean, examples, seed) if batches is None else [(as_inputs(x), y) for x, y in batches]
-    )
     if batches is None and loss is not None:
         raise ConfigError("loss: expected batches with targets beside a loss of your own, got inputs only.")
-    checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
-    rates = tuple(learning_rates) if learning_rates else _default_rates(checked, optimizer)
+    examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
+    clean, models, checked = prepare(
+        factory, widths, examples, optimizer, base, base_width, kwargs, **mup_kwargs
+    )
+    given = [(as_inputs(x), y) for x, y in batches or ()] or made_up(clean, examples, seed)
+    rates = tuple(learning_rates) if learning_rates else _default_rates(optimizer)
     numbers = range(seed, seed + seeds)
-    measured = _measure(checked, loss or default_loss, given, rates, steps, numbers, progress)
-    return report(clean, models, checked, measured, rates, steps)
+    measured = measure(checked, loss or default_loss, given, rates, steps, numbers, progress)
+    return report(
+        clean, models, checked, measured, respond_at_ends(checked, measured, rates[0]), rates, steps
+    )
+
+
+def prepare(
+    factory: Callable[[int], Any],
+    widths: Sequence[int],
+    inputs: tuple[Any, ...],
+    optimizer: str | Optimizer,
+    base: Callable[[int], Any] | None = None,
+    base_width: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    **mup_kwargs: Any,
+) -> tuple[MupModel, dict[int, MupModel], dict[int, Subject]]:
+    """The models of a check: see `coord_check` for the arguments.
+
+    Returns:
+        The widest model against the narrowest, read off their programs and nothing else; the models to be
+        checked, by width; the same with optimizer and taps.
+    """
+    of_rate = optimizer_of(optimizer)
+    models = subjects(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
+    clean = _clean(factory, models, inputs, kwargs)
+    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
+    checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
+    return clean, models, checked
 
 
 def _bound(optimizer: Optimizer, mup: MupModel) -> Callable[[Any], Any]:
@@ -348,7 +370,7 @@ def _outputs(mup: MupModel) -> list[str]:
     return ["output"] if len(leaves) == 1 else [f"output {number}" for number, _ in enumerate(leaves)]
 
 
-def _with_targets(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
+def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
     """Made-up targets: classes where the output can be logits, else values."""
     output = mup.replay.output()
     if not hasattr(output, "shape"):
@@ -362,20 +384,33 @@ def _with_targets(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Bat
     return [(inputs, jax.random.normal(key, output.shape, output.dtype))]
 
 
-def _default_rates(checked: Mapping[int, Subject], optimizer: Any) -> tuple[float, ...]:
+def _default_rates(optimizer: Any) -> tuple[float, ...]:
     linear = optimizer in ("sgd", "noisy_sgd", "momentum")
     return _RATES[linear]
 
 
-def _measure(
+def measure(
     checked: Mapping[int, Subject],
     loss: Loss,
     batches: Sequence[Batch],
     rates: Sequence[float],
     steps: int,
     seeds: Sequence[int],
-    progress: Callable[[CheckProgress], None] | None,
+    progress: Callable[[CheckProgress], None] | None = None,
+    lanes: int | None = None,
 ) -> dict[int, Measured]:
+    """Trains every model with every learning rate and seed.
+
+    Args:
+        checked: models, optimizers and taps, by width.
+        loss: (model output, targets) -> scalar.
+        batches: inputs and targets.
+        rates: the learning rates.
+        steps: optimizer steps of each run.
+        seeds: the seeds.
+        progress: called as runs finish.
+        lanes: how many seeds to run at once; see `Program`.
+    """
     tell = progress or (lambda _: None)
     total = len(checked) * len(rates) * len(seeds)
     # Compiling is most of the work of a small check; a wide model takes longer to run.
@@ -385,7 +420,7 @@ def _measure(
     whole = 2 * len(checked) + sum(weights.values())
     done, work = 0, 0.0
     tell(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
-    programs = {width: Program(subject, loss, batches) for width, subject in checked.items()}
+    programs = {width: Program(subject, loss, batches, seeds, lanes) for width, subject in checked.items()}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = {width: pool.submit(program.compile) for width, program in programs.items()}
         out: dict[int, Measured] = {}
@@ -394,9 +429,10 @@ def _measure(
             work += 2
             found = []
             for rate in rates:
-                for seed in seeds:
+                tell(CheckProgress(done, total, work / whole, f"width {width}"))
+                for run in program.run(rate, steps):
+                    found.append(run)
                     tell(CheckProgress(done, total, work / whole, f"width {width}"))
-                    found.append(list(program.run(jax.random.key(seed), rate, steps)))
                     done, work = done + 1, work + weights[width] / (len(rates) * len(seeds))
             out[width] = _gathered(found, program.paths, len(rates), len(seeds))
     tell(CheckProgress(done, total, 1.0, "done"))
@@ -422,11 +458,20 @@ def _gathered(found: list[list[Any]], paths: tuple[str, ...], rates: int, seeds:
 # ---- the verdict -----------------------------------------------------------------------------------
 
 
+def respond_at_ends(
+    checked: Mapping[int, Subject], measured: Mapping[int, Measured], rate: float
+) -> list[Response]:
+    """How the optimizer responds at the smallest and at the largest width."""
+    narrow, *_, wide = checked
+    return [respond(checked[width], rate, measured[width].gradients) for width in (narrow, wide)]
+
+
 def report(
     clean: MupModel,
     models: Mapping[int, MupModel],
     checked: Mapping[int, Subject],
     measured: Mapping[int, Measured],
+    responses: Sequence[Response],
     rates: tuple[float, ...],
     steps: int,
 ) -> CoordCheck:
@@ -437,18 +482,21 @@ def report(
         models: what was checked, by width.
         checked: the same with optimizer and taps.
         measured: what was measured, by width.
+        responses: of the optimizer at the smallest and the largest width.
         rates: the learning rates.
         steps: number of steps.
     """
-    faults = _faults(clean, models, checked, measured, rates[0])
+    faults = _faults(clean, models, checked, measured, responses)
     widths = tuple(models)
     taps = checked[widths[-1]].taps
+    verified = not faults and all(np.all(one.linear | one.entrywise) for one in responses)
     table = np.stack([measured[width].taps for width in widths])
     blamed = {one.name for one in faults}
     reports = []
     for number, tap in enumerate(taps):
         checks = {
-            rate: tuple(judge(tap, widths, table[:, which, :, :, number])) for which, rate in enumerate(rates)
+            rate: tuple(judge(tap, widths, table[:, which, :, :, number], verified))
+            for which, rate in enumerate(rates)
         }
         statuses: list[Status] = [check.status for found in checks.values() for check in found]
         at_fault = tap.name in blamed or not blamed.isdisjoint(tap.params)
@@ -506,13 +554,12 @@ def _faults(
     models: Mapping[int, MupModel],
     checked: Mapping[int, Subject],
     measured: Mapping[int, Measured],
-    rate: float,
+    responses: Sequence[Response],
 ) -> tuple[Fault, ...]:
     """The rules that are broken, from the narrowest and the widest model."""
     narrow, *_, wide = models
     octaves = math.log2(wide / narrow)
     ends = (narrow, wide)
-    responses = [respond(checked[width], rate, measured[width].gradients) for width in ends]
 
     def exponent(small: float, large: float) -> float:
         return math.log2(large / small) / octaves

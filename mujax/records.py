@@ -88,51 +88,84 @@ class Program:
         loss: what it is trained on.
         batches: one for each step, again from the first when they are used up; the first is what
             activations are measured on.
+        seeds: the seeds of the runs.
+        lanes: how many seeds to run at once, a divisor of their number; as many as the device's memory
+            allows by default, one by one on a CPU.
+
+    Attributes:
+        paths: the parameters in the order in which they are measured.
     """
 
-    def __init__(self, subject: Subject, loss: Loss, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        loss: Loss,
+        batches: Sequence[Batch],
+        seeds: Sequence[int],
+        lanes: int | None = None,
+    ) -> None:
         self._subject = subject
         self._loss = loss
         self._batches = batches
+        self._seeds = seeds
         self._factors = _factors(subject)
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
-        self._start: Any = jax.jit(self._first_state)
-        self._step: Any = jax.jit(self._one_step, donate_argnums=0)
-        self.paths: tuple[str, ...] = ()
-
-    def compile(self) -> None:
-        """Compiles for one run; from any thread."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
-        start = self._start.lower(key, rate)
-        state, _ = start.out_info
-        batch = jax.eval_shape(lambda: self._batches[0])
-        step = self._step.lower(state, batch, batch, key, rate, number)
-        size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        quick = jax.default_backend() == "cpu" and size < _SMALL
-        options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if quick else {}
-        self._step, self._start = step.compile(options), start.compile(options)
+        state, _ = jax.eval_shape(self._first_state, key, rate)
         self.paths = paths_of(state.params)
+        self._small = sum(leaf.size for leaf in jax.tree.leaves(state.params)) < _SMALL
+        self._lanes = _lanes(state, len(seeds)) if lanes is None else lanes
+        self._abstract = (key, rate, number)
+        self._compiled: tuple[Any, Any] | None = None
 
-    def run(self, key: Key[Array, ""], rate: float, steps: int) -> Iterator[Any]:
-        """Trains one model and yields what is measured before each step and after the last.
+    def compile(self) -> None:
+        """Compiles for all runs; from any thread."""
+        key, rate, number = self._abstract
+        start, step = self._first_state, self._one_step
+        if self._lanes > 1:
+            key = jax.ShapeDtypeStruct((self._lanes,), key.dtype)
+            start = jax.vmap(start, in_axes=(0, None))
+            step = jax.vmap(step, in_axes=(0, None, None, 0, None, None))
+        lowered = jax.jit(start).lower(key, rate)
+        state, _ = lowered.out_info
+        batch = jax.eval_shape(lambda: self._batches[0])
+        lowered_step = jax.jit(step, donate_argnums=0).lower(state, batch, batch, key, rate, number)
+        quick = jax.default_backend() == "cpu" and self._small
+        options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if quick else {}
+        self._compiled = lowered.compile(options), lowered_step.compile(options)
+
+    def run(self, rate: float, steps: int) -> Iterator[list[Any]]:
+        """Trains one model for each seed and yields what is measured.
 
         Yields:
-            First the initial sizes of the parameters; then for each step those of the taps, those of the
-            gradients, and the loss.
+            For each seed: first the initial sizes of the parameters; then, before each step and after the
+            last, the sizes of the taps, those of the gradients, and the loss.
 
         Args:
-            key: for the initial parameters and every random stream.
             rate: the learning rate.
             steps: number of optimizer steps.
         """
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None
+        start, step = self._compiled
         lr = np.float32(rate)
-        state, initial = self._start(key, lr)
-        yield initial
-        for number in range(steps + 1):
-            batch = self._batches[number % len(self._batches)]
-            state, measured = self._step(state, self._batches[0], batch, key, lr, np.int32(number))
-            yield measured
+        for first in range(0, len(self._seeds), self._lanes):
+            seeds = self._seeds[first : first + self._lanes]
+            keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+            key = keys if self._lanes > 1 else keys[0]
+            state, initial = start(key, lr)
+            rows = [initial]
+            for number in range(steps + 1):
+                batch = self._batches[number % len(self._batches)]
+                state, measured = step(state, self._batches[0], batch, key, lr, np.int32(number))
+                rows.append(measured)
+            if self._lanes == 1:
+                yield rows
+            else:
+                for lane in range(self._lanes):
+                    yield jax.tree.map(lambda leaf, lane=lane: leaf[lane], rows)
 
     def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
         replay = self._subject.replay
@@ -184,6 +217,18 @@ class Program:
                 part = _by_weights(self._subject.replay, tap, old, new)
             rows.append(_sizes(old.out, new.out, part, factor))
         return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
+
+
+def _lanes(state: _State, seeds: int) -> int:
+    """How many seeds to run at once."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        # The CPU: one after the other is as fast, and compiles faster.
+        return 1
+    # The state holds parameters, moments and first activations; a step needs as much again, and gradients.
+    each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    fitting = max(1, int(0.8 * limit // each))
+    return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
 
 
 def _factors(subject: Subject) -> list[float]:

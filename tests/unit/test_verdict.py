@@ -112,6 +112,20 @@ def test_noise_leaves_it_open():
     assert found["change"] == "undecided"
 
 
+def test_known_rules_decide_where_the_noise_does_not():
+    for seed in range(50):
+        table = stats(change=0.1, noise=0.8, seed=seed)
+        check = next(check for check in judge(tap(), WIDTHS, table) if check.quantity == "change")
+        if check.status == "undecided" and check.slope.value < 0.25:
+            break
+    else:
+        pytest.fail("no seed of fifty is undecided")
+    assert statuses(judge(tap(), WIDTHS, table, verified=True))["change"] == "pass"
+    # What is measured outside is not excused by them.
+    grows = stats(change=0.5)
+    assert statuses(judge(tap(), WIDTHS, grows, verified=True))["change"] == "fail"
+
+
 def test_growth_of_the_first_steps_is_told_from_growth_that_lasts():
     table = stats(change=1.0)
     table[:, :, -1, 1] = noisy(0.0, 0.02)[:, :, -1]
