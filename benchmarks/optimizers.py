@@ -75,7 +75,7 @@ CANDIDATES: Final[Mapping[str, Candidate]] = {
     "lion": _candidate(optax.lion, mujax.mup_lion, (-13, -5)),
     "lamb": _candidate(optax.lamb, mujax.mup_lamb, (-8, -2)),
     "novograd": _candidate(optax.novograd, mujax.mup_novograd, (-7, 0)),
-    "muon": _candidate(optax.contrib.muon, mujax.mup_muon, (-10, -1)),
+    "muon": _candidate(optax.contrib.muon, mujax.mup_muon, (-9, -2)),
 }
 """At least one optimizer of each family, by optax's name."""
 
