@@ -171,8 +171,7 @@ def mup_init(
     if plan is not None and branches is not None:
         if "residual" not in off:
             refuse_own_factors(*branches, plan, mup._reading.analysis.fixes, spec)
-        if branches[1].stream:
-            mup = dataclasses.replace(mup, _said=(_of_stream(branches[1]),))
+        mup = dataclasses.replace(mup, _said=_without_rule(branches[1]))
     if zero_init:
         at_zero = dict.fromkeys(zeros(zero_init, spec, mup._reading.analysis), 0.0)
         mup = dataclasses.replace(mup, init_scales={**init_scales, **at_zero})
@@ -511,16 +510,37 @@ def _inside(spec: MupSpec, branches: Branches, depth: Depth) -> MupSpec:
     return MupSpec(params, spec.parametrization)
 
 
-def _of_stream(branches: Branches) -> Finding:
-    path, where = next(iter(branches.stream.items()))
-    more = f" and {len(branches.stream) - 1} others" if len(branches.stream) > 1 else ""
-    return Finding(
-        "stream parameter",
-        f"{path}{more} acts on the residual stream in each layer (a norm after the addition), where the "
-        "sources "
-        "know no rule for depth; it keeps the base's learning rate. Normalise inside of the branch instead",
-        where,
-    )
+def _without_rule(branches: Branches) -> tuple[Finding, ...]:
+    """What the sources have no rule for."""
+    findings = []
+    if branches.stream:
+        path, where = next(iter(branches.stream.items()))
+        findings.append(
+            Finding(
+                "stream parameter",
+                f"{_and_others(path, len(branches.stream))} acts on the residual stream in each layer (a "
+                "norm after the addition), where the sources know no rule for depth; it keeps the base's "
+                "learning rate. Normalise inside of the branch instead",
+                where,
+            )
+        )
+    if branches.shared:
+        path, count = next(iter(branches.shared.items()))
+        where = next(branch.where for branch in branches.found if path in branch.params)
+        findings.append(
+            Finding(
+                "shared layer",
+                f"{_and_others(path, len(branches.shared))} is used in {count} residual branches, where the "
+                "sources know rules for layers with parameters of their own; it gets the factors of one of "
+                "these. Give each layer its own parameters",
+                where,
+            )
+        )
+    return tuple(findings)
+
+
+def _and_others(path: str, count: int) -> str:
+    return path if count == 1 else f"{path} (and {count - 1} others)"
 
 
 # ---- tracing ---------------------------------------------------------------------------------------

@@ -106,12 +106,14 @@ class Branches:
         layers: axes of parameters that a scan over layers strips: path -> axes.
         sites: the equations inside of branches.
         stream: parameters on the stream between branches, with the place of a use.
+        shared: parameters that several layers share, and how many branches a run goes through with each.
     """
 
     found: tuple[Branch, ...]
     layers: Mapping[str, frozenset[int]]
     sites: frozenset[EqnPath]
     stream: Mapping[str, str]
+    shared: Mapping[str, int]
 
     @property
     def params(self) -> frozenset[str]:
@@ -247,7 +249,7 @@ class _Search:
         self._check_nested()
         self._check_marks()
         found = tuple(self._branch(number) for number in sorted(self.branches))
-        result = Branches(found, self.graph.layers(), self._sites(), self._stream())
+        result = Branches(found, self.graph.layers(), self._sites(), self._stream(), self._shared(found))
         self._check_shared(result)
         return result
 
@@ -510,6 +512,15 @@ class _Search:
             for used in busy:
                 found |= used
         return found
+
+    def _shared(self, found: Sequence[Branch]) -> dict[str, int]:
+        """What more than the two branches of one layer use as a whole."""
+        times: dict[str, int] = {}
+        for branch in found:
+            users = bits(branch.nodes & self.users)
+            for path in sorted(frozenset[str]().union(*(self.graph.nodes[number].whole for number in users))):
+                times[path] = times.get(path, 0) + branch.repeats
+        return {path: count for path, count in times.items() if count > 2}
 
     def _used(self, nodes: int) -> dict[str, str]:
         return {

@@ -25,6 +25,7 @@ _LAYOUT: Final = frozenset(
         "optimization_barrier",
     ]
 )
+_PARTS: Final = frozenset(["slice", "dynamic_slice", "gather", "split", "unstack"])
 PRODUCTS: Final = frozenset(["dot_general", "conv_general_dilated", "ragged_dot_general"])
 _FOLD: Final[Mapping[str, Callable[..., float]]] = {
     "mul": lambda a, b: a * b,
@@ -50,6 +51,7 @@ class Atom:
         roots: parameters that it is a function of, if of nothing else.
         number: the number that it is throughout, if it is one.
         axes: which of the parameter's axes each of its axes is, of a parameter that was only transposed.
+        whole: whether it is made from whole parameters, and not from one layer's part of them.
     """
 
     kind: Kind
@@ -57,6 +59,7 @@ class Atom:
     roots: frozenset[str] = frozenset()
     number: float | None = None
     axes: tuple[int, ...] | None = None
+    whole: bool = False
 
 
 _CONST: Final = Atom("const")
@@ -76,6 +79,7 @@ class Node:
         product: whether it is a product that a branch may consist of.
         loops: the loops around it.
         scope: the module scope, outer scopes included.
+        whole: those of the uses that are of a whole parameter, and not of one layer's part of it.
     """
 
     eqn: Any
@@ -87,6 +91,7 @@ class Node:
     product: bool
     loops: tuple[EqnPath, ...]
     scope: str
+    whole: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Graph:
             kind: Kind = "data" if path is None else "param"
             axes = tuple(range(len(shape_of(var)))) if path is not None else None
             node = graph._add(None, (), (), kind == "data", (), "") if is_float(var) else None
-            inputs.append(Atom(kind, node, roots if kind == "param" else frozenset(), None, axes))
+            inputs.append(Atom(kind, node, roots, None, axes, path is not None))
         consts = [_closed_over(array) for array in program.consts]
         graph.outs = graph._walk(program.jaxpr, consts, inputs, (), (), "")
         return graph
@@ -192,7 +197,8 @@ class Graph:
         product: bool = False,
     ) -> int:
         parents = tuple(dict.fromkeys(atom.node for atom in operands if atom.node is not None))
-        self.nodes.append(Node(eqn, site, tuple(operands), parents, data, uses, product, loops, name))
+        whole = uses & frozenset(path for atom in operands if atom.whole for path in atom.roots)
+        self.nodes.append(Node(eqn, site, tuple(operands), parents, data, uses, product, loops, name, whole))
         return len(self.nodes) - 1
 
     def _walk(
@@ -271,7 +277,8 @@ class Graph:
         node = self._add(eqn, site, ins, data, loops, name, uses, product)
         axes = _axes_after(eqn, ins)
         kept = frozenset[str]() if data else roots
-        return [Atom(kind, node if is_float(var) else None, kept, None, axes) for var in eqn.outvars]
+        whole = primitive not in _PARTS and all(atom.whole for atom in ins if atom.roots)
+        return [Atom(kind, node if is_float(var) else None, kept, None, axes, whole) for var in eqn.outvars]
 
     def _scan(
         self, eqn: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
@@ -290,7 +297,9 @@ class Graph:
             if node is not None and is_float(var):
                 node = self._add(None, site, [atom], atom.kind == "data", inside, name)
             slices.append(
-                dataclasses.replace(atom, node=node, number=None, axes=atom.axes[1:] if atom.axes else None)
+                dataclasses.replace(
+                    atom, node=node, number=None, axes=atom.axes[1:] if atom.axes else None, whole=False
+                )
             )
         nodes = tuple(atom.node for atom in carry if atom.node is not None)
         self.scans[site] = Scan(nodes, length, tuple(stripped))

@@ -1089,6 +1089,37 @@ def test_what_is_on_the_stream_is_a_finding():
     assert [finding.kind for finding in mup.findings] == ["stream parameter"]
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_layers_that_share_their_parameters_are_a_finding(scan):
+    """Their gradient is a sum over layers, which no rule of the sources is for."""
+
+    def build(width: int) -> mujax.Functional:
+        def init(key, x):
+            return {"f": jax.random.normal(key, (7, 7)), "readout": jnp.ones((7, width))}
+
+        def apply(params, x):
+            def block(x, _):
+                return x + jnp.tanh(x @ params["f"]), None
+
+            if scan:
+                x, _ = lax.scan(block, x, length=4)
+            else:
+                for _ in range(4):
+                    x, _ = block(x, None)
+            return x @ params["readout"]
+
+        return mujax.Functional(init, apply)
+
+    with pytest.warns(mujax.MujaxWarning, match="f is used in 4 residual branches"):
+        mup = mujax.mup_init(build(8), build(4), X, depth=(2, 4))
+    assert [finding.kind for finding in mup.findings] == ["shared layer"]
+
+
+def test_one_norm_for_the_two_branches_of_a_layer_is_not_shared_by_layers():
+    assert not branches(Net(parallel), X).shared
+    assert not branches(Transformer(TransformerConfig(16, 4, max_len=8, vocab_size=11)), TOKENS).shared
+
+
 def test_explain_names_depth():
     text = wrap("functional", 0.5).explain()
     assert "parametrization mup with depth alpha 0.5" in text
