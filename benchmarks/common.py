@@ -1,13 +1,17 @@
-"""What the benchmarks share: goals, a table to read, a JSON file to keep."""
+"""What the benchmarks share: goals, ratios of paired runs, memory, a table to read, a JSON file to keep."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import resource
+import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -84,3 +88,44 @@ def verdict(missed: Sequence[str], *, quick: bool) -> str:
     if quick:
         return "A smoke run: goals are not judged."
     return "\n".join(["Missed:", *(f"  {line}" for line in missed)]) if missed else "All goals met."
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Ratios of paired measurements.
+
+    Attributes:
+        median: of the ratios.
+        low: lower end of the 95% interval of the median (of all there are, with fewer than 6).
+        high: its upper end.
+        seconds: median of each side's own measurements.
+    """
+
+    median: float
+    low: float
+    high: float
+    seconds: Mapping[str, float]
+
+
+def paired(samples: Mapping[str, Sequence[float]], ours: str, plain: str) -> Paired:
+    """The ratio of `ours` to `plain`, measured in turn.
+
+    The interval is that of order statistics: it assumes nothing of how the times are distributed.
+    """
+    ratios = sorted(a / b for a, b in zip(samples[ours], samples[plain], strict=True))
+    n = len(ratios)
+    outside = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    seconds = {name: statistics.median(samples[name]) for name in (ours, plain)}
+    return Paired(statistics.median(ratios), ratios[outside], ratios[n - 1 - outside], seconds)
+
+
+def resident() -> tuple[int, int]:
+    """Resident set of this process and its peak, in bytes."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        # Not getrusage: the peak it gives on Linux begins with that of the process that started this one.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return now, peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak

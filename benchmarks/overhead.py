@@ -23,10 +23,8 @@ import dataclasses
 import functools
 import gc
 import importlib.util
-import math
 import pathlib
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -249,35 +247,6 @@ def program(setting: Setting, side: Side, sharding: jax.sharding.Sharding | None
 # ---- time ------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Paired:
-    """Ratios of paired measurements.
-
-    Attributes:
-        median: of the ratios.
-        low: lower end of the 95% interval of the median (of all there are, with fewer than 6).
-        high: its upper end.
-        seconds: median of each side's own measurements.
-    """
-
-    median: float
-    low: float
-    high: float
-    seconds: Mapping[str, float]
-
-
-def paired(samples: Mapping[str, Sequence[float]], ours: str, plain: str) -> Paired:
-    """The ratio of `ours` to `plain`, measured in turn.
-
-    The interval is that of order statistics: it assumes nothing of how the times are distributed.
-    """
-    ratios = sorted(a / b for a, b in zip(samples[ours], samples[plain], strict=True))
-    n = len(ratios)
-    outside = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
-    seconds = {name: statistics.median(samples[name]) for name in (ours, plain)}
-    return Paired(statistics.median(ratios), ratios[outside], ratios[n - 1 - outside], seconds)
-
-
 CLOCKS: Final[Mapping[str, Callable[[], float]]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -320,7 +289,7 @@ class Training:
         return steps
 
 
-def stepping(setting: Setting, runs: int, seconds: float) -> dict[str, Paired]:
+def stepping(setting: Setting, runs: int, seconds: float) -> dict[str, common.Paired]:
     """Ratio of the step's wall and CPU times, and the same for plain optax against itself."""
     plain, ours = setting.sides["optax"], setting.sides["mujax"]
     # The control is the same compiled program on buffers of its own.
@@ -338,14 +307,14 @@ def stepping(setting: Setting, runs: int, seconds: float) -> dict[str, Paired]:
     turns = {name: functools.partial(training.take, steps) for name, training in trainings.items()}
     samples = in_turn(turns, runs)
     return {
-        "time": paired(samples["wall"], "mujax", "optax"),
-        "time_control": paired(samples["wall"], "control", "optax"),
-        "cpu": paired(samples["cpu"], "mujax", "optax"),
-        "cpu_control": paired(samples["cpu"], "control", "optax"),
+        "time": common.paired(samples["wall"], "mujax", "optax"),
+        "time_control": common.paired(samples["wall"], "control", "optax"),
+        "cpu": common.paired(samples["cpu"], "mujax", "optax"),
+        "cpu_control": common.paired(samples["cpu"], "control", "optax"),
     }
 
 
-def tracing(setting: Setting, runs: int) -> dict[str, Paired]:
+def tracing(setting: Setting, runs: int) -> dict[str, common.Paired]:
     """Ratio of the CPU times to trace the step, and to trace the forward pass alone."""
     batch = (setting.case.inputs, setting.case.labels)
     states = {name: setting.abstract_state(side) for name, side in setting.sides.items()}
@@ -359,12 +328,12 @@ def tracing(setting: Setting, runs: int) -> dict[str, Paired]:
         jax.make_jaxpr(lambda *args: loss(*args))(state.params, state.model_state, batch, state.key)
         return 1
 
-    out: dict[str, Paired] = {}
+    out: dict[str, common.Paired] = {}
     for figure, trace in (("trace", step), ("trace_forward", forward)):
         both = {name: functools.partial(trace, name) for name in setting.sides}
         # The first time, both fill the caches of jax.numpy's own jitted functions.
         in_turn(both, 1)
-        out[figure] = paired(in_turn(both, runs)["cpu"], "mujax", "optax")
+        out[figure] = common.paired(in_turn(both, runs)["cpu"], "mujax", "optax")
     return out
 
 

@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -89,18 +88,6 @@ GOALS: Final[Mapping[str, common.Goal]] = {
 # ---- in a process of its own -----------------------------------------------------------------------
 
 
-def _resident() -> tuple[int, int]:
-    """Resident set of this process and its peak, in bytes."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage: the peak it gives on Linux begins with that of the process that started this one.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-        return now, peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak
-
-
 def measure(size: Size) -> dict[str, float]:
     """Figures of one `mup_init`, the first in this process."""
     import jax
@@ -110,11 +97,11 @@ def measure(size: Size) -> dict[str, float]:
 
     target, base = size.model(size.d_model), size.model(size.base_d_model)
     tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-    before, _ = _resident()
+    before, _ = common.resident()
     wall, cpu = time.perf_counter(), time.process_time()
     mup = mujax.mup_init(target, base, tokens)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    _, peak = _resident()
+    _, peak = common.resident()
     return {
         "parameters": mup.spec.size(),
         "leaves": len(mup.spec),

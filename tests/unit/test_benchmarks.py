@@ -71,9 +71,32 @@ def test_optimizers_sweeps_both_sides_on_one_grid(tmp_path):
     assert row["optax"]["loss"]["24"] != row["mujax"]["loss"]["24"]
 
 
+def test_coord_check_leaves_the_side_out_that_is_not_installed(tmp_path):
+    out = tmp_path / "coord_check.json"
+    done = run("coord_check.py", "--quick", "--cases", "mlp", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "The side of microsoft/mup is left out: --torch-python says where it is installed." in done.stdout
+    assert "goals are not judged" in done.stdout
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["case"], row["widths"], row["ratio"], row["missed"]) == ("mlp", [16, 32], {}, [])
+    assert set(row["runs"]) == {"cold", "warm"}
+    for (figures,) in row["runs"].values():
+        assert figures["process"] > figures["check"] + figures["imports"] > figures["check"] > 0
+        assert figures["cpu"] > 0
+        assert figures["megabytes"] > 50
+        assert figures["taps"] == 4
+    # The second run found all programs of the first in the cache.
+    assert row["runs"]["warm"][0]["cpu"] < row["runs"]["cold"][0]["cpu"]
+
+
 @pytest.mark.parametrize(
     ("script", "option"),
-    [("overhead.py", "--runs"), ("spec_scale.py", "--runs"), ("optimizers.py", "--steps")],
+    [
+        ("overhead.py", "--runs"),
+        ("spec_scale.py", "--runs"),
+        ("optimizers.py", "--steps"),
+        ("coord_check.py", "--runs"),
+    ],
 )
 def test_bad_options_are_one_line(script, option):
     done = run(script, option, "0")
