@@ -1,7 +1,7 @@
 """How far the best learning rate moves with width, for one optimizer or more of each family.
 
-    python benchmarks/optimizers.py [--quick] [--optimizers sgd muon] [--widths 32 512] [--seeds 2]
-        [--steps 40] [--batch 64] [--out FILE]
+    python benchmarks/optimizers.py [--quick] [--optimizers sgd muon] [--widths 32 512] [--seeds 3]
+        [--steps 80] [--batch 64] [--out FILE]
 
 The MLP with 3 hidden layers is trained on MNIST over a grid of learning rates a factor of 2 apart, at every
 width, with each optimizer twice: as mujax's `mup_<name>` in µP, whose base is the narrowest width, and as
@@ -251,13 +251,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--optimizers", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="default: all")
     add("--widths", nargs="+", type=int, help="the narrowest is the base (default: 32 64 128 256 512)")
-    add("--seeds", type=int, help="default: 2")
-    add("--steps", type=int, help="of each run (default: 40)")
+    add("--seeds", type=int, help="default: 3")
+    add("--steps", type=int, help="of each run (default: 80)")
     add("--batch", type=int, help="examples a step (default: 64)")
     add("--quick", action="store_true", help="a smoke run: two small widths, few steps, one seed")
     add("--out", type=pathlib.Path, default=common.OUT / "optimizers.json", help="the report")
     args = parser.parse_args(argv)
-    default = Effort((16, 32), 1, 3, 16) if args.quick else Effort((32, 64, 128, 256, 512), 2, 40, 64)
+    default = Effort((16, 32), 1, 3, 16) if args.quick else Effort((32, 64, 128, 256, 512), 3, 80, 64)
     given = {name: getattr(args, name) for name in ("seeds", "steps", "batch")}
     for name, value in given.items():
         if value is not None and value < 1:
