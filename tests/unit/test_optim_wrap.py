@@ -185,7 +185,10 @@ def one_step(tx):
 @pytest.mark.parametrize(
     ("wrapped", "alias"),
     [
-        (lambda: mujax.mup_wrap(optax.lamb(0.1), SPEC, "normalized"), lambda: mujax.mup_lamb(0.1, SPEC)),
+        (
+            lambda: mujax.mup_wrap(optax.scale_by_trust_ratio(), SPEC, "normalized"),
+            lambda: mujax.mup_scale_by_trust_ratio(SPEC),
+        ),
         (
             lambda: mujax.mup_wrap(optax.novograd(0.1), SPEC, "normalized_gradient"),
             lambda: mujax.mup_novograd(0.1, SPEC),
