@@ -226,7 +226,7 @@ def test_long_names_stay_inside_of_the_picture() -> None:
     figure.canvas.draw()
     *_, last = figure.axes
     (text,) = texts(last)
-    assert text.get_text() == "…tention/shortcut_projection"
+    assert text.get_text() == "…s_attention/shortcut_projection"
     assert text.get_window_extent().x1 <= figure.bbox.x1
 
 
