@@ -282,6 +282,15 @@ def test_the_spectral_condition(table, role):
         assert seen * rules.lr_factor(param, chosen, family) * norm == pytest.approx(condition, rel=1e-12)
 
 
+def test_updates_that_do_not_align_leave_normalised_ones_without_a_rule():
+    for role, expected in (("input", 1), ("hidden", 3**0.5), ("output", 1), ("finite", 1)):
+        param = PARAMS[role]
+        assert rules.unaligned(param, only("table9")) == pytest.approx(expected)
+        assert rules.unaligned(param, only("sp")) == 1
+        both = rules.lr_factor(param, only("mup"), "normalized") * rules.unaligned(param, only("mup"))
+        assert both == pytest.approx(1)
+
+
 @pytest.mark.parametrize("family", ["adam", "normalized", "normalized_gradient"])
 def test_one_familys_row_is_not_anothers(family):
     """The twin: with the learning rates of another family, the condition does not hold."""
