@@ -150,6 +150,12 @@ class Build:
         if is_zero(given):
             return given
         options = self.options
+        if options.decay == "decoupled" and not self.rate:
+            raise ConfigError(
+                f'mup_{self.name}: expected decay="independent" or "coupled", got "decoupled", which takes the '
+                "learning rate to free the decay from. Use the optimizer and not the transform, or "
+                "mujax.mup_add_decayed_weights."
+            )
         rate = self.rate[0] if self.rate else None
         return strength(given, options.decay, rate, options.peak_learning_rate)
 

@@ -608,6 +608,12 @@ class TestDecay:
         with pytest.raises(ParametrizationError, match=message):
             mujax.mup_add_decayed_weights(make_spec(), 0.1, **kwargs)
 
+    def test_a_transform_has_no_learning_rate_to_be_free_from(self):
+        message = r'mup_scale_by_novograd: expected decay="independent" or "coupled", got "decoupled"'
+        with pytest.raises(ConfigError, match=message):
+            mujax.mup_scale_by_novograd(make_spec(), weight_decay=0.1, decay="decoupled")
+        mujax.mup_scale_by_novograd(make_spec(), weight_decay=0.1, decay="coupled")
+
     def test_what_a_chain_must_say(self):
         with pytest.raises(ConfigError, match=r'decay="coupled": expected the family .* got none'):
             mujax.mup_add_decayed_weights(make_spec(), 0.1, decay="coupled")
