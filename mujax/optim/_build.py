@@ -152,8 +152,8 @@ class Build:
         options = self.options
         if options.decay == "decoupled" and not self.rate:
             raise ConfigError(
-                f'mup_{self.name}: expected decay="independent" or "coupled", got "decoupled", which takes the '
-                "learning rate to free the decay from. Use the optimizer and not the transform, or "
+                f'mup_{self.name}: expected decay="independent" or "coupled", got "decoupled", which takes '
+                "the learning rate to free the decay from. Use the optimizer and not the transform, or "
                 "mujax.mup_add_decayed_weights."
             )
         rate = self.rate[0] if self.rate else None
