@@ -57,7 +57,7 @@ def in_mup(factory, width=16):
     return mujax.mup_init(factory(width), factory(8), batches(1)[0][0])
 
 
-@pytest.mark.parametrize("factory", [linen, nnx_factory, functional, image_model])
+@pytest.mark.parametrize("factory", [nnx_factory, functional, image_model])
 def test_a_curve_is_what_a_loop_by_hand_gives(factory):
     mup, data = in_mup(factory), batches()
     run = Run(-6.0, 1)

@@ -161,9 +161,12 @@ def test_options_that_make_no_sense(options, said):
 
 def test_a_window_is_a_tenth_of_the_run():
     def linear(width):
-        return nn.Sequential([nn.Dense(width), nn.Dense(1)])
+        def init(key, x):
+            return {"in": jax.random.normal(key, (3, width)), "out": jnp.full((width, 1), 1 / width)}
+
+        return mujax.Functional(init, lambda params, x: x @ params["in"] @ params["out"])
 
     data = [(jnp.ones((2, 3)), jnp.ones((2, 1)))] * 25
-    found = mujax.wider_is_better(linear, (4, 8), data, "sgd", learning_rate=2**-6, seeds=2)
+    found = mujax.wider_is_better(linear, (4, 8), data, "sgd", learning_rate=2**-9, seeds=2)
     assert found.window == 2
     assert len(found.curves[4]) == 12
