@@ -156,39 +156,34 @@ class CoordCheck:
 
     def to_json(self) -> str:
         """Everything, as JSON."""
-        return json.dumps(
+        taps = [
             {
-                "verdict": self.verdict,
-                "widths": self.widths,
-                "learning_rates": self.learning_rates,
-                "steps": self.steps,
-                "seeds": self.seeds,
-                "parametrization": self.parametrization,
-                "faults": [dataclasses.asdict(one) for one in self.faults],
-                "quantities": STATS,
-                "taps": [
-                    {
-                        "name": tap.name,
-                        "kind": tap.kind,
-                        "where": tap.where,
-                        "params": tap.params,
-                        "status": tap.status,
-                        "blamed": tap.blamed,
-                        "checks": {
-                            f"{rate:g}": [dataclasses.asdict(check) for check in checks]
-                            for rate, checks in tap.checks.items()
-                        },
-                        "sizes": {
-                            f"{rate:g}": _finite(sizes[:, :, number]) for rate, sizes in self.sizes.items()
-                        },
-                    }
-                    for number, tap in enumerate(self.taps)
-                ],
-                "losses": {f"{rate:g}": _finite(losses) for rate, losses in self.losses.items()},
-            },
-            indent=1,
-            default=_null,
-        )
+                "name": tap.name,
+                "kind": tap.kind,
+                "where": tap.where,
+                "params": tap.params,
+                "status": tap.status,
+                "blamed": tap.blamed,
+                "checks": {
+                    f"{rate:g}": list(map(dataclasses.asdict, checks)) for rate, checks in tap.checks.items()
+                },
+                "sizes": {f"{rate:g}": sizes[:, :, number] for rate, sizes in self.sizes.items()},
+            }
+            for number, tap in enumerate(self.taps)
+        ]
+        content = {
+            "verdict": self.verdict,
+            "widths": self.widths,
+            "learning_rates": self.learning_rates,
+            "steps": self.steps,
+            "seeds": self.seeds,
+            "parametrization": self.parametrization,
+            "faults": list(map(dataclasses.asdict, self.faults)),
+            "quantities": STATS,
+            "taps": taps,
+            "losses": {f"{rate:g}": losses for rate, losses in self.losses.items()},
+        }
+        return json.dumps(_plain(content), indent=1, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json` to a file.
@@ -208,15 +203,15 @@ def _shown(check: Check) -> str:
     return f"{text}, {check.note}" if check.note else text
 
 
-def _finite(values: np.ndarray) -> Any:
-    """Nested lists with None for what JSON has no number for."""
-    if values.ndim:
-        return [_finite(value) for value in values]
-    return float(values) if np.isfinite(values) else None
-
-
-def _null(value: Any) -> Any:
-    raise TypeError(f"not a JSON value: {value!r}")
+def _plain(value: Any) -> Any:
+    """What JSON can hold: None for numbers that are not finite."""
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,29 +407,37 @@ def measure(
         lanes: how many seeds to run at once; see `Program`.
     """
     tell = progress or (lambda _: None)
-    total = len(checked) * len(rates) * len(seeds)
+    runs = len(rates) * len(seeds)
+    total = len(checked) * runs
     # Compiling is most of the work of a small check; a wide model takes longer to run.
-    weights = {
-        width: 1.0 + 0.1 * (width / min(checked)) ** 2 * len(rates) * len(seeds) / 40 for width in checked
-    }
+    weights = {width: 1.0 + 0.1 * (width / min(checked)) ** 2 * runs / 40 for width in checked}
     whole = 2 * len(checked) + sum(weights.values())
     done, work = 0, 0.0
     tell(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
-    programs = {width: Program(subject, loss, batches, seeds, lanes) for width, subject in checked.items()}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting = {width: pool.submit(program.compile) for width, program in programs.items()}
+    in_all = runs * (steps + 1)
+    programs = {
+        width: Program(subject, loss, batches, seeds, in_all, lanes) for width, subject in checked.items()
+    }
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+        waiting = [pool.submit(program.compile) for program in programs.values()]
+        for count, compiled in enumerate(concurrent.futures.as_completed(waiting), start=1):
+            compiled.result()
+            work += 2
+            tell(CheckProgress(0, total, work / whole, f"compiled for {count} of {len(checked)} widths"))
         out: dict[int, Measured] = {}
         for width, program in programs.items():
-            waiting[width].result()
-            work += 2
             found = []
             for rate in rates:
                 tell(CheckProgress(done, total, work / whole, f"width {width}"))
                 for run in program.run(rate, steps):
                     found.append(run)
                     tell(CheckProgress(done, total, work / whole, f"width {width}"))
-                    done, work = done + 1, work + weights[width] / (len(rates) * len(seeds))
+                    done, work = done + 1, work + weights[width] / runs
             out[width] = _gathered(found, program.paths, len(rates), len(seeds))
+    finally:
+        # After Ctrl-C nothing more is compiled.
+        pool.shutdown(cancel_futures=True)
     tell(CheckProgress(done, total, 1.0, "done"))
     return out
 
@@ -463,7 +466,8 @@ def respond_at_ends(
 ) -> list[Response]:
     """How the optimizer responds at the smallest and at the largest width."""
     narrow, *_, wide = checked
-    return [respond(checked[width], rate, measured[width].gradients) for width in (narrow, wide)]
+    ends = [(checked[width], measured[width]) for width in (narrow, wide)]
+    return [respond(subject, rate, found.gradients, found.initial.mean(0)) for subject, found in ends]
 
 
 def report(
@@ -588,9 +592,11 @@ def _faults(
             )
             param = _relative(clean, models, path)
             add(*broken_rules(tap, path, param, octaves, exponents))
-            add(
-                *_of_optimizer(path, [(one.epsilon[number], one.decay[number]) for one in responses], octaves)
-            )
+            felt = [(one.epsilon[number], one.decay[number]) for one in responses]
+            if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
+                # A key's bias has no gradient but for rounding; what epsilon makes of it is right.
+                felt = [(1.0, decay) for _, decay in felt]
+            add(*_of_optimizer(path, felt, octaves))
     add(*_of_attention(clean, checked[narrow], checked[wide], octaves))
     add(*_of_constants(clean, checked[narrow], checked[wide], octaves))
     return tuple(found.values())
