@@ -26,8 +26,8 @@ from flax import linen as nn
 from flax import nnx
 
 import mujax
-from mujax import coord_check as check
 from mujax import models
+from mujax.coord_check import made_up, measure, prepare, report, respond_at_ends
 from mujax.subject import default_loss
 
 GOAL: Final = common.Goal(1 / 50, "1 in 50")
@@ -111,7 +111,7 @@ def count(case: str, parametrization: str, verdicts: int) -> Counted:
     """Passes so many verdicts on a configuration."""
     begin = time.perf_counter()
     factory, widths, inputs, optimizer, rates = CASES[case]
-    clean, mups, checked = check.prepare(
+    clean, mups, checked = prepare(
         factory,
         widths,
         (inputs,),
@@ -119,10 +119,10 @@ def count(case: str, parametrization: str, verdicts: int) -> Counted:
         kwargs={"train": True} if factory is _resnet else None,
         parametrization=parametrization,
     )
-    batches = check.made_up(clean, (inputs,), 0)
+    batches = made_up(clean, (inputs,), 0)
     seeds = range(GROUP * verdicts)
-    measured = check.measure(checked, default_loss, batches, rates, STEPS, seeds)
-    responses = check.respond_at_ends(checked, measured, rates[0])
+    measured = measure(checked, default_loss, batches, rates, STEPS, seeds)
+    responses = respond_at_ends(checked, measured, rates[0])
 
     def verdict(number: int) -> str:
         part = slice(GROUP * number, GROUP * (number + 1))
@@ -130,7 +130,7 @@ def count(case: str, parametrization: str, verdicts: int) -> Counted:
             width: one._replace(taps=one.taps[:, part], losses=one.losses[:, part], initial=one.initial[part])
             for width, one in measured.items()
         }
-        return check.report(clean, mups, checked, group, responses, rates, STEPS).verdict
+        return report(clean, mups, checked, group, responses, rates, STEPS).verdict
 
     found = tuple(verdict(number) for number in range(verdicts))
     return Counted(case, parametrization, found, time.perf_counter() - begin)
@@ -171,14 +171,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     missed = [line for name, figure in share.items() for line in GOAL.missed_by(f"wrong, {name}", figure)]
     print(f"\nWrong: {share['mup']:.3f} of the correct ones, {share['sp']:.3f} of the standard ones.")
     print(common.verdict(missed, quick=options.quick))
-    report = {
+    content = {
         "goal": GOAL.text,
         "share_wrong": share,
         "cases": [dataclasses.asdict(one) for one in done],
         "missed": missed,
         **common.environment(),
     }
-    common.write(options.out, report)
+    common.write(options.out, content)
     return 0
 
 

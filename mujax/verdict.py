@@ -1,8 +1,7 @@
-"""The verdict on a coordinate check: slopes with their intervals, what they should be, and who is to blame.
+"""The verdict on what a coordinate check measured: slopes with their intervals, and what they should be.
 
 The theory says how each activation, its change and the effect of each update scale with width; a slope
-whose whole interval lies outside of what is allowed fails. The blame comes from what the rules say of each
-parameter by itself: how its initial values, the constants on its product and its learning rate scale.
+whose whole interval lies outside of what is allowed fails.
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1 and Tables 3, 8 and 9.
@@ -19,9 +18,7 @@ from typing import Final, Literal
 import numpy as np
 from jaxtyping import Float
 
-from mujax import rules
 from mujax.fit import Status, student
-from mujax.infshape import ParamSpec
 from mujax.records import STATS
 from mujax.taps import Tap
 
@@ -204,133 +201,3 @@ def _transient(check: Check, widths: Sequence[int], series: Mapping[str, np.ndar
     if last is None or last.status != "pass" or values.shape[2] < 4:
         return check
     return dataclasses.replace(last, note="outside at first, within by the last step")
-
-
-# ---- parameters ------------------------------------------------------------------------------------
-
-Rule = Literal[
-    "initialisation",
-    "forward factor",
-    "learning rate",
-    "epsilon",
-    "weight decay",
-    "attention",
-    "constant",
-    "activation",
-]
-
-# Exponents of a rule are exact but for the noise of initial values.
-_EXACT: Final = 0.2
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """A rule that a parameter or a place breaks.
-
-    Attributes:
-        name: the parameter, or the tap.
-        rule: which rule.
-        found: the exponent of the width that was measured.
-        expected: the exponent that the rule gives, in Table 8's terms.
-        where: `file:line` of the product, or what else to look at.
-        message: what is wrong and what to do, in a sentence.
-    """
-
-    name: str
-    rule: Rule
-    found: float
-    expected: float
-    where: str
-    message: str
-
-
-_REMEDY: Final[Mapping[Rule, str]] = {
-    "initialisation": "its initial values scale as width^{found:.2f} and should scale as "
-    "width^{expected:.2f}; use mup.init, or give it the rule's standard deviation",
-    "forward factor": "the constants on its product scale as width^{found:.2f} and should scale as "
-    "width^{expected:.2f}; look for a factor that is missing, applied twice or applied elsewhere",
-    "learning rate": "its learning rate scales as width^{found:.2f} and should scale as "
-    "width^{expected:.2f}; check its role, its base shape and the optimizer's factor for it",
-    "epsilon": "the optimizer's epsilon takes over: the update falls as width^{found:.2f} beside what it "
-    "is without; let epsilon follow the gradient (scale_eps=True) or make it smaller",
-    "weight decay": "its decay per step scales as width^{found:.2f} and should not depend on width; put "
-    "weight decay after the µP factor",
-    "constant": "a constant of the model scales as width^{found:.2f} and should not depend on width; leave "
-    "the scale correction on, or write the constant as a number",
-    "attention": "attention logits are off by width^{found:.2f} from what 1/d attention gives; leave the "
-    "attention correction on, or divide by d in place of its root",
-}
-
-
-def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Fault:
-    """A fault with its sentence."""
-    # Without the sign of a zero.
-    shown = {"found": round(found, 2) + 0.0, "expected": round(expected, 2) + 0.0}
-    message = f"{name}: " + _REMEDY[rule].format(**shown)
-    return Fault(name, rule, found, expected, where, message)
-
-
-@dataclasses.dataclass(frozen=True)
-class Exponents:
-    """How one use of one parameter scales from the narrowest model to the widest, as powers of the width.
-
-    Attributes:
-        initial: of its initial values; None where they are zero.
-        factor: of the constants on the product.
-        lr: of its learning rate; None where the optimizer's is not known.
-        linear: whether the optimizer is linear in the gradient.
-    """
-
-    initial: float | None
-    factor: float
-    lr: float | None
-    linear: bool
-
-
-def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: Exponents) -> list[Fault]:
-    """Compares one use of a parameter with Table 8, up to what the tables may differ in.
-
-    A constant moved from the product to the initial values, with the learning rate adapted, is the same
-    training run (Tables 3, 8 and 9 are one): what counts is initial * factor, and lr * factor, or lr *
-    factor^2 where the optimizer is linear in the gradient.
-
-    Args:
-        tap: where it is used.
-        path: the parameter.
-        param: its shape and roles, the widest model against the narrowest.
-        octaves: log2 of the ratio of the two widths.
-        found: what was measured.
-    """
-    table = rules.parametrization("mup")
-    family: rules.Family = "sgd" if found.linear else "adam"
-    power = 2 if found.linear else 1
-
-    def exponent(ratio: float) -> float:
-        return math.log2(ratio) / octaves
-
-    initial = exponent(rules.init_scale(param, table, 1.0))
-    factor = 0.0
-    if tap.kind == "readout":
-        factor = -exponent(param.r_in if param.role == "output" else param.r_out)
-    lr = exponent(rules.lr_factor(param, table, family))
-    off_initial = 0.0 if found.initial is None else found.initial - initial
-    off_factor = found.factor - factor
-    off_lr = 0.0 if found.lr is None else found.lr - lr
-
-    def is_off(value: float) -> bool:
-        return abs(value) > _EXACT
-
-    init_breaks = found.initial is not None and is_off(off_initial + off_factor)
-    lr_breaks = found.lr is not None and is_off(off_lr + power * off_factor)
-    if not (init_breaks or lr_breaks):
-        return []
-    of_factor = fault(tap.name, "forward factor", found.factor, factor, tap.where)
-    of_initial = fault(path, "initialisation", found.initial or 0.0, initial, tap.where)
-    of_lr = fault(path, "learning rate", found.lr or 0.0, lr, tap.where)
-    # A constant that neither of the two makes up for is a fault of its own; where one of them does, it is a
-    # way of writing, and the other is at fault.
-    neither = (init_breaks or found.initial is None) and (lr_breaks or found.lr is None)
-    if is_off(off_factor) and neither and not (is_off(off_lr) and is_off(off_initial)):
-        rest = ((of_initial, is_off(off_initial)), (of_lr, is_off(off_lr)))
-        return [of_factor, *(one for one, broken in rest if broken)]
-    return [one for one, broken in ((of_initial, init_breaks), (of_lr, lr_breaks)) if broken]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from mujax.blame import fault
 from mujax.coord_check import CoordCheck, TapReport
-from mujax.verdict import Check, Slope, fault
+from mujax.verdict import Check, Slope
 
 WIDTHS = (32, 64, 128)
 RATES = (2.0**-9, 2.0**-7)
