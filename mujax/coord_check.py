@@ -28,6 +28,7 @@ from mujax.blame import Fault, find_faults
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.fit import Status
 from mujax.init import MupModel
+from mujax.optim import OPTIMIZERS
 from mujax.records import STATS, Batch, Measured, Program, Subject
 from mujax.response import Response, respond
 from mujax.subject import Loss, Optimizer, as_inputs, default_loss, optimizer_of, subjects
@@ -380,7 +381,8 @@ def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
 
 
 def _default_rates(optimizer: Any) -> tuple[float, ...]:
-    linear = optimizer in ("sgd", "noisy_sgd", "momentum")
+    """By family, where it is known by name."""
+    linear = isinstance(optimizer, str) and OPTIMIZERS[optimizer].family == "sgd"
     return _RATES[linear]
 
 
