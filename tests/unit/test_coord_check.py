@@ -309,3 +309,36 @@ def test_many_outputs_need_a_loss():
     loss = lambda outputs, targets: jnp.square(outputs[0]).mean() + jnp.square(outputs[1]).mean()  # noqa: E731
     check = mujax.coord_check(Two, (32, 128), batches=[(X, None)], loss=loss, steps=2, seeds=3)
     assert [tap.name for tap in check.taps if tap.kind == "output"] == ["output 0", "output 1"]
+
+
+class ByHand(nn.Module):
+    """µP without mujax, as Table 8 has it: the readout's factor behind the product, before the bias."""
+
+    width: int
+    factor: float
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width, name="first")(x))
+        x = nn.relu(nn.Dense(self.width, name="hidden")(x))
+        kernel = self.param("readout", nn.initializers.normal(0.2), (self.width, 8))
+        return (x @ kernel) * self.factor + self.param("bias", nn.initializers.zeros, (8,))
+
+
+def adam_by_hand(rate, spec):
+    """Adam with the hidden kernel's rate divided by the width."""
+    width = spec["hidden/kernel"].shape[0]
+
+    def scale(updates, state, params=None):
+        hidden = {**updates["hidden"], "kernel": updates["hidden"]["kernel"] * 32 / width}
+        return {**updates, "hidden": hidden}, state
+
+    return optax.chain(optax.adam(rate), optax.GradientTransformation(lambda _: optax.EmptyState(), scale))
+
+
+def test_mup_by_hand_passes_as_it_is():
+    given = {"steps": 3, "learning_rates": (2.0**-7,), "parametrization": "sp"}
+    check = mujax.coord_check(lambda w: ByHand(w, 32 / w), (32, 128), X, adam_by_hand, **given)
+    assert check.verdict == "pass", str(check)
+    without = mujax.coord_check(lambda w: ByHand(w, 1.0), (32, 128), X, adam_by_hand, **given)
+    assert [(one.name, one.rule) for one in without.faults] == [("readout", "forward factor")]
