@@ -33,7 +33,7 @@ import optax
 
 import mujax
 from mujax import fit, train
-from mujax.optim._registry import OPTIMIZERS as REGISTRY
+from mujax.optim import OPTIMIZERS as REGISTRY
 from mujax.transfer import TASKS
 
 TASK: Final = TASKS["mnist-mlp"]
