@@ -27,7 +27,7 @@ import numpy as np
 from mujax.blame import Fault, find_faults
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.fit import Status
-from mujax.init import MupModel
+from mujax.init import MupModel, mup_init
 from mujax.optim import OPTIMIZERS
 from mujax.records import STATS, Batch, Measured, Program, Subject
 from mujax.response import Response, respond
@@ -352,11 +352,12 @@ def _clean(
 ) -> MupModel:
     """The widest model against the narrowest, read off their programs and nothing else."""
     narrow, *_, wide = models
-    if isinstance(factory(narrow), MupModel):
+    model = factory(wide)
+    if isinstance(model, MupModel):
         return models[wide]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MujaxWarning)
-        return subjects(factory, (narrow, wide), inputs=inputs, kwargs=kwargs)[wide]
+        return mup_init(model, factory(narrow), *inputs, **(kwargs or {}))
 
 
 def _outputs(mup: MupModel) -> list[str]:

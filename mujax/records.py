@@ -111,7 +111,7 @@ class Program:
         self._loss = loss
         self._batches = batches
         self._seeds = seeds
-        self._factors = _factors(subject)
+        self._factors = [_later_factor(subject.replay, tap) for tap in subject.taps]
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
         key = jax.eval_shape(lambda: jax.random.key(0))
         rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
@@ -245,14 +245,12 @@ def _lanes(state: _State, seeds: int) -> int:
     return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
 
 
-def _factors(subject: Subject) -> list[float]:
-    """What the user's constants multiply each tap with later on."""
-    replay = subject.replay
+def _later_factor(replay: Replay, tap: Tap) -> float:
+    """What the constants behind a tap, inserted and the user's own, multiply it with."""
+    if tap.site is None:
+        return 1.0
     inserted = {site: _constant(hook) for site, hook in replay.hooks.items()}
-    return [
-        1.0 if tap.site is None else downstream(replay.program, replay.analysis, inserted, tap.site)
-        for tap in subject.taps
-    ]
+    return downstream(replay.program, replay.analysis, inserted, tap.site)
 
 
 def _constant(hook: forward.Hook | None) -> float:
@@ -262,11 +260,8 @@ def _constant(hook: forward.Hook | None) -> float:
 
 def site_factor(subject: Subject, tap: Tap) -> float:
     """All constants between the product at a tap and what is done with it: inserted and the user's own."""
-    if tap.site is None:
-        return 1.0
-    inserted = {site: _constant(hook) for site, hook in subject.replay.hooks.items()}
-    own = downstream(subject.replay.program, subject.replay.analysis, inserted, tap.site)
-    return own * inserted.get(tap.site, 1.0)
+    own = 1.0 if tap.site is None else hook_factor(subject, tap.site)
+    return own * _later_factor(subject.replay, tap)
 
 
 def hook_factor(subject: Subject, site: EqnPath) -> float:

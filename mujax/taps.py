@@ -154,10 +154,16 @@ def _equations(program: Any, site: EqnPath = ()) -> Iterator[tuple[EqnPath, Any]
     for index, eqn in enumerate(jaxpr.eqns):
         here = (*site, index)
         yield here, eqn
-        for name in SUBPROGRAMS:
-            inner = eqn.params.get(name)
-            if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                yield from _equations(inner, (*here, name))
+        for name, inner in _inside(eqn):
+            yield from _equations(inner, (*here, name))
+
+
+def _inside(eqn: Any) -> Iterator[tuple[str, Any]]:
+    """The programs that an equation runs, by the name under which it holds them."""
+    for name in SUBPROGRAMS:
+        inner = eqn.params.get(name)
+        if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+            yield name, inner
 
 
 # ---- norms -----------------------------------------------------------------------------------------
@@ -177,10 +183,8 @@ def _norms(program: Any, analysis: Analysis, site: EqnPath = ()) -> Iterator[tup
     roots: dict[Any, str] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         here = (*site, index)
-        for name in SUBPROGRAMS:
-            inner = eqn.params.get(name)
-            if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                yield from _norms(inner, analysis, (*here, name))
+        for name, inner in _inside(eqn):
+            yield from _norms(inner, analysis, (*here, name))
         operands = analysis.operands.get(here, ())
         name, atoms = eqn.primitive.name, eqn.invars
         from_root = [None if isinstance(atom, jex.Literal) else roots.get(atom) for atom in atoms]
@@ -216,10 +220,9 @@ def downstream(program: Any, analysis: Analysis, factors: Mapping[EqnPath, float
         factors: factors that are inserted, by place.
         site: the place of the equation.
     """
-    products = {product.site for product in analysis.products}
     factor = 1.0
     for step in chain(program, analysis, site):
-        if step.site in products:
+        if step.product:
             return 1.0
         factor *= step.constant * factors.get(step.site, 1.0)
     return factor
@@ -231,10 +234,12 @@ class Step(NamedTuple):
     Attributes:
         site: its place.
         constant: the constant; 1 for a change of layout or an added parameter.
+        product: whether it is the product of two activations that ends a chain.
     """
 
     site: EqnPath
     constant: float
+    product: bool = False
 
 
 def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
@@ -264,7 +269,7 @@ def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
             continue
         site = (*site[:-1], index)
         if site in products:
-            yield Step(site, 1.0)
+            yield Step(site, 1.0, product=True)
             return
         eqn = jaxpr.eqns[index]
         constant = _constant_step(eqn, eqn.invars.index(out), analysis.operands.get(site, ()))
