@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float, Key, PyTree
 
 from mujax import forward
+from mujax.effort import effort
 from mujax.infshape import leaf_path
 from mujax.replay import Replay
 from mujax.taps import Tap, downstream
@@ -29,10 +30,6 @@ from mujax.trace import EqnPath
 STATS: Final = ("size", "change", "by_weights", "by_inputs")
 """Mean absolute entry of: the activation; its change since initialisation; the part of that change that the
 update of the tap's own parameters accounts for, and the rest, which its inputs account for."""
-
-# On a CPU, a program that runs fewer operations than this in all takes longer to optimise than to run:
-# measured for MLPs and Transformers of 64 to 2048 units on two cores.
-_LITTLE: Final = 4e10
 
 
 class Subject(NamedTuple):
@@ -222,15 +219,6 @@ class Program:
                 part = _by_weights(self._subject.replay, tap, old, new)
             rows.append(_sizes(old.out, new.out, part, factor))
         return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
-
-
-def effort(lowered: jax.stages.Lowered, runs: float) -> dict[str, str | bool]:
-    """Compiler options for a program that is run so many times."""
-    if jax.default_backend() != "cpu":
-        return {}
-    costs: Any = lowered.cost_analysis() or {}
-    little = costs.get("flops", 0.0) * runs < _LITTLE
-    return {"xla_backend_optimization_level": "0"} if little else {}
 
 
 def _lanes(state: _State, seeds: int) -> int:

@@ -14,7 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from mujax.records import Subject, effort
+from mujax.effort import effort
+from mujax.records import Subject
 
 # Zero shows the decay; the last two are so large that no epsilon matters.
 _SCALES: Final = (0.0, 1.0, 2.0**24, 2.0**48)
