@@ -34,7 +34,7 @@ import optax
 import mujax
 from mujax import fit, train
 from mujax.optim import OPTIMIZERS as REGISTRY
-from mujax.transfer import TASKS
+from mujax.tasks import TASKS
 
 TASK: Final = TASKS["mnist-mlp"]
 GOAL: Final = common.Goal(0.7, "a drift of at most 0.7")
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {name: value for name, value in given.items() if value is not None}
     effort = dataclasses.replace(default, widths=widths, **chosen)
 
-    examples = TASK.load(None)
+    examples, _ = TASK.load(None)
     names = list(dict.fromkeys(args.optimizers))
     clock = Clock(effort, [*itertools.product(names, SIDES, effort.widths)])
     report: dict[str, Any] = {

@@ -120,7 +120,7 @@ def _program(mup: MupModel, optimizer: Optimizer, loss: Loss, steps: int) -> Pro
         # The parameters among the variables are not read: dropped, they are not carried along.
         return params, [None if at in replay.call.params else leaf for at, leaf in enumerate(variables)], key
 
-    if not _steps_in_python(replay.program):
+    if not steps_in_python(replay.program):
 
         @jax.jit
         def run(lr: Float32[Array, ""], seed: Int[Array, ""], batches: PyTree) -> Any:
@@ -159,7 +159,7 @@ def _program(mup: MupModel, optimizer: Optimizer, loss: Loss, steps: int) -> Pro
     return loop
 
 
-def _steps_in_python(program: Any) -> bool:
+def steps_in_python(program: Any) -> bool:
     """Whether a step is compiled and not the whole run: XLA on CPU is slow at convolutions inside of a loop.
 
     Reference: jax-ml/jax#12868.

@@ -40,8 +40,13 @@ class Losses(NamedTuple):
         It did if a loss was not finite, if it ended worse than the untrained model, or if it came back from
         so far away that on average it was more than twice as bad as the untrained model.
         """
-        healthy = self.final <= self.untrained and self.mean <= 2 * self.untrained
-        return self.mean if healthy and math.isfinite(self.mean) else None
+        return self.mean if self.healthy else None
+
+    @property
+    def healthy(self) -> Any:
+        """Whether it did not diverge; traced where the losses are."""
+        learns = (self.final <= self.untrained) & (self.mean <= 2 * self.untrained)
+        return learns & (abs(self.mean) < math.inf)
 
 
 def tail(steps: int) -> int:

@@ -86,15 +86,15 @@ def test_a_curve_is_what_a_loop_by_hand_gives(factory):
 
 
 def test_convolutions_step_in_python_on_cpu_and_nothing_else_does():
-    assert curves._steps_in_python(in_mup(image_model).replay.program) == (jax.default_backend() == "cpu")
-    assert not curves._steps_in_python(in_mup(linen).replay.program)
+    assert curves.steps_in_python(in_mup(image_model).replay.program) == (jax.default_backend() == "cpu")
+    assert not curves.steps_in_python(in_mup(linen).replay.program)
 
 
 def test_both_loops_train_alike(monkeypatch):
     mup, data = in_mup(linen), batches()
     runs = [Run(-5.0, 0), Run(-5.0, 1)]
     one = train_curves(mup, data, mujax.mup_adam, default_loss, runs)
-    monkeypatch.setattr(curves, "_steps_in_python", lambda program: True)
+    monkeypatch.setattr(curves, "steps_in_python", lambda program: True)
     other = train_curves(mup, data, mujax.mup_adam, default_loss, runs)
     for run in runs:
         assert one[run].untrained == pytest.approx(other[run].untrained, rel=1e-5)

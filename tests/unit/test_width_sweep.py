@@ -21,16 +21,8 @@ from mujax.data import Examples, batch_indices
 from mujax.errors import ConfigError, DataError
 from mujax.fit import Losses
 from mujax.models import MLP, MLPConfig
-from mujax.transfer import (
-    TASKS,
-    Progress,
-    Run,
-    RunsFile,
-    Task,
-    TransferConfig,
-    summarise,
-    transfer,
-)
+from mujax.tasks import TASKS, Task
+from mujax.width_sweep import Progress, Run, RunsFile, TransferConfig, summarise, sweep_widths
 
 GRID = tuple(float(rate) for rate in range(-12, -3))
 
@@ -244,9 +236,10 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     task = Task(
         title="toy",
         build=toy_model,
-        load=toy_examples,
+        load=lambda path: (toy_examples(path), toy_examples(path)),
         draw=draw,
         fetch=lambda train, order: Examples(train.inputs[order], train.targets[order]),
+        valid=lambda valid: valid,
         takes_text=False,
         width_step=1,
         widths=(8, 16),
@@ -254,6 +247,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seeds=2,
         steps=20,
         batch=32,
+        space={"learning_rate": [0.01]},
     )
     monkeypatch.setitem(TASKS, "toy", task)  # pyright: ignore[reportArgumentType]
     return traced
@@ -265,7 +259,7 @@ def rows(folder: pathlib.Path) -> list[dict[str, str]]:
 
 
 def test_real_runs_in_both_parametrizations(draws: list[int], tmp_path: pathlib.Path) -> None:
-    report = transfer(TransferConfig.for_task("toy", log2_lrs=(-20, -9, -6, -3, 100), out=tmp_path))
+    report = sweep_widths(TransferConfig.for_task("toy", log2_lrs=(-20, -9, -6, -3, 100), out=tmp_path))
     assert len(draws) == 4, "one program serves all learning rates and seeds"
     # At the base width µP is the user's own model; elsewhere it is not.
     assert report.loss["mup"][8] == report.loss["sp"][8]
@@ -282,8 +276,8 @@ def test_real_runs_in_both_parametrizations(draws: list[int], tmp_path: pathlib.
 
 def losses_of(config: TransferConfig, width: int, *runs: tuple[float, int]) -> list[Losses]:
     """Runs of one compiled program: pairs of log2 learning rate and seed."""
-    program = sys.modules["mujax.transfer"]._program(config, "mup", width)
-    train = TASKS[config.task].load(config.text)
+    program = sys.modules["mujax.width_sweep"]._program(config, "mup", width)
+    train, _ = TASKS[config.task].load(config.text)
     return [
         Losses(*map(float, program(train, jnp.float32(2.0**rate), jnp.int32(seed)))) for rate, seed in runs
     ]
@@ -326,7 +320,7 @@ def done(draws: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
         return run
 
-    monkeypatch.setattr(sys.modules["mujax.transfer"], "_program", program)
+    monkeypatch.setattr(sys.modules["mujax.width_sweep"], "_program", program)
     return asked
 
 
@@ -344,35 +338,35 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(
 ) -> None:
     config = TransferConfig.for_task("toy", out=tmp_path / "new" / "folder")
     with pytest.raises(KeyboardInterrupt):
-        transfer(config, progress=stop_after(9))
+        sweep_widths(config, progress=stop_after(9))
     runs_file = tmp_path / "new" / "folder" / "runs.csv"
     before = runs_file.read_text()
     assert before.count("\n") == 1 + 9
     runs_file.write_text(before + torn)
 
     fresh: list[Progress] = []
-    report = transfer(config, progress=fresh.append)
+    report = sweep_widths(config, progress=fresh.append)
     after = runs_file.read_text()
     assert after.startswith(before)
     assert after.count("\n") == 1 + 24
     assert (fresh[0].done, fresh[-1].done) == (9, 24)
     assert len(done) == len(set(done)) == 24
     assert fresh[-1].work_done == pytest.approx(1.0)
-    assert report.loss == transfer(dataclasses.replace(config, out=None)).loss
+    assert report.loss == sweep_widths(dataclasses.replace(config, out=None)).loss
 
 
 def test_a_finished_sweep_is_not_run_again(done: list[Run], tmp_path: pathlib.Path) -> None:
     config = TransferConfig.for_task("toy", out=tmp_path)
-    first = transfer(config)
+    first = sweep_widths(config)
     content = (tmp_path / "runs.csv").read_bytes()
-    assert transfer(config) == first
+    assert sweep_widths(config) == first
     assert len(done) == 24
     assert (tmp_path / "runs.csv").read_bytes() == content
 
 
 def test_a_sweep_may_grow(done: list[Run], tmp_path: pathlib.Path) -> None:
-    transfer(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
-    report = transfer(TransferConfig.for_task("toy", seeds=1, widths=(8, 16, 24), out=tmp_path))
+    sweep_widths(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
+    report = sweep_widths(TransferConfig.for_task("toy", seeds=1, widths=(8, 16, 24), out=tmp_path))
     assert [run.width for run in done[12:]] == [24] * 6
     assert len(rows(tmp_path)) == 18
     assert sorted(report.regret["mup"]) == [8, 16, 24]
@@ -391,11 +385,11 @@ def test_a_sweep_may_grow(done: list[Run], tmp_path: pathlib.Path) -> None:
 def test_runs_with_other_settings_are_left_alone(
     tmp_path: pathlib.Path, changed: dict[str, Any], said: str
 ) -> None:
-    transfer(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
+    sweep_widths(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     said = said.format(file=tmp_path / "runs.csv")
     with pytest.raises(ConfigError, match=re.escape(said)) as raised:
-        transfer(TransferConfig.for_task("toy", **({"seeds": 1, "out": tmp_path} | changed)))
+        sweep_widths(TransferConfig.for_task("toy", **({"seeds": 1, "out": tmp_path} | changed)))
     assert "take another folder" in str(raised.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -403,13 +397,14 @@ def test_runs_with_other_settings_are_left_alone(
 @pytest.mark.usefixtures("done")
 def test_runs_on_other_data_are_left_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TransferConfig.for_task("toy", seeds=1, out=tmp_path)
-    transfer(config)
+    sweep_widths(config)
     longer = dataclasses.replace(
-        TASKS["toy"], load=lambda _: jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), toy_examples())
+        TASKS["toy"],
+        load=lambda _: (jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), toy_examples()), None),
     )
     monkeypatch.setitem(TASKS, "toy", longer)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="expected runs with data "):
-        transfer(config)
+        sweep_widths(config)
 
 
 SETTINGS = {
@@ -504,10 +499,10 @@ def test_text_transformer_learns_from_the_users_text(tmp_path: pathlib.Path) -> 
 def test_a_missing_text_is_an_error_before_anything_is_written(tmp_path: pathlib.Path) -> None:
     config = TransferConfig.for_task("text-transformer", text=tmp_path / "none.txt", out=tmp_path / "out")
     with pytest.raises(DataError, match=r"none\.txt"):
-        transfer(config)
+        sweep_widths(config)
     assert not (tmp_path / "out").exists()
 
 
-def test_transfer_does_not_need_what_only_pictures_and_the_command_need() -> None:
-    names = set(vars(sys.modules["mujax.transfer"]))
+def test_it_does_not_need_what_only_pictures_and_the_command_need() -> None:
+    names = set(vars(sys.modules["mujax.width_sweep"]))
     assert not names & {"matplotlib", "tyro", "rich"}

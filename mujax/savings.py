@@ -1,0 +1,106 @@
+"""What tuning on a proxy saves: its operations against those of the same search at the target, and the front.
+
+Reference:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Figure 5 and Section 7.1: random search, resampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from mujax.errors import ConfigError
+
+RESAMPLES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Front:
+    """How good the best of a random search is, against what the search costs.
+
+    Attributes:
+        trials: sizes of the search.
+        flops: what a search of each size costs, the mean over resamplings.
+        loss: of its best trial, the median over resamplings.
+        low: the tenth percentile of that.
+        high: the ninetieth.
+    """
+
+    trials: tuple[int, ...]
+    flops: tuple[float, ...]
+    loss: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def to_json(self) -> str:
+        """As strict JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def cost_of(self, loss: float) -> float | None:
+        """Operations of the smallest search whose median reaches a loss; None where none does."""
+        return next(
+            (flops for flops, reached in zip(self.flops, self.loss, strict=True) if reached <= loss), None
+        )
+
+
+def sizes(count: int) -> tuple[int, ...]:
+    """Sizes of a search to look at: powers of two, and all there is.
+
+    >>> sizes(24)
+    (1, 2, 4, 8, 16, 24)
+    """
+    powers = [1 << power for power in range(count.bit_length()) if 1 << power <= count]
+    return tuple(sorted({*powers, count}))
+
+
+def resampled(count: int, size: int, resamples: int, seed: int = 0) -> list[np.ndarray]:
+    """Which trials make up each of several searches of some size: subsets, drawn without replacement."""
+    random = np.random.default_rng([seed, size])
+    return [random.choice(count, size, replace=False) for _ in range(resamples)]
+
+
+def front(
+    losses: Sequence[float | None],
+    flops: Sequence[float],
+    quality: Sequence[float | None] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Front:
+    """The front of a random search, resampled from its own trials.
+
+    Args:
+        losses: of each trial, by which the best is chosen; None where it diverged.
+        flops: of each trial.
+        quality: what the choice is worth: of each trial's hyperparameters, the target's loss; `losses`
+            themselves by default. A choice that diverges there counts as the worst there is.
+        resamples: searches of each size.
+        seed: what the subsets depend on.
+
+    Raises:
+        ConfigError: no trial has a loss.
+    """
+    chosen_by = np.array([np.inf if loss is None else loss for loss in losses])
+    worth = chosen_by if quality is None else np.array([np.inf if one is None else one for one in quality])
+    if not np.isfinite(worth).any():
+        raise ConfigError("front: expected at least one trial that came to its end, found none.")
+    worst = worth[np.isfinite(worth)].max()
+    worth, cost = np.where(np.isfinite(worth), worth, worst), np.asarray(flops)
+    found: list[Float[np.ndarray, " resamples"]] = []
+    spent: list[float] = []
+    steps = sizes(len(chosen_by))
+    for size in steps:
+        subsets = resampled(len(chosen_by), size, resamples, seed)
+        found.append(np.array([worth[subset[np.argmin(chosen_by[subset])]] for subset in subsets]))
+        spent.append(float(np.mean([cost[subset].sum() for subset in subsets])))
+    return Front(
+        trials=steps,
+        flops=tuple(spent),
+        loss=tuple(float(np.median(losses)) for losses in found),
+        low=tuple(float(np.quantile(losses, 0.1)) for losses in found),
+        high=tuple(float(np.quantile(losses, 0.9)) for losses in found),
+    )

@@ -1,0 +1,152 @@
+"""What there is to learn out of the box: a model of any width, real data, and what to try by default."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from mujax import data, models
+
+_TEXT_LENGTH: Final = 64
+_HEAD: Final = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Something to learn.
+
+    Attributes:
+        title: what it is, for a caption.
+        build: a width -> the module and the abstract inputs to trace it with.
+        load: the user's own file, or None -> training data and held-out data.
+        draw: training data, key, batch size, number of steps -> what identifies each step's batch, along a
+            leading axis.
+        fetch: training data, one entry of what `draw` gave -> inputs and integer targets.
+        valid: held-out data -> batches of them, along a leading axis.
+        takes_text: the data can be the user's own text.
+        width_step: what every width must be a multiple of.
+        widths: default widths.
+        log2_lrs: default learning rates for each optimizer, as powers of two.
+        seeds: default number of seeds.
+        steps: default number of steps.
+        batch: default examples a step.
+        space: what is tuned by default.
+    """
+
+    title: str
+    build: Callable[[int], tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]]
+    load: Callable[[pathlib.Path | None], tuple[Any, Any]]
+    draw: Callable[[Any, Array, int, int], Any]
+    fetch: Callable[[Any, Any], data.Examples]
+    valid: Callable[[Any], data.Examples]
+    takes_text: bool
+    width_step: int
+    widths: tuple[int, ...]
+    log2_lrs: Mapping[str, tuple[float, ...]]
+    seeds: int
+    steps: int
+    batch: int
+    space: Mapping[str, Any]
+
+    @property
+    def proxy(self) -> int:
+        """Where hyperparameters are tuned."""
+        return self.widths[0]
+
+    @property
+    def target(self) -> int:
+        """What they are for."""
+        return self.widths[-1]
+
+
+def _build_mlp(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    module = models.MLP(models.MLPConfig(width=width, depth=3))
+    return module, (jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32),)
+
+
+def _build_transformer(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    config = models.TransformerConfig(d_model=width, n_layers=2, head_dim=_HEAD, max_len=_TEXT_LENGTH)
+    return models.Transformer(config), (jax.ShapeDtypeStruct((1, _TEXT_LENGTH), jnp.int32),)
+
+
+def _octaves(low: int, high: int) -> tuple[float, ...]:
+    return tuple(float(exponent) for exponent in range(low, high + 1))
+
+
+def powers(low: float, high: float) -> dict[str, Any]:
+    """A range of powers of two, as a space has it."""
+    return {"low": 2.0**low, "high": 2.0**high, "log": True}
+
+
+_EVERYWHERE: Final[Mapping[str, Any]] = {
+    "learning_rate": powers(-12, -4),
+    "lr_mult_input": powers(-2, 2),
+    "lr_mult_output": powers(-2, 2),
+    "init_scale": powers(-1.5, 1.5),
+    "output_mult": powers(-3, 3),
+    "warmup": {"low": 0.0, "high": 0.3},
+    "end": {"low": 0.0, "high": 1.0},
+}
+"""What the paper tunes on the proxy, in ranges around what the models have of themselves."""
+
+
+def _mnist(path: pathlib.Path | None) -> tuple[data.Examples, data.Examples]:
+    del path
+    found = data.mnist()
+    return data.Examples(*map(jnp.asarray, found.train)), data.Examples(*map(jnp.asarray, found.valid))
+
+
+def in_batches(examples: data.Examples, batch: int, limit: int) -> data.Examples:
+    """The first examples in batches along a leading axis; what is left over at the end is dropped."""
+    count = max(1, min(limit, len(examples.targets) // batch))
+    size = min(batch, len(examples.targets))
+    return data.Examples(
+        *(jnp.asarray(part[: count * size]).reshape(count, size, *part.shape[1:]) for part in examples)
+    )
+
+
+TASKS: Final[Mapping[str, Task]] = {
+    "mnist-mlp": Task(
+        title="MLP with 3 hidden layers on MNIST",
+        build=_build_mlp,
+        load=_mnist,
+        draw=lambda train, key, batch, steps: data.batch_indices(
+            key, len(train.targets), batch=batch, steps=steps
+        ),
+        fetch=lambda train, order: data.Examples(train.inputs[order], train.targets[order]),
+        valid=lambda valid: valid,
+        takes_text=False,
+        width_step=1,
+        widths=(64, 128, 256, 512, 1024),
+        log2_lrs={"adam": _octaves(-12, -5), "adamw": _octaves(-12, -5), "sgd": _octaves(-8, 1)},
+        seeds=3,
+        steps=80,
+        batch=64,
+        space=_EVERYWHERE,
+    ),
+    "text-transformer": Task(
+        title="Transformer with 2 blocks on English text, byte by byte",
+        build=_build_transformer,
+        load=lambda path: tuple(map(jnp.asarray, (data.text(path).train, data.text(path).valid))),
+        draw=lambda train, key, batch, steps: data.text_starts(
+            len(train), key, batch=batch, length=_TEXT_LENGTH, steps=steps
+        ),
+        fetch=lambda train, starts: data.text_window(train, starts, length=_TEXT_LENGTH),
+        valid=lambda valid: data.text_windows(valid, length=_TEXT_LENGTH),
+        takes_text=True,
+        width_step=_HEAD,
+        widths=(32, 64, 128, 256),
+        log2_lrs={"adam": _octaves(-11, -4), "adamw": _octaves(-11, -4), "sgd": _octaves(-7, 3)},
+        seeds=1,
+        steps=80,
+        batch=8,
+        space={**_EVERYWHERE, "attention_mult": powers(-2, 2), "input_mult": powers(-2, 4)},
+    ),
+}
+"""By the name that the commands take."""
