@@ -22,6 +22,7 @@ from mujax.errors import ParametrizationError as ParametrizationError
 from mujax.errors import RoleError as RoleError
 from mujax.errors import ShapeMismatchError as ShapeMismatchError
 from mujax.errors import SpecMismatchError as SpecMismatchError
+from mujax.errors import StudyError as StudyError
 from mujax.errors import TraceMismatchError as TraceMismatchError
 from mujax.frontend import Functional as Functional
 from mujax.infshape import MupSpec as MupSpec
@@ -112,10 +113,17 @@ from mujax.optim import mup_sophia as mup_sophia
 from mujax.optim import mup_wrap as mup_wrap
 from mujax.optim import mup_yogi as mup_yogi
 from mujax.rules import interpolate as interpolate
+from mujax.sweep import Sweep as Sweep
+from mujax.sweep import sweep as sweep
 from mujax.trace import Finding as Finding
-from mujax.transfer import TransferConfig as TransferConfig
+from mujax.training import Batches as Batches
+from mujax.training import training_run as training_run
+from mujax.transfer import Transferred as Transferred
 from mujax.transfer import transfer as transfer
 from mujax.transfer_check import TransferCheck as TransferCheck
 from mujax.transfer_check import transfer_check as transfer_check
+from mujax.tuning import TuneConfig as TuneConfig
+from mujax.tuning import tune as tune
 from mujax.wider import WiderIsBetter as WiderIsBetter
 from mujax.wider import wider_is_better as wider_is_better
+from mujax.width_sweep import TransferConfig as TransferConfig

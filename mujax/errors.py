@@ -64,3 +64,10 @@ class DataError(MujaxError):
 
 class ConfigError(MujaxError):
     """An option or a configuration value that makes no sense, alone or with the others."""
+
+
+class StudyError(MujaxError):
+    """A study's database can't be opened, reached or written.
+
+    The study itself stays as it is. Remedy: what the text says, then the same command again.
+    """

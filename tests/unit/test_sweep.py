@@ -1,0 +1,255 @@
+"""Sweeps: what is run, in how many programs, what is stored, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optuna
+import pytest
+from test_lanes import Decay
+
+import mujax
+from mujax.errors import ConfigError, MujaxError
+from mujax.sweep import Sweep, Trial, sweep
+
+RANGE = {"x": {"low": 0.0, "high": 4.0}}
+
+
+def bowl(hparams, key):
+    """Lowest at x = 1, with the seed's own noise."""
+    return {"loss": (hparams["x"] - 1) ** 2 + 0.01 * jax.random.normal(key), "other": -hparams["x"]}
+
+
+def test_a_grid_is_run_cell_by_cell_and_its_best_found():
+    found = sweep(bowl, {"x": [0.0, 1.0, 2.0], "y": [1.0, 2.0]}, trials=10, sampler="grid")
+    assert [trial.hparams for trial in found.trials] == [
+        {"x": x, "y": y} for x in (0.0, 1.0, 2.0) for y in (1.0, 2.0)
+    ]
+    assert found.best is not None
+    assert found.best.hparams["x"] == 1.0
+    assert "Best: trial" in str(found)
+    assert sum(found.modes.values()) == 6
+
+
+def test_the_objective_is_the_mean_over_seeds():
+    found = sweep(bowl, {"x": [3.0]}, trials=1, seeds=3, seed=5, sampler="grid")
+    noise = [0.01 * float(jax.random.normal(jax.random.key(seed))) for seed in (5, 6, 7)]
+    assert found.trials[0].loss == pytest.approx(4 + np.mean(noise), rel=1e-6)
+    assert found.trials[0].loss != pytest.approx(4 + noise[0], rel=1e-6)
+    other = sweep(bowl, {"x": [1.0, 3.0]}, trials=2, objective="other", sampler="grid")
+    assert other.best is not None
+    assert other.best.hparams == {"x": 3.0}
+
+
+def test_the_random_search_is_the_same_in_batches_of_any_size():
+    one, other = (sweep(bowl, RANGE, trials=6, lanes=lanes) for lanes in (2, 16))
+    assert [trial.hparams for trial in one.trials] == [trial.hparams for trial in other.trials]
+    assert len({trial.hparams["x"] for trial in one.trials}) == 6
+    again = sweep(bowl, RANGE, trials=6, seed=1)
+    assert not {trial.hparams["x"] for trial in again.trials} & {trial.hparams["x"] for trial in one.trials}
+
+
+@pytest.mark.parametrize("mode", ["loop", "map", "vmap"])
+def test_modes_give_the_same_trials(mode):
+    plain = sweep(bowl, RANGE, trials=5, seeds=2, mode="loop")
+    found = sweep(bowl, RANGE, trials=5, seeds=2, mode=mode)
+    assert found.modes == {mode: 5}
+    assert [trial.loss for trial in found.trials] == pytest.approx(
+        [trial.loss for trial in plain.trials], rel=1e-5
+    )
+
+
+def test_what_is_not_a_float_is_compiled_once_for_each_combination():
+    traced = []
+
+    def run(hparams, key):
+        traced.append((hparams["layers"], hparams["act"]))
+        assert isinstance(hparams["x"], jax.Array)
+        return {"loss": hparams["x"] * hparams["layers"] + len(hparams["act"]) + 0 * jax.random.uniform(key)}
+
+    space = {"x": [1.0, 2.0, 3.0], "layers": [1, 2], "act": ["relu", "gelu"]}
+    found = sweep(run, space, trials=12, sampler="grid", mode="map", fixed={"z": 1.0})
+    assert len(found.trials) == 12
+    assert set(traced) == {(layers, act) for layers in (1, 2) for act in ("relu", "gelu")}
+    for trial in found.trials:
+        assert trial.loss == trial.hparams["x"] * trial.hparams["layers"] + 4
+
+
+# ---- divergence and pruning ------------------------------------------------------------------------------
+
+
+def test_a_trial_that_diverges_is_recorded_as_such_and_is_never_the_best(tmp_path: pathlib.Path):
+    def run(hparams, key):
+        return {"loss": jnp.where(hparams["x"] > 1, jnp.nan, hparams["x"]) + 0 * jax.random.uniform(key)}
+
+    found = sweep(run, {"x": [0.5, 2.0]}, trials=2, sampler="grid", study="s", storage=tmp_path / "a.db")
+    assert [(trial.loss, trial.diverged) for trial in found.trials] == [(0.5, False), (None, True)]
+    assert found.best is not None
+    assert found.best.number == 0
+    stored = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'a.db'}")
+    assert [trial.value for trial in stored.trials] == [0.5, math.inf]
+    assert [trial.user_attrs.get("diverged", False) for trial in stored.trials] == [False, True]
+    text = json.loads(found.to_json())
+    assert [trial["loss"] for trial in text["trials"]] == [0.5, None]
+    all_lost = sweep(run, {"x": [2.0]}, trials=1, sampler="grid")
+    assert all_lost.best is None
+    assert "try lower learning rates" in str(all_lost)
+
+
+class Bad(Decay):
+    """Not finite from the third step on where the rate is above 1."""
+
+    def advance(self, hparams, state, steps, data):
+        state, metrics = super().advance(hparams, state, steps, data)
+        lost = (hparams["rate"] > 1) & (state["at"] >= 3)
+        return state, {**metrics, "loss": jnp.where(lost, jnp.nan, metrics["loss"])}
+
+
+def test_a_diverged_trial_stops_costing():
+    job = Bad(length=10)
+    found = sweep(job, {"rate": [0.5, 2.0]}, trials=2, seeds=2, sampler="grid", mode="map", rungs=10)
+    jax.effects_barrier()
+    assert [trial.diverged for trial in found.trials] == [False, True]
+    assert (job.seen.count(0.5), job.seen.count(2.0)) == (20, 6)
+    fine, lost = found.trials
+    assert fine.flops is not None
+    assert lost.flops == pytest.approx(0.3 * fine.flops)
+    assert sorted(fine.rungs) == list(range(1, 10))
+
+
+def test_a_pruner_stops_what_is_behind_at_a_rung():
+    job = Decay(length=8)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=0)
+    space = {"rate": [0.1, 0.2, 1.0]}
+    found = sweep(job, space, trials=3, sampler="grid", mode="map", lanes=1, rungs=4, pruner=pruner)
+    jax.effects_barrier()
+    assert [trial.pruned for trial in found.trials] == [False, True, True]
+    assert found.best is not None
+    assert found.best.hparams == {"rate": 0.1}
+    assert [round(job.seen.count(rate)) for rate in (np.float32(0.1), np.float32(0.2))] == [8, 2]
+    whole = sweep(Decay(length=8), space, trials=3, sampler="grid", mode="map", rungs=4)
+    assert not any(trial.pruned for trial in whole.trials)
+
+
+# ---- the study -------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp_path: pathlib.Path):
+    ran = []
+
+    def run(hparams, key):
+        jax.debug.callback(lambda x: ran.append(round(float(x), 5)), hparams["x"])
+        return bowl(hparams, key)
+
+    options = {"study": "s", "storage": tmp_path / "a.db", "mode": "loop", "settings": {"width": 8}}
+    first = sweep(run, RANGE, trials=3, **options)
+    second = sweep(run, RANGE, trials=5, **options)
+    third = sweep(run, RANGE, trials=5, **options)
+    jax.effects_barrier()
+    assert len(first.trials) == 3
+    assert second.trials[:3] == first.trials
+    assert third.trials == second.trials
+    assert len(ran) == len(set(ran)) == 5
+    assert third.modes == {}
+    stored = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'a.db'}")
+    assert stored.user_attrs["mujax"]["width"] == 8
+    attrs = stored.trials[0].user_attrs
+    assert attrs["hparams"] == first.trials[0].hparams
+    assert (attrs["seed"], attrs["seeds"], attrs["mode"], attrs["steps"]) == (0, 1, "loop", 1)
+    assert attrs["metrics"]["other"] == pytest.approx(-first.trials[0].hparams["x"])
+    with pytest.raises(ConfigError, match="width: expected 8, with which study 's' was begun, got 9"):
+        sweep(run, RANGE, trials=5, **{**options, "settings": {"width": 9}})
+
+
+def test_a_run_that_raises_is_one_sentence_and_its_trials_are_put_back(tmp_path: pathlib.Path):
+    def run(hparams, key):
+        if hparams["layers"] == 3:
+            raise ValueError("no three layers\nand more")
+        return {"loss": hparams["layers"] * jax.random.uniform(key)}
+
+    options = {"study": "s", "storage": tmp_path / "a.db", "sampler": "grid"}
+    space = {"layers": [1, 2, 3, 4]}
+    with pytest.raises(MujaxError) as caught:
+        sweep(run, space, trials=4, lanes=2, **options)
+    assert str(caught.value) == (
+        "run: expected it to run with {'layers': 3}, got ValueError: no three layers; its 2 trials are put "
+        "back, and what was finished before is stored."
+    )
+    mended = sweep(lambda hparams, key: {"loss": hparams["layers"] * 1.0}, space, trials=4, **options)
+    assert sorted(trial.hparams["layers"] for trial in mended.trials) == [1, 2, 3, 4]
+    # What had finished was not run again.
+    assert mended.trials[0].loss != 1.0
+    assert {trial.loss for trial in mended.trials if trial.hparams["layers"] > 2} == {3.0, 4.0}
+
+
+def test_an_interrupt_puts_back_what_is_under_way(tmp_path: pathlib.Path):
+    options = {"study": "s", "storage": tmp_path / "a.db", "lanes": 2}
+
+    def stop(now):
+        if now.done >= 2 and now.running:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(bowl, RANGE, trials=6, progress=stop, **options)
+    found = sweep(bowl, RANGE, trials=6, **options)
+    whole = sweep(bowl, RANGE, trials=6)
+    assert sorted(trial.hparams["x"] for trial in found.trials) == sorted(
+        trial.hparams["x"] for trial in whole.trials
+    )
+
+
+def test_progress_and_finished_trials_are_told():
+    seen, ends = [], []
+    sweep(Decay(length=4), {"rate": [0.5, 0.25, 0.125]}, trials=3, sampler="grid", lanes=2, rungs=2,
+          progress=seen.append, finished=ends.append)  # fmt: skip
+    assert [now.work_done for now in seen] == sorted(now.work_done for now in seen)
+    assert seen[-1].work_done == 1.0
+    assert {now.total for now in seen} == {3}
+    assert seen[0].best is None
+    assert seen[-1].best == pytest.approx(min(trial.loss for trial in ends))
+    assert [trial.number for trial in ends] == [0, 1, 2]
+    assert isinstance(ends[0], Trial)
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"trials": 0}, "trials: expected at least 1, got 0"),
+        ({"seeds": 0}, "seeds: expected at least 1, got 0"),
+        ({"mode": "pmap"}, "mode: expected one of 'loop', 'map', 'vmap' or None, got 'pmap'"),
+        ({"fixed": {"x": 1.0}}, "x: expected it in the space or fixed, found it in both"),
+        (
+            {"objective": "accuracy"},
+            r"run: expected the metric 'accuracy' to minimise, got \['loss', 'other'\]",
+        ),
+        ({"sampler": "best"}, "sampler: expected one of"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(options, said):
+    def run(hparams, key):
+        metrics = bowl(hparams, key)
+        return metrics if options.get("objective") is None else {"loss": metrics["loss"], "other": 1.0}
+
+    if "objective" in options:
+        said = "run: expected the metric"
+        run = lambda hparams, key: {"other": hparams["x"]}  # noqa: E731
+    with pytest.raises(ConfigError, match=said):
+        sweep(run, RANGE, **{"trials": 2, **options})
+
+
+def test_an_objective_that_is_an_array_is_refused():
+    with pytest.raises(ConfigError, match=r"run: expected a scalar 'loss', got an array of shape \(3,\)"):
+        sweep(lambda hparams, key: {"loss": hparams["x"] * jnp.ones(3)}, RANGE, trials=1)
+
+
+def test_it_is_what_the_package_exports():
+    assert mujax.sweep is sweep
+    assert mujax.Sweep is Sweep
