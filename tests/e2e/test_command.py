@@ -10,6 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
+
+import numpy as np
 
 COMMAND = (sys.executable, "-m", "mujax.cli")
 SWEEP = (*COMMAND, "transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
@@ -121,3 +124,174 @@ def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
         "mujax: Error parsing --steps: expected a whole number, got 'many'; see mujax --help.\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- tune, then transfer --------------------------------------------------------------------------------
+
+TUNE = (*COMMAND, "tune", "mnist-mlp", "--width", "16", "--steps", "10", "--study", "s")
+OF_STUDY = (*COMMAND, "transfer", "--study", "s", "--width", "32")
+
+
+def tuned(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The trials in tune.json, in the order of their hyperparameters."""
+    trials = json.loads((folder / "tune-s" / "tune.json").read_text())["trials"]
+    return sorted(trials, key=lambda trial: trial["hparams"]["learning_rate"])
+
+
+def test_a_search_is_followed_by_the_training_of_the_target(tmp_path: pathlib.Path) -> None:
+    search = run(*TUNE, "--trials", "6", cwd=tmp_path)
+    assert search.returncode == 0, search.stderr
+    trials = tuned(tmp_path)
+    assert len(trials) == 6
+    best = min((one for one in trials if one["loss"] is not None), key=lambda one: one["loss"])
+    for said in ("6 trials, ", "mujax transfer --study s", "tune-s/tune.json, tune-s/tune.png"):
+        assert said in search.stdout
+    assert (tmp_path / "tune-s" / "tune.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+    done = run(*OF_STUDY, "--seeds", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "transfer-s" / "target.json").read_text())
+    assert (report["width"], report["proxy"], report["trial"]) == (32, 16, best["number"])
+    assert report["hparams"].items() >= best["hparams"].items()
+    assert len(report["runs"]) == 2
+    assert report["loss"] < 3
+    assert report["saved"] > 1
+    assert (tmp_path / "transfer-s" / "target.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    with np.load(tmp_path / "transfer-s" / "params.npz") as params:
+        assert params["hidden_1/kernel"].shape == (32, 32)
+        assert all(np.isfinite(params[name]).all() for name in params)
+    for said in ("Target, width 32: loss ", "Proxy, width 16: ", "times as many", "transfer-s/params.npz"):
+        assert said in done.stdout
+
+    # Nothing is run again, and other settings are refused.
+    again = run(*TUNE, "--trials", "6", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert tuned(tmp_path) == trials
+    other = run(*TUNE, "--trials", "6", "--batch", "32", cwd=tmp_path)
+    assert other.returncode == 2
+    assert other.stderr.startswith("mujax: batch: expected 64, with which study 's' was begun, got 32")
+    assert other.stderr.count("\n") == 1
+    missing = run(*COMMAND, "transfer", "--study", "t", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "mujax: study: expected one of 's' in " in missing.stderr
+
+
+def test_an_interrupted_search_goes_on_and_has_every_trial_once(tmp_path: pathlib.Path) -> None:
+    command = (*TUNE, "--trials", "12", "--lanes", "2", "--mode", "loop")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stopped.mkdir()
+    whole.mkdir()
+    log = stopped / "log"
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, cwd=stopped, stderr=file, stdout=subprocess.DEVNULL) as search,
+    ):
+        deadline = time.monotonic() + 240
+        while "2 of 12 trials" not in log.read_text() and search.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        search.send_signal(signal.SIGINT)
+        assert search.wait(timeout=120) == 130, log.read_text()
+    stored = tuned(stopped)
+    assert 2 <= len(stored) < 12
+    assert log.read_text().splitlines()[-1] == (
+        f"mujax: interrupted; {len(stored)} of 12 trials are stored in study s of mujax.db, the same command "
+        "goes on there. Written: tune-s/tune.json, tune-s/tune.png."
+    )
+    assert "Traceback" not in log.read_text()
+
+    for folder in (stopped, whole):
+        done = run(*command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    trials, expected = tuned(stopped), tuned(whole)
+    assert len(trials) == 12
+    # What a trial tries and finds depends on its place and the seed only: so none is missing or there twice.
+    assert [one["hparams"] for one in trials] == [one["hparams"] for one in expected]
+    assert [one["loss"] for one in trials] == [one["loss"] for one in expected]
+    assert all(one in trials for one in stored)
+
+
+def test_what_does_not_transfer_is_refused_until_it_is_settled(tmp_path: pathlib.Path) -> None:
+    search = run(
+        *(*TUNE, "--trials", "3", "--optimizer", "adamw", "--tune", "learning_rate=2^-9:2^-6:log"),
+        "weight_decay=0.01:0.1:log",
+        cwd=tmp_path,
+    )
+    assert search.returncode == 0, search.stderr
+    assert "Across width weight_decay can't be expected to transfer" in search.stdout
+    refused = run(*OF_STUDY, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(
+        "mujax: transfer: expected hyperparameters that transfer across width, found weight_decay tuned"
+    )
+    assert not (tmp_path / "transfer-s" / "target.json").exists()
+    done = run(*OF_STUDY, "--set", "weight_decay=0.05", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "transfer-s" / "target.json").read_text())
+    assert report["hparams"]["weight_decay"] == 0.05
+    assert report["not_transferred"] == {"weight_decay": "set"}
+
+
+MINE = """
+from flax import linen as nn
+
+
+class Net(nn.Module):
+    width: int
+    depth: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(self.depth):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(3)(x)
+
+
+def net(width, depth=1):
+    return Net(width, depth)
+"""
+
+YAML = """
+task: mine:net
+width: 16
+data: data.npz
+steps: 40
+batch: 8
+trials: 6
+objective: valid_loss
+space:
+  learning_rate: {low: 2**-6, high: 2^-4, log: true}
+  output_mult: [0.5, 1, 2]
+fixed:
+  depth: 2
+"""
+
+
+def test_a_model_and_data_of_the_users_own_are_tuned_and_transferred(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "tune.yaml").write_text(YAML)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 5)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=x[:, :3].argmax(axis=1))
+    search = run(*COMMAND, "tune", "--config", "tune.yaml", "--study", "s", cwd=tmp_path)
+    assert search.returncode == 0, search.stderr
+    assert "mujax transfer --study s --config tune.yaml --width N" in search.stdout
+    assert {one["hparams"]["output_mult"] for one in tuned(tmp_path)} <= {0.5, 1, 2}
+    without = run(*COMMAND, "transfer", "--study", "s", cwd=tmp_path)
+    assert without.returncode == 2
+    assert without.stderr.startswith("mujax: width: expected the target's width, got None")
+    # The study knows the model and where the data is.
+    done = run(*COMMAND, "transfer", "--study", "s", "--width", "64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "transfer-s" / "target.json").read_text())
+    assert (report["task"], report["objective"], report["hparams"]["depth"]) == ("mine:net", "valid_loss", 2)
+    # Guessing among three costs 1.10.
+    assert report["loss"] < 0.8
+    with np.load(tmp_path / "transfer-s" / "params.npz") as params:
+        assert params["Dense_1/kernel"].shape == (64, 64)
+
+    # With other data under the same name it would be another experiment.
+    np.savez(tmp_path / "data.npz", x=-x, y=x[:, :3].argmax(axis=1))
+    other = run(*COMMAND, "transfer", "--study", "s", "--width", "64", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "with data " in other.stderr

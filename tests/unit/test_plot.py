@@ -1,7 +1,8 @@
-"""The pictures of a transfer report and of a coordinate check: what is drawn where, as a PNG."""
+"""The pictures of reports, checks, sweeps and trained targets: what is drawn where, as a PNG."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -14,10 +15,21 @@ from checks import WIDTHS as CHECKED_WIDTHS
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from trials import SPACE, make_sweep, make_transferred
 
 from mujax.errors import ConfigError
-from mujax.plot import coord_check_figure, plot_coord_check, plot_transfer, transfer_figure
-from mujax.transfer import Report, Run, TransferConfig, summarise
+from mujax.plot import (
+    coord_check_figure,
+    plot_coord_check,
+    plot_sweep,
+    plot_transfer,
+    plot_transfer_run,
+    sweep_figure,
+    transfer_figure,
+    transfer_run_figure,
+)
+from mujax.sweep import Sweep
+from mujax.width_sweep import Report, Run, TransferConfig, summarise
 
 WIDTHS = (32, 64, 128)
 GRID = (-11.0, -10.0, -9.0, -8.0, -7.0, -6.0)
@@ -259,3 +271,151 @@ def test_a_picture_of_nothing_or_of_a_rate_that_was_not_tried_is_refused() -> No
         coord_check_figure([])
     with pytest.raises(ConfigError, match=r"learning_rate: expected one that all .*, got 0\.5\."):
         coord_check_figure([check()], learning_rate=0.5)
+
+
+# ---- a sweep over hyperparameters -----------------------------------------------------------------------
+
+
+def points(axes: Axes, marker: str) -> dict[float, float]:
+    """Losses by the value of the hyperparameter."""
+    return {
+        float(np.atleast_1d(line.get_xdata())[0]): float(np.atleast_1d(line.get_ydata())[0])
+        for line in axes.get_lines()
+        if line.get_marker() == marker
+    }
+
+
+def panels_of(sweep: Sweep, **kwargs: object) -> dict[str, Axes]:
+    figure = sweep_figure(sweep, **kwargs)  # type: ignore[arg-type]
+    return {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
+
+
+def legend_of(sweep: Sweep) -> list[str]:
+    (legend,) = sweep_figure(sweep).legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_panel_for_each_hyperparameter_with_every_trial_and_a_star_at_the_best() -> None:
+    sweep = make_sweep()
+    panels = panels_of(sweep, space=SPACE, title="Net")
+    assert list(panels) == ["learning rate", "warmup", "schedule"]
+    assert len({axes.get_ylim() for axes in panels.values()}) == 1
+    stars, dots = points(panels["warmup"], "*"), points(panels["warmup"], "o")
+    assert stars == {0.051: 0.5}
+    assert {**stars, **dots} == {trial.hparams["warmup"]: trial.loss for trial in sweep.trials}
+    assert points(panels["learning rate"], "*") == {2.0**-8: 0.5}
+    blue = {
+        float(np.atleast_1d(line.get_xdata())[0])
+        for line in panels["warmup"].get_lines()
+        if line.get_marker() == "o" and line.get_zorder() == 4
+    }
+    best = sorted(sweep.trials, key=lambda trial: trial.loss or 0.0)[1:10]
+    assert blue == {trial.hparams["warmup"] for trial in best}
+    assert legend_of(sweep) == ["best", "10 best", "others"]
+
+
+def test_axes_are_logarithmic_as_the_space_is_or_else_by_what_the_values_span() -> None:
+    known, unknown = panels_of(make_sweep(), space=SPACE), panels_of(make_sweep())
+    assert known["learning rate"].get_xscale() == "log"
+    assert known["warmup"].get_xscale() == "linear"
+    # A factor of eight and of a hundred.
+    assert unknown["learning rate"].get_xscale() == "linear"
+    assert unknown["warmup"].get_xscale() == "log"
+
+
+def test_names_are_side_by_side_in_the_order_of_the_space() -> None:
+    axes = panels_of(make_sweep(), space={"schedule": ["linear", "constant", "cosine"]})["schedule"]
+    axes.figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["linear", "constant", "cosine"]
+    places = {round(place) for place in points(axes, "o")}
+    assert places == {0, 2}
+
+
+def test_diverged_trials_are_ticks_above_and_pruned_ones_are_hollow() -> None:
+    sweep = make_sweep(diverged={3, 4}, pruned={6})
+    axes = panels_of(sweep)["warmup"]
+    assert set(points(axes, "|")) == {0.031, 0.041}
+    assert min(points(axes, "|").values()) > 1
+    hollow = [line for line in axes.get_lines() if line.get_markerfacecolor() == "white"]
+    assert [float(np.atleast_1d(line.get_xdata())[0]) for line in hollow] == [0.061]
+    assert legend_of(sweep) == ["best", "10 best", "others", "pruned", "diverged"]
+    assert points(panels_of(make_sweep())["warmup"], "|") == {}
+
+
+def test_a_loss_far_above_the_others_is_at_the_edge_and_flattens_nothing() -> None:
+    sweep = make_sweep()
+    (*others, last) = sweep.trials
+    sweep = dataclasses.replace(sweep, trials=(*others, dataclasses.replace(last, loss=1e4)))
+    axes = panels_of(sweep)["warmup"]
+    assert axes.get_ylim()[1] < 3
+    assert list(points(axes, "^")) == [last.hparams["warmup"]]
+    assert "far above" in legend_of(sweep)
+    assert "far above" not in legend_of(make_sweep())
+
+
+def test_sweeps_of_which_nothing_or_little_is_left_still_give_a_picture(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "tune.png"
+    for sweep in (make_sweep(1), make_sweep(3, diverged={0, 1, 2}), make_sweep(3, pruned={0, 1, 2})):
+        plot_sweep(sweep, path, space=SPACE)
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ConfigError, match="sweep: expected at least one trial to draw, got none"):
+        sweep_figure(make_sweep(0))
+
+
+# ---- a trained target -----------------------------------------------------------------------------------
+
+
+def test_the_front_of_the_proxy_and_the_same_at_the_target_as_many_times_dearer() -> None:
+    transferred = make_transferred()
+    front, saved = transferred.proxy_front, transferred.saved
+    assert front is not None
+    assert saved == pytest.approx(100)
+    axes = transfer_run_figure(transferred).axes[0]
+    (proxy,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    (target,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
+    assert list(np.asarray(proxy.get_xdata())) == pytest.approx(front.flops)
+    assert list(np.asarray(target.get_xdata())) == pytest.approx([100 * one for one in front.flops])
+    assert list(np.asarray(target.get_ydata())) == list(np.asarray(proxy.get_ydata())) == list(front.loss)
+    assert axes.get_xscale() == "log"
+    low, high = axes.get_xlim()
+    assert low < front.flops[0]
+    assert 100 * front.flops[-1] < high
+    said = [text.get_text() for text in texts(axes)]
+    for text in ("100× fewer operations", "1 trial", "14"):
+        assert text in said
+    legend = axes.get_legend()
+    assert legend is not None
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["proxy, width 64", "same search at the target"]
+
+
+def test_a_curve_for_each_seed_and_the_proxys_best_for_comparison() -> None:
+    figure = transfer_run_figure(make_transferred((0.4, 0.5)))
+    axes = figure.axes[1]
+    curves = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
+    assert [float(np.asarray(line.get_ydata())[-1]) for line in curves] == pytest.approx([0.4, 0.5], abs=0.05)
+    assert [list(np.asarray(line.get_xdata()))[-1] for line in curves] == [80, 80]
+    said = [text.get_text() for text in texts(axes)]
+    assert "loss 0.4500 ± 0.0500, 2 seeds" in said
+    assert "proxy's best, 0.500" in said
+    assert "tuned at width 64, trained at width 1024" in figure.get_suptitle()
+
+
+def test_a_target_that_diverged_or_costs_nobody_knows_still_give_a_picture(tmp_path: pathlib.Path) -> None:
+    one = transfer_run_figure(make_transferred((None, 0.5)))
+    assert "1 of 2 seeds diverged" in [text.get_text() for text in texts(one.axes[1])]
+    nothing = dataclasses.replace(make_transferred((None,)), proxy_front=None, tuning_flops=None)
+    (run,) = nothing.runs
+    nothing = dataclasses.replace(nothing, runs=(dataclasses.replace(run, curve=()),))
+    left, right = transfer_run_figure(nothing).axes
+    assert "the operations of the trials are not known" in [text.get_text() for text in texts(left)]
+    assert "it diverged before there was a loss to draw" in [text.get_text() for text in texts(right)]
+    # The front is known, and what the target costs is not.
+    alone = transfer_run_figure(dataclasses.replace(make_transferred(), direct_flops=None)).axes[0]
+    assert [line for line in alone.get_lines() if line.get_linestyle() == "--"] == []
+    plot_transfer_run(nothing, tmp_path / "target.png")
+    content = (tmp_path / "target.png").read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 1500
+    assert height > 600

@@ -1,176 +1,23 @@
-"""Pictures. The only module that imports matplotlib, without pyplot: no global state, no display."""
+"""The picture of `coord_check`: the size of every activation against width."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from mujax.coord_check import CoordCheck, TapReport
 from mujax.errors import ConfigError
+from mujax.plot._style import INK, MUTED, RULE, canvas, power_of_two, style
 from mujax.records import STATS
-from mujax.transfer import LOSS_MEASURE, TASKS, Report, parametrization_title
-
-_OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
-_INK: Final = "#222222"
-_MUTED: Final = "#6b6b6b"
-_RULE: Final = "#d0342c"
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_MUTED)
-    axes.tick_params(colors=_MUTED, labelcolor=_INK)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _colours(count: int) -> list[Any]:
-    """Light to dark as models grow wider."""
-    return [colormaps["viridis_r"](position) for position in np.linspace(0.12, 0.95, count)]
-
-
-def _array(values: Sequence[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values])
-
-
-def _limits(report: Report) -> tuple[float, float] | None:
-    """Where the valleys and all losses at the transferred learning rate are in sight; walls may leave it."""
-    curves = [_array(curve) for by_width in report.loss.values() for curve in by_width.values()]
-    lowest = [np.nanmin(curve) for curve in curves if np.isfinite(curve).any()]
-    if not lowest:
-        return None
-    at_transferred = [
-        curve[report.config.log2_lrs.index(rate)]
-        for name, rate in report.transferred_log2_lr.items()
-        if rate is not None
-        for curve in map(_array, report.loss[name].values())
-    ]
-    bottom = min(lowest)
-    spread = max(max(lowest) - bottom, 0.02 * abs(bottom))
-    # A target that all but diverged at the transferred learning rate must not flatten everything else.
-    worst = np.nanmin([np.nanmax([*at_transferred, bottom]), bottom + 6 * spread])
-    top = max(float(worst), max(lowest) + spread)
-    return bottom - 0.08 * (top - bottom), top + 0.08 * (top - bottom)
-
-
-def _panel(axes: Axes, report: Report, name: str) -> None:
-    config = report.config
-    rates = np.array(config.log2_lrs)
-    for width, colour in zip(config.widths, _colours(len(config.widths)), strict=True):
-        losses = _array(report.loss[name][width])
-        errors = np.nan_to_num(_array(report.standard_error[name][width]))
-        is_proxy = width == config.base_width
-        label = f"{width} (proxy)" if is_proxy else str(width)
-        axes.plot(rates, losses, color=colour, linewidth=2, marker="o", markersize=3.5, label=label)
-        axes.fill_between(rates, losses - errors, losses + errors, color=colour, alpha=0.15, linewidth=0)
-        optimum = report.best_log2_lr[name][width]
-        if optimum is not None:
-            finite = np.isfinite(losses)
-            height = np.interp(optimum, rates[finite], losses[finite])
-            axes.plot(
-                optimum, height, marker="*", markersize=15, color=colour, markeredgecolor="white", zorder=5
-            )
-    rate = report.transferred_log2_lr[name]
-    if rate is not None:
-        axes.axvline(rate, color=_RULE, linewidth=1.4, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_title(
-        parametrization_title(name), fontsize=14, fontweight="bold", color=_INK, loc="left", pad=26
-    )
-    axes.text(0, 1.035, _summary(report, name), transform=axes.transAxes, fontsize=10.5, color=_MUTED)
-    axes.set_xlabel("log2 of the learning rate", fontsize=11.5, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _style(axes)
-
-
-def _summary(report: Report, name: str) -> str:
-    widest = report.config.widths[-1]
-    drift, regret = report.drift_log2[name], report.regret[name][widest]
-    moves = "diverges at some width" if drift is None else f"optimum moves by {drift:.1f} powers of two"
-    costs = "diverges" if regret is None else f"costs {regret:.3f}"
-    return f"{moves}; transfer {costs} at width {widest}"
-
-
-def plot_transfer(report: Report, path: str | os.PathLike[str]) -> None:
-    """Writes `transfer_figure` to a PNG.
-
-    Args:
-        report: what `transfer` returned.
-        path: file to write.
-
-    Raises:
-        OSError: the file can't be written.
-    """
-    transfer_figure(report).savefig(path, format="png")
-
-
-def transfer_figure(report: Report) -> Figure:
-    """Draws loss against log2 learning rate, a panel for each parametrization.
-
-    One curve per width with the standard error shaded, a star at each fitted optimum, a dashed line at the
-    proxy's best learning rate. Panels share the vertical axis, which keeps the valleys in sight: a curve that
-    rises far above them leaves the picture, and where a run diverged the curve breaks off.
-
-    Args:
-        report: what `transfer` returned.
-
-    Reference:
-        Yang et al., Tensor Programs V, arXiv 2203.03466, Figure 1.
-    """
-    config = report.config
-    count = len(config.parametrizations)
-    figure = Figure(figsize=(1.2 + 5.6 * count, 5.4), dpi=150, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, config.parametrizations, strict=True):
-        _panel(axes, report, name)
-    limits = _limits(report)
-    if limits is not None:
-        panels[0].set_ylim(*limits)
-    panels[0].set_ylabel(LOSS_MEASURE, fontsize=11.5, color=_INK)
-    rates = [rate for rate in report.transferred_log2_lr.values() if rate is not None]
-    if rates:
-        # One label is enough: the proxy is the same model in every panel.
-        panels[0].annotate(
-            "proxy's best",
-            (rates[0], 0.015),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            color=_RULE,
-            fontsize=10.5,
-            va="bottom",
-        )
-    panels[-1].legend(
-        title="width",
-        frameon=False,
-        fontsize=10.5,
-        title_fontsize=10.5,
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-    )
-    optimizer = _OPTIMIZERS.get(config.optimizer, config.optimizer)
-    seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
-    figure.suptitle(
-        f"{TASKS[config.task].title}: {optimizer}, {config.steps} steps of batch {config.batch}, {seeds}",
-        fontsize=11.5,
-        color=_MUTED,
-        x=0.01,
-        ha="left",
-    )
-    return figure
-
-
-# ---- the coordinate check -------------------------------------------------------------------------------
+from mujax.width_sweep import parametrization_title
 
 _PANELS: Final = 5
 _NAMES: Final = 20
@@ -246,8 +93,7 @@ def coord_check_figure(
     margin_right = _room_for_names(reports)
     width = _MARGIN_LEFT + columns * _PANEL_SIZE[0] + (columns - 1) * _GAP[0] + margin_right
     height = _MARGIN_TOP + rows * _PANEL_SIZE[1] + (rows - 1) * _GAP[1] + _MARGIN_BOTTOM
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = canvas(width, height, constrained=False)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     figure.subplots_adjust(
         left=_MARGIN_LEFT / width,
@@ -264,13 +110,13 @@ def coord_check_figure(
         _scales(row[0], report.widths, limits)
         _name_failing(row[-1], report, rate, steps[-1], limits)
         _row_title(row[0], report)
-        row[0].set_ylabel("mean absolute entry", fontsize=10.5, color=_INK)
+        row[0].set_ylabel("mean absolute entry", fontsize=10.5, color=INK)
     for axes in panels[-1]:
-        axes.set_xlabel("width", fontsize=10.5, color=_INK)
-    head = f"{title}, learning rate {_power(rate)}" if title else f"learning rate {_power(rate)}"
+        axes.set_xlabel("width", fontsize=10.5, color=INK)
+    head = f"{title}, learning rate {power_of_two(rate)}" if title else f"learning rate {power_of_two(rate)}"
     seeds = f"{reports[0].seeds} seeds" if reports[0].seeds > 1 else "1 seed"
     left = _MARGIN_LEFT / width
-    figure.text(left, 1 - 0.32 / height, f"{head}, {seeds}", fontsize=12, color=_INK)
+    figure.text(left, 1 - 0.32 / height, f"{head}, {seeds}", fontsize=12, color=INK)
     handles = _coord_legend(reports)
     figure.legend(
         handles=handles,
@@ -279,7 +125,7 @@ def coord_check_figure(
         ncols=len(handles) if len(handles) <= _IN_A_LINE else -(-len(handles) // 2),
         frameon=False,
         fontsize=10,
-        labelcolor=_INK,
+        labelcolor=INK,
         borderpad=0,
         borderaxespad=0,
         handlelength=1.5,
@@ -385,10 +231,10 @@ def _coord_panel(axes: Axes, report: CoordCheck, rate: float, step: int) -> None
     finite = entries[np.isfinite(entries)]
     if finite.size:
         level = float(np.exp(np.median(np.log(finite))))
-        axes.axhline(level, color=_INK, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1)
+        axes.axhline(level, color=INK, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1)
     what = "at initialisation" if step == 0 else f"change by step {step}"
-    axes.set_title(what, fontsize=10.5, color=_INK, loc="left", pad=5)
-    _style(axes)
+    axes.set_title(what, fontsize=10.5, color=INK, loc="left", pad=5)
+    style(axes)
 
 
 def _short(name: str) -> str:
@@ -453,7 +299,7 @@ def _name_failing(
             f"and {left_out} more",
             transform=axes.transAxes,
             fontsize=8.5,
-            color=_MUTED,
+            color=MUTED,
             va="center",
         )
 
@@ -483,7 +329,7 @@ def _row_title(axes: Axes, report: CoordCheck) -> None:
         textcoords="offset points",
         fontsize=14,
         fontweight="bold",
-        color=_INK,
+        color=INK,
         annotation_clip=False,
     )
     axes.annotate(
@@ -494,7 +340,7 @@ def _row_title(axes: Axes, report: CoordCheck) -> None:
         textcoords="offset points",
         fontsize=11,
         va="bottom",
-        color=_PASS if report.verdict == "pass" else _RULE,
+        color=_PASS if report.verdict == "pass" else RULE,
         annotation_clip=False,
     )
 
@@ -512,11 +358,6 @@ def _outcome(report: CoordCheck) -> str:
     return f"fail: {failed} of {count} activations depend on width{by_others}"
 
 
-def _power(rate: float) -> str:
-    exponent = math.log2(rate)
-    return f"$2^{{{exponent:g}}}$" if exponent == round(exponent) else f"{rate:g}"
-
-
 def _coord_legend(reports: Sequence[CoordCheck]) -> list[Line2D]:
     """Only what is in the picture."""
     taps = [(report, tap) for report in reports for tap in report.taps]
@@ -530,5 +371,5 @@ def _coord_legend(reports: Sequence[CoordCheck]) -> list[Line2D]:
     if "pass" in statuses:
         known.append((_PASSING, "passes"))
     lines = [Line2D([], [], color=colour, linewidth=2, label=label) for colour, label in known]
-    flat = Line2D([], [], color=_INK, linewidth=1, linestyle=(0, (5, 4)), label="slope 0")
+    flat = Line2D([], [], color=INK, linewidth=1, linestyle=(0, (5, 4)), label="slope 0")
     return [*lines, flat]

@@ -1,0 +1,208 @@
+"""How options are said, read and, where they are wrong, complained about.
+
+tyro is imported where it is used, so that a missing one is reported in a sentence; annotations are strings
+until tyro reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mujax import hyper
+from mujax.errors import ConfigError
+
+
+def option(metavar: str, text: str, default: str | None = None, *, name: str | None = None) -> Any:
+    """An option with its help text, and its default in words where that is not its value."""
+    from tyro.conf import arg
+
+    return arg(metavar=metavar, help=text, help_behavior_hint=default, name=name)
+
+
+def positional() -> Any:
+    """Marks what is said without the option's name."""
+    from tyro.conf import Positional
+
+    return Positional
+
+
+def group() -> Any:
+    """A block of options of its own in the help text, with its field's name above and none before theirs."""
+    from tyro.conf import OmitArgPrefixes
+
+    return OmitArgPrefixes
+
+
+def numbers(kind: type[int] | type[float], many: bool = False) -> Any:
+    """How tyro reads one number or several: with an error that says what was expected."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    expected = "a whole number" if kind is int else "a number"
+
+    def read(arguments: list[str]) -> Any:
+        # Between several both spaces and commas.
+        words = " ".join(arguments).replace(",", " ").split() if many else arguments
+        try:
+            values = tuple(kind(word) for word in words)
+        except ValueError:
+            raise ValueError(f"expected {expected}, got {' '.join(arguments)!r}") from None
+        return values if many else values[0]
+
+    return PrimitiveConstructorSpec(
+        nargs="*" if many else 1,
+        metavar="N",
+        instance_from_str=read,
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+# ---- the command line as a whole ------------------------------------------------------------------------
+
+
+def parse(commands: Mapping[str, type], argv: Sequence[str] | None) -> Any:
+    """The options of the command that was given.
+
+    Args:
+        commands: their dataclasses by name.
+        argv: the command line; by default that of the process.
+
+    Raises:
+        ConfigError: it makes no sense.
+        SystemExit: help was asked for, and printed.
+    """
+    import tyro
+
+    _refuse_repeated(sys.argv[1:] if argv is None else argv)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.extras.subcommand_cli_from_dict(
+                dict(commands),
+                prog="mujax",
+                description="µP and hyperparameter transfer for JAX.",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError(_one_line(printed.getvalue())) from None
+        raise
+
+
+def _refuse_repeated(words: Sequence[str]) -> None:
+    """Of an option that is given twice only the last would be read."""
+    seen: set[str] = set()
+    for word in words:
+        name = word.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name in seen:
+            raise ConfigError(f"{name}: expected it once, got it twice; give all its values behind one.")
+        seen.add(name)
+
+
+def _one_line(message: str) -> str:
+    """What tyro's box says under its title, up to the first rule, as one sentence."""
+    paragraphs: list[list[str]] = [[]]
+    for line in message.replace("│", " ").splitlines():
+        if re.fullmatch(r"\s*(╭.*|-{5,}|─{5,})\s*", line):
+            paragraphs.append([])
+        # Help texts are indented by ten, the options that they are about by less.
+        elif not line.startswith(" " * 10):
+            paragraphs[-1] += line.split()
+    # Without Unicode the title is a paragraph of its own, else it is part of the frame.
+    said = next((words for words in paragraphs[1:] if words), ["wrong arguments"])
+    return f"{' '.join(said).rstrip('.')}; see mujax --help."
+
+
+# ---- hyperparameters ------------------------------------------------------------------------------------
+
+
+def value(text: str) -> Any:
+    """A number, a power such as 2**-8 or 2^-8, true or false, or else the text itself.
+
+    >>> value("2^-2"), value("16"), value("true"), value("linear")
+    (0.25, 16, True, 'linear')
+    """
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    base, power, exponent = text.replace("**", "^").partition("^")
+    try:
+        return _number(base) ** _number(exponent) if power else _number(base)
+    except (ValueError, ArithmeticError):
+        return text
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError
+    return number
+
+
+def _pair(option: str, text: str, shape: str) -> tuple[str, str]:
+    name, sign, said = text.partition("=")
+    if not sign or not name.isidentifier() or not said:
+        raise ConfigError(f"{option}: expected {shape}, got {text!r}; put no spaces around '='.")
+    return name, said
+
+
+def _of_kind(name: str, found: Any) -> Any:
+    """A whole number as a float where the hyperparameter is one: floats are traced, the rest compiled in."""
+    known = hyper.KNOWN.get(name)
+    is_float = known is not None and known.kind != "scale"
+    return float(found) if is_float and type(found) is int else found
+
+
+def fixed(option: str, said: Sequence[str]) -> dict[str, Any]:
+    """Hyperparameters from NAME=VALUE.
+
+    Raises:
+        ConfigError: something else, or a name twice.
+    """
+    found: dict[str, Any] = {}
+    for text in said:
+        name, value_ = _pair(option, text, "NAME=VALUE, such as momentum=0.9")
+        if name in found:
+            raise ConfigError(
+                f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
+            )
+        found[name] = _of_kind(name, value(value_))
+    return found
+
+
+def space(option: str, said: Sequence[str]) -> dict[str, Any]:
+    """What is searched, from NAME=LOW:HIGH, NAME=LOW:HIGH:log and NAME=VALUE,VALUE,...
+
+    Raises:
+        ConfigError: something else, or a name twice.
+    """
+    shape = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=VALUE,VALUE"
+    found: dict[str, Any] = {}
+    for text in said:
+        name, said_ = _pair(option, text, f"{shape}, such as learning_rate=2**-12:2**-4:log")
+        if name in found:
+            raise ConfigError(
+                f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
+            )
+        if ":" not in said_:
+            found[name] = [_of_kind(name, value(word)) for word in said_.split(",")]
+            continue
+        low, high, *rest = said_.split(":")
+        ends = [_of_kind(name, value(low)), _of_kind(name, value(high))]
+        if rest not in ([], ["log"]) or any(type(end) not in (int, float) for end in ends):
+            raise ConfigError(
+                f"{option}: expected {shape} with numbers, got {text!r}; write for instance "
+                f"{name}=2**-12:2**-4:log."
+            )
+        if float in map(type, ends):
+            ends = [float(end) for end in ends]
+        found[name] = {"low": ends[0], "high": ends[1], **({"log": True} if rest else {})}
+    return found

@@ -1,0 +1,115 @@
+"""`mujax explain`: what mujax reads off a model; and how a model is named on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+
+from mujax import models
+from mujax.cli._arguments import numbers, option, positional
+from mujax.errors import ConfigError, MujaxError
+from mujax.init import MupModel, mup_init
+from mujax.user_code import build, imported, said
+
+
+@dataclasses.dataclass(frozen=True)
+class Explain:
+    """Print what mujax reads off a model: the role of every parameter and what it does about it."""
+
+    model: Annotated[
+        str,
+        positional(),
+        option("MODEL", f"{', '.join(models.BUILD)}, or package.module:factory of your own."),
+    ]
+    width: Annotated[int, numbers(int), option("N", "Width of the target.")]
+    base_width: Annotated[int, numbers(int), option("N", "Width of the base.")]
+    parametrization: Annotated[str, option("NAME", "One of mup, table3, table9, sp.")] = "mup"
+    inputs: Annotated[
+        tuple[str, ...],
+        option("SHAPE ...", "Inputs, such as 8x784 or 8x64:int32, where the factory gives none.", ""),
+    ] = ()
+
+
+def factory_of(name: str) -> Callable[[int], Any]:
+    """What builds the model that is named.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if name in models.BUILD:
+        return models.BUILD[name]
+    if ":" not in name:
+        raise ConfigError(
+            f"MODEL: expected one of {', '.join(models.BUILD)} or package.module:factory, got {name!r}."
+        )
+    return imported(name, "MODEL", "a function of the width")
+
+
+def build_model(name: str, factory: Callable[[int], Any], width: int) -> tuple[Any, tuple[Any, ...] | None]:
+    """The model and its inputs, if the factory gives any."""
+    return build(name, factory, width, "MODEL")
+
+
+def _input(text: str) -> jax.ShapeDtypeStruct:
+    shape, _, dtype = text.partition(":")
+    try:
+        sizes = tuple(int(size) for size in shape.split("x"))
+        if any(size < 1 for size in sizes):
+            raise ValueError
+        return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype or "float32"))
+    except (TypeError, ValueError):
+        raise ConfigError(f"inputs: expected a shape such as 8x784 or 8x64:int32, got {text!r}.") from None
+
+
+def inputs_of(name: str, shapes: Sequence[str], given: tuple[Any, ...] | None) -> tuple[Any, ...]:
+    """Abstract inputs from the command line, or else those of the factory.
+
+    Raises:
+        ConfigError: there are neither, or a shape that is none.
+    """
+    if shapes:
+        return tuple(map(_input, shapes))
+    if given is None:
+        raise ConfigError(
+            f"MODEL: expected inputs to trace {name} with, got the module only; "
+            "return (module, inputs) or say --inputs, for instance --inputs 8x784."
+        )
+    return given
+
+
+def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options: Any) -> MupModel:
+    """`mup_init`, with a sentence for whatever the user's own code raises.
+
+    Raises:
+        ConfigError: the model does not run on its inputs.
+        MujaxError: as `mup_init` does.
+    """
+    try:
+        return mup_init(model, base, *inputs, **options)
+    except MujaxError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"MODEL: expected {name} to run on its inputs, got {said(error)}.") from error
+
+
+def run(options: Explain) -> None:
+    """Prints the role table."""
+    for name in ("width", "base_width"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {getattr(options, name)}.")
+    factory = factory_of(options.model)
+    model, inputs = build_model(options.model, factory, options.width)
+    base, _ = build_model(options.model, factory, options.base_width)
+    inputs = inputs_of(options.model, options.inputs, inputs)
+    # At the base's own width nothing differs: a third width tells what is infinite.
+    delta = (
+        build_model(options.model, factory, 2 * options.base_width)[0]
+        if options.width == options.base_width
+        else None
+    )
+    mup = traced(options.model, model, base, inputs, delta=delta, parametrization=options.parametrization)
+    print(mup.explain())

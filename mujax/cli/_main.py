@@ -1,0 +1,55 @@
+"""The entry point: which command runs, and how whatever goes wrong ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from mujax.cli import _check, _explain, _transfer, _tune
+from mujax.cli._arguments import parse
+from mujax.cli._display import StoppedError, fail
+from mujax.errors import MujaxError
+
+# What the extra `cli` brings and only the command needs.
+_EXTRA: Final = ("tyro", "rich", "matplotlib", "optuna")
+
+_COMMANDS: Final[dict[str, type]] = {
+    "tune": _tune.Tune,
+    "transfer": _transfer.Transfer,
+    "explain": _explain.Explain,
+    "coord-check": _check.CoordCheckOptions,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments after the command's name; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        options = parse(_COMMANDS, argv)
+        if isinstance(options, _tune.Tune):
+            return _tune.run(options)
+        if isinstance(options, _transfer.Transfer):
+            return _transfer.run(options)
+        if isinstance(options, _check.CoordCheckOptions):
+            return _check.run(options)
+        _explain.run(options)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except StoppedError as stopped:
+        return fail(str(stopped), 130)
+    except KeyboardInterrupt:
+        return fail("interrupted.", 130)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRA:
+            raise
+        return fail(f'the command needs the package {package}; pip install "mujax-mup[cli]".', 2)
+    except (MujaxError, OSError) as error:
+        return fail(str(error), 2)
+    return 0

@@ -1,0 +1,39 @@
+"""What all pictures share: ink, axes, and a canvas without pyplot: no global state, no display."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK: Final = "#222222"
+MUTED: Final = "#6b6b6b"
+RULE: Final = "#d0342c"
+OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+"""Names as they are written in captions."""
+
+
+def canvas(width: float, height: float, *, constrained: bool = True) -> Figure:
+    """An empty white figure, in inches."""
+    layout = "constrained" if constrained else None
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def style(axes: Axes) -> None:
+    """Thin, grey axes with horizontal rules."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelcolor=INK)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def power_of_two(value: float) -> str:
+    """A number as a power of two where it is one, for a label."""
+    exponent = math.log2(value)
+    return f"$2^{{{exponent:g}}}$" if exponent == round(exponent) else f"{value:g}"
