@@ -56,21 +56,23 @@ class Case:
         target: width that is to be trained.
         proxy_seeds: runs of each trial at the proxy.
         steps: of each run.
+        trials: of each search.
     """
 
     proxy: int
     target: int
     proxy_seeds: int
     steps: int
+    trials: int
 
 
 CASES: Final[Mapping[str, Case]] = {
-    "mnist-mlp": Case(proxy=128, target=1024, proxy_seeds=4, steps=80),
-    "text-transformer": Case(proxy=32, target=256, proxy_seeds=2, steps=80),
+    "mnist-mlp": Case(proxy=128, target=1024, proxy_seeds=4, steps=80, trials=64),
+    "text-transformer": Case(proxy=32, target=256, proxy_seeds=2, steps=80, trials=32),
 }
 QUICK: Final[Mapping[str, Case]] = {
-    "mnist-mlp": Case(proxy=16, target=32, proxy_seeds=1, steps=10),
-    "text-transformer": Case(proxy=16, target=32, proxy_seeds=1, steps=5),
+    "mnist-mlp": Case(proxy=16, target=32, proxy_seeds=1, steps=10, trials=4),
+    "text-transformer": Case(proxy=16, target=32, proxy_seeds=1, steps=5, trials=4),
 }
 
 SEARCHES: Final = ("proxy", "direct", "target")
@@ -285,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="µTransfer against tuning the target directly.")
     add = parser.add_argument
     add("--tasks", nargs="+", choices=CASES, default=list(CASES), help="default: all")
-    add("--trials", type=int, help="of each search (default: 32)")
+    add("--trials", type=int, help="of each search (default: 64 for the MLP, 32 for the Transformer)")
     add("--seeds", type=int, help="of the final runs (default: 5)")
     add("--resamples", type=int, default=20, help="orders of the trials (default: %(default)s)")
     add("--quick", action="store_true", help="a smoke run: small widths, few steps and trials")
@@ -296,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}.")
-    trials, seeds = args.trials or (4 if args.quick else 32), args.seeds or (2 if args.quick else 5)
+    seeds = args.seeds or (2 if args.quick else 5)
     args.storage.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {
         "quick": args.quick,
@@ -306,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for task in dict.fromkeys(args.tasks):
         case = (QUICK if args.quick else CASES)[task]
+        trials = args.trials or case.trials
         report["rows"].append(measure(task, case, trials, seeds, args.resamples, args.storage))
         common.write(args.out, report)
     print(show(report["rows"]))

@@ -7,11 +7,9 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import math
 import numbers
 import os
 import pathlib
-import re
 import runpy
 import sys
 import traceback
@@ -21,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from mujax.errors import ConfigError
+from mujax.numerals import number
 from mujax.user_code import said
 
 T = TypeVar("T")
@@ -28,12 +27,6 @@ T = TypeVar("T")
 # How much of a value an error shows, and how near a name must be to a field's to be taken for a slip.
 _SHOWN: Final = 200
 _SLIP: Final = 0.8
-
-_NUMBER: Final = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
-_NUMBER_TEXT: Final = re.compile(
-    rf"[-+]?{_NUMBER}|(?P<base>{_NUMBER}) *(?:\*\*|\^) *(?P<exponent>[-+]?{_NUMBER})",
-    re.IGNORECASE | re.ASCII,
-)
 
 
 class Settings(dict[str, Any]):
@@ -148,19 +141,12 @@ def _with_numbers(value: Any) -> Any:
         return {key: _with_numbers(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_with_numbers(entry) for entry in value]
-    return _number(value) if isinstance(value, str) else value
-
-
-def _number(text: str) -> float | str:
-    match = _NUMBER_TEXT.fullmatch(text)
-    # A text of digits alone was quoted for a reason: a folder named "2024" is no number.
-    if match is None or text.lstrip("+-").isdigit():
-        return text
-    try:
-        number = float(text) if match["base"] is None else float(match["base"]) ** float(match["exponent"])
-    except ArithmeticError:
-        return text
-    return number if math.isfinite(number) else text
+    # A text of digits alone, or with spaces at its ends, was quoted for a reason: a folder named "2024" is no
+    # number.
+    if not isinstance(value, str) or value != value.strip() or value.lstrip("+-").isdigit():
+        return value
+    found = number(value)
+    return value if found is None else float(found)
 
 
 def _python(path: pathlib.Path, _: str) -> dict[str, Any]:
@@ -169,7 +155,7 @@ def _python(path: pathlib.Path, _: str) -> dict[str, Any]:
     folder = str(path.absolute().parent)
     sys.path.insert(0, folder)
     try:
-        names = runpy.run_path(file)
+        names = runpy.run_path(file, run_name=path.stem)
     except (Exception, SystemExit) as error:
         lines = [
             frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file

@@ -73,6 +73,16 @@ def known(name: str) -> Hyperparameter:
     return KNOWN.get(name, _UNKNOWN)
 
 
+def of_kind(name: str, value: Any) -> Any:
+    """A whole number as a float where the hyperparameter is one: floats are traced, the rest compiled in.
+
+    >>> of_kind("output_mult", 2), of_kind("depth", 2)
+    (2.0, 2)
+    """
+    is_float = name in KNOWN and KNOWN[name].kind != "scale"
+    return float(value) if is_float and type(value) is int else value
+
+
 def transfers(name: str) -> bool:
     """Whether the value that is best for a small model is so for a wide one, in µP.
 

@@ -337,6 +337,7 @@ class MupModel:
             inputs=self._inputs,
             analysis=self._reading.analysis,
             corrections=self._reading.corrections,
+            knobs=self._reading.knobs,
         )
 
     def explain(self) -> str:

@@ -58,6 +58,10 @@ class Job(Protocol):
     @property
     def static(self) -> frozenset[str]: ...
 
+    def check(self, hparams: Mapping[str, Any], /) -> None:
+        """Refuses hyperparameters that it does not know, or the lack of one that it needs."""
+        ...
+
     def steps(self, static: Mapping[str, Any], /) -> int:
         """How long a run is."""
         ...
@@ -85,6 +89,10 @@ class Whole:
     data: PyTree = ()
     in_loop: bool = True
     static: frozenset[str] = frozenset()
+
+    def check(self, hparams: Mapping[str, Any], /) -> None:
+        """Takes any: it is the user's own function."""
+        del hparams
 
     def steps(self, static: Mapping[str, Any], /) -> int:
         """The whole is one step."""
@@ -241,10 +249,10 @@ class Group:
         than compiling it costs.
         """
         known = self.seconds_per_step
-        untried = [mode for mode in self.modes if mode not in known]
+        untried: list[Mode] = [mode for mode in self.modes if mode not in known]
         if not known:
             return untried[0]
-        best = min(known, key=lambda mode: known[mode])
+        best: Mode = min(known, key=known.__getitem__)
         left = known[best] * lane_steps
         if untried and left > _WORTH * self.compile_seconds / len(known):
             return untried[0]

@@ -37,6 +37,7 @@ class Replay:
         inputs: the example inputs.
         analysis: what is known of the program.
         corrections: what the hooks are for, by place.
+        knobs: the places that the multipliers turn, by the multiplier's name.
     """
 
     program: Any
@@ -48,6 +49,7 @@ class Replay:
     inputs: tuple[Any, ...]
     analysis: Analysis
     corrections: Mapping[EqnPath, Sequence[Correction]]
+    knobs: Mapping[str, Sequence[EqnPath]]
 
     def init(self, key: Key[Array, ""]) -> tuple[PyTree, list[Any]]:
         """Initial parameters, as a tree of dicts by path, and the variables that they are a part of."""

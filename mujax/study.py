@@ -20,7 +20,6 @@ import json
 import math
 import pathlib
 import random
-import re
 import sqlite3
 import threading
 import time
@@ -47,6 +46,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from mujax import numerals
 from mujax.errors import ConfigError, StudyError
 
 T = TypeVar("T")
@@ -76,7 +76,6 @@ def in_memory() -> BaseStorage:
 
 # ---- the space ------------------------------------------------------------------------------------------
 
-_POWER: Final = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*(?:\*\*|\^)\s*([+-]?\d+(?:\.\d+)?)\s*")
 _RANGE_KEYS: Final = ("low", "high", "log", "step")
 
 
@@ -135,15 +134,7 @@ def _choices(name: str, values: Sequence[Any]) -> CategoricalDistribution:
 
 
 def _number(name: str, key: str, value: Any) -> int | float:
-    number = value
-    if isinstance(value, str):
-        power = _POWER.fullmatch(value)
-        with contextlib.suppress(ValueError, OverflowError, ZeroDivisionError):
-            number = float(power[1]) ** float(power[2]) if power else float(value)
-            # Whole if it is written so: 8 or 2**3, not 8.0.
-            if re.fullmatch(r"[\s\d+*^-]*", value) and number.is_integer() and abs(number) < 2**53:
-                number = int(number)
-    # The bound before the test: no float holds every int.
+    number = numerals.number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not -1e300 < number < 1e300:
         raise ConfigError(
             f"{name}: expected a finite number as {key}, got {value!r}; write it as 0.001, 1e-3 or 2**-10."
@@ -605,6 +596,8 @@ class SharedStudy:
         # No patience until the study is open.
         self._patience = 0.0
         self._claiming_grace = _CLAIMING_GRACE
+        # The lock as last seen, and since when.
+        self._seen: tuple[tuple[int, str] | None, float] = (None, 0.0)
         self._space: dict[str, BaseDistribution] = {}
         self._axes: list[Sequence[Any]] | None = None
         self._sampler: str | BaseSampler = "random"
@@ -1108,14 +1101,13 @@ class SharedStudy:
             return None
 
     def _acquire(self, token: str) -> int:
-        seen: tuple[int, str] | None = None
-        since = 0.0
         while True:
             lock = self._lock()
             if lock is None:
                 try:
                     made = self._storage.create_new_study([StudyDirection.MINIMIZE], self.name + _CLAIMING)
                     self._storage.set_study_user_attr(made, _OWNER, token)
+                    self._seen = None, 0.0
                     return made
                 except (DuplicatedStudyError, KeyError):
                     # Another was first, or took this one for dead at once.
@@ -1123,10 +1115,10 @@ class SharedStudy:
             elif lock[1] == token:
                 # This worker's, from before it lost the connection.
                 return lock[0]
-            elif lock != seen:
+            elif lock != self._seen[0]:
                 # SQLite gives the same id again and again: the token tells one holder from the next.
-                seen, since = lock, time.monotonic()
-            elif time.monotonic() - since > self._claiming_grace:
+                self._seen = lock, time.monotonic()
+            elif time.monotonic() - self._seen[1] > self._claiming_grace:
                 self._delete_lock(lock[0])
             time.sleep(random.uniform(0.02, 0.2))
 
@@ -1179,21 +1171,21 @@ class SharedStudy:
         if self._sweep_is_due():
             optuna.storages.fail_stale_trials(self._study)
             self._swept = time.monotonic()
-        trials = self._trials()
-        if self._fail_surplus(trials, total, taken):
-            trials = self._trials()
+        trials = self._without_surplus(total, taken)
         want = min(at_most - len(taken), self._claimable(trials, total))
-        self._add(trials, want - sum(trial.state == TrialState.WAITING for trial in trials))
-        for head in self._trials((TrialState.WAITING,))[: max(0, want)]:
+        if self._add(trials, want - sum(trial.state == TrialState.WAITING for trial in trials)):
+            trials = self._without_surplus(total, taken)
+        waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+        for head in waiting[: max(0, want)]:
             if not self._take(head, taken):
                 break
 
-    def _fail_surplus(
-        self, trials: Sequence[FrozenTrial], total: int, taken: dict[int, dict[str, Any]]
-    ) -> bool:
-        """Fails what must not be run: waiting twice, or taken while the lock was lost and over the total."""
+    def _without_surplus(self, total: int, taken: dict[int, dict[str, Any]]) -> list[FrozenTrial]:
+        """All trials; fails and leaves out what must not be run."""
+        trials = self._trials()
         live = [trial for trial in trials if trial.state != TrialState.FAIL]
-        # A retry can be stored twice if the connection was lost before the database answered.
+        # Twice the same: Optuna stores a new trial again if the connection was lost before the database
+        # answered; and another worker may have taken what we took while we had lost the lock.
         live.sort(key=lambda trial: (trial.state == TrialState.WAITING, trial.number in taken, trial.number))
         seen: set[tuple[str, int]] = set()
         surplus = []
@@ -1201,6 +1193,7 @@ class SharedStudy:
             if _identity(trial) in seen and (trial.number in taken or trial.state == TrialState.WAITING):
                 surplus.append(trial.number)
             seen.add(_identity(trial))
+        # Too many, taken while we had lost the lock.
         over = len(live) - len(surplus) - self._limit(live, total)
         kept = [number for number in taken if number not in surplus]
         surplus += kept[max(0, len(kept) - max(0, over)) :]
@@ -1208,10 +1201,10 @@ class SharedStudy:
             self._fail(self._trial_id(number))
             taken.pop(number, None)
             self._drop(number)
-        return bool(surplus)
+        return [trial for trial in trials if trial.number not in surplus]
 
-    def _add(self, trials: Sequence[FrozenTrial], count: int) -> None:
-        """Queues new trials: the first that the study does not have."""
+    def _add(self, trials: Sequence[FrozenTrial], count: int) -> bool:
+        """Queues new trials: the first that the study does not have. False if there is nothing to add."""
         live = [trial for trial in trials if trial.state != TrialState.FAIL]
         if self._axes is not None:
             there = {cell for trial in live if (cell := self._cell(trial)) is not None}
@@ -1229,6 +1222,7 @@ class SharedStudy:
                     system_attrs={_SLOT: slot},
                 )
             )
+        return count > 0
 
     def _drawn(self, slot: int) -> dict[str, Any]:
         """The hyperparameters of a new trial; none if the sampler wants to see the study first."""
@@ -1271,8 +1265,8 @@ class SharedStudy:
         self._set_sampler(head.number)
         trial = self._study.ask(self._space)
         if trial.number != head.number:
-            # A worker of plain Optuna took it, or one that holds the lock by now. What Optuna gave instead was
-            # not counted: back with it, if it was queued at all.
+            # A worker of plain Optuna took it, or one that holds the lock by now. What Optuna gave instead
+            # was not counted: back with it, if it was queued at all.
             self._fail(self._trial_id(trial.number))
             instead = self._storage.get_trial(self._trial_id(trial.number))
             if instead.system_attrs:

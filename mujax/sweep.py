@@ -266,6 +266,7 @@ def sweep(
     if both := sorted(set(given) & set(space)):
         raise ConfigError(f"{both[0]}: expected it in the space or fixed, found it in both.")
     parsed = studies.distributions(space)
+    job.check({**given, **{name: _first(values) for name, values in parsed.items()}})
     floats = {name for name, values in parsed.items() if _is_traced(values) and name not in job.static}
     floats |= {name for name, value in given.items() if isinstance(value, float) and name not in job.static}
     devices = list(devices or jax.local_devices())
@@ -310,6 +311,12 @@ def sweep(
             compile_seconds=worker.compile_seconds,
             modes=worker.modes,
         )
+
+
+def _first(distribution: Any) -> Any:
+    """Some value of it."""
+    choices = getattr(distribution, "choices", None)
+    return distribution.low if choices is None else choices[0]
 
 
 def _is_traced(distribution: Any) -> bool:

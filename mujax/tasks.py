@@ -85,15 +85,19 @@ def powers(low: float, high: float) -> dict[str, Any]:
 
 
 _EVERYWHERE: Final[Mapping[str, Any]] = {
-    "learning_rate": powers(-12, -4),
-    "lr_mult_input": powers(-2, 2),
-    "lr_mult_output": powers(-2, 2),
-    "init_scale": powers(-1.5, 1.5),
-    "output_mult": powers(-3, 3),
-    "warmup": {"low": 0.0, "high": 0.3},
-    "end": {"low": 0.0, "high": 1.0},
+    "learning_rate": powers(-11, -5),
+    "lr_mult_input": powers(-1, 1),
+    "lr_mult_output": powers(-1, 1),
+    "init_scale": powers(-1, 1),
+    "output_mult": powers(-1, 1),
+    "warmup": {"low": 0.0, "high": 0.2},
+    "end": {"low": 0.0, "high": 0.2},
 }
-"""What the paper tunes on the proxy, in ranges around what the models have of themselves."""
+"""What the paper tunes on the proxy, near what the models have of themselves.
+
+A random search of some tens of trials in as many dimensions finds less in wider ranges: with factors of 4 to
+8 in place of 2, the best of 32 trials was worse than the best learning rate alone.
+"""
 
 
 def _mnist(path: pathlib.Path | None) -> tuple[data.Examples, data.Examples]:
@@ -146,7 +150,7 @@ TASKS: Final[Mapping[str, Task]] = {
         seeds=1,
         steps=80,
         batch=8,
-        space={**_EVERYWHERE, "attention_mult": powers(-2, 2), "input_mult": powers(-2, 4)},
+        space={**_EVERYWHERE, "attention_mult": powers(-1, 1), "input_mult": powers(-1, 3)},
     ),
 }
 """By the name that the commands take."""

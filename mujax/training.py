@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -64,7 +65,8 @@ def as_batches(batches: Any) -> Batches:
             del batch
             return jnp.broadcast_to(key, (steps,)), jnp.arange(steps)
 
-        return Batches((), keys, lambda _, drawn: tuple(batches(*drawn)), sized=False)
+        draw: Callable[..., Any] = batches
+        return Batches((), keys, lambda _, drawn: tuple(draw(*drawn)), sized=False)
     if not isinstance(batches, Iterable):
         raise ConfigError(
             "batches: expected an iterable of (inputs, targets) or a function (key, step) -> (inputs, "
@@ -140,20 +142,29 @@ def optimizer_from(name: str, steps: int) -> Optimizer:
     make = optimizer_by_name(name)
 
     def build(hparams: Mapping[str, Any], spec: MupSpec) -> optax.GradientTransformation:
-        given = {keyword: hparams[keyword] for keyword in _OWN if keyword in hparams}
-        takes = inspect.signature(make).parameters
-        for keyword in given:
-            if keyword not in takes:
-                raise ConfigError(
-                    f"{keyword}: expected a hyperparameter of {name}, which takes "
-                    f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}; leave it out or "
-                    "take another optimizer."
-                )
+        given = _own_arguments(name, hparams)
         roles = ("input", "hidden", "output")
         mults = {role: hparams[f"lr_mult_{role}"] for role in roles if f"lr_mult_{role}" in hparams}
         return make(schedule(hparams, steps), spec, **given, lr_mults=mults or None)
 
     return build
+
+
+def _own_arguments(name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that are an optimizer's own arguments.
+
+    Raises:
+        ConfigError: it does not take one of them.
+    """
+    takes = inspect.signature(optimizer_by_name(name)).parameters
+    for keyword in _OWN:
+        if keyword in hparams and keyword not in takes:
+            raise ConfigError(
+                f"{keyword}: expected a hyperparameter of {name}, which takes "
+                f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}; leave it out or "
+                "take another optimizer."
+            )
+    return {keyword: hparams[keyword] for keyword in _OWN if keyword in hparams}
 
 
 # ---- the job ---------------------------------------------------------------------------------------------
@@ -206,6 +217,37 @@ class Training:
         """Whether the steps may be compiled as a loop."""
         first = next(iter(self._built.values()), None) or self.built({})
         return not steps_in_python(first.mup.replay.program)
+
+    def check(self, hparams: Mapping[str, Any], /) -> None:
+        """Refuses hyperparameters that do nothing here, or the lack of a learning rate.
+
+        Args:
+            hparams: some values.
+
+        Raises:
+            ConfigError: there is one of these.
+        """
+        static = {name: value for name, value in hparams.items() if name in self.static}
+        built = self.built(static)
+        for name, places in built.mup.replay.knobs.items():
+            if name in hparams and not places:
+                raise ConfigError(
+                    f"{name}: expected a model with something for it to multiply, found none; leave it out."
+                )
+        if not isinstance(self.optimizer, str):
+            # What it reads is its own affair.
+            return
+        if "learning_rate" not in hparams:
+            raise ConfigError(
+                "learning_rate: expected it among the hyperparameters, got none; tune or fix it."
+            )
+        names = {*hyper.KNOWN, *self.static} - {"dropout", "depth"} | self.static
+        for name in hparams:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(names))}."
+                raise ConfigError(f"{name}: expected a hyperparameter of the training or the model{meant}")
+        _own_arguments(self.optimizer, hparams)
 
     def steps(self, static: Mapping[str, Any], /) -> int:
         """How many optimizer steps a run has."""

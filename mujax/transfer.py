@@ -262,11 +262,10 @@ def _train_target(
         runs.append(_target_run(seed, metrics, config.objective))
         if number == 0:
             params = jax.tree.map(np.asarray, state["train"].params)
-    proxy_flops = _whole_flops(study)
     direct = None
-    if group.flops is not None and study.flops is not None and proxy_flops:
-        # A trial that was given up half way would have been so at the target.
-        direct = study.flops / proxy_flops * group.flops
+    if group.flops is not None and study.flops is not None and best.flops:
+        # Trials that were given up half way, or were smaller than the best, would be so at the target.
+        direct = study.flops / (best.flops / study.seeds) * group.flops
     return Transferred(
         task=config.name,
         study=config.study,
@@ -294,13 +293,6 @@ def _target_run(seed: int, metrics: Mapping[str, Any], objective: str) -> Target
     diverged = bool(metrics.get("diverged", True)) or not math.isfinite(value)
     curve = tuple(map(float, metrics.get("curve", ())))
     return TargetRun(seed, None if diverged else value, scalars, curve)
-
-
-def _whole_flops(study: Sweep) -> float | None:
-    """Operations of one run of the proxy to its end."""
-    whole = [trial.flops for trial in study.trials if not trial.pruned and not trial.diverged]
-    known = [flops for flops in whole if flops is not None]
-    return statistics.fmean(known) / study.seeds if known else None
 
 
 def _proxy_front(study: Sweep) -> Front | None:

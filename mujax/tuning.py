@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mujax import data, rules
+from mujax import data, hyper, rules
 from mujax.errors import ConfigError
 from mujax.lanes import Mode
 from mujax.optim import optimizer as optimizer_by_name
@@ -177,16 +177,17 @@ class TuneConfig:
     @property
     def whole_space(self) -> Mapping[str, Any]:
         """What is tuned."""
+        if self.space is not None:
+            return {name: _of_kind(name, values) for name, values in self.space.items()}
         own = OWN_SPACE if self.name not in TASKS else TASKS[self.name].space
-        space = own if self.space is None else self.space
-        return {name: values for name, values in space.items() if name not in self.fixed}
+        return {name: values for name, values in own.items() if name not in self.fixed}
 
     @property
     def all_fixed(self) -> dict[str, Any]:
         """What is not tuned; the schedule falls in a line where its end or warm-up is tuned."""
         shaped = {"warmup", "end"} & {*self.whole_space, *self.fixed}
         default = {"schedule": "linear"} if shaped and "schedule" not in self.whole_space else {}
-        return {**default, **self.fixed}
+        return {**default, **{name: hyper.of_kind(name, value) for name, value in self.fixed.items()}}
 
     def settings(self) -> dict[str, Any]:
         """What the runs depend on, to be stored with the study and compared when it is gone on with."""
@@ -275,6 +276,11 @@ class TuneConfig:
         if self.name in TASKS:
             return _known_source(self.name, self.data)
         return _own_source(self)
+
+
+def _of_kind(name: str, values: Any) -> Any:
+    """Choices that were written as whole numbers, where the hyperparameter is not one."""
+    return [hyper.of_kind(name, value) for value in values] if isinstance(values, list | tuple) else values
 
 
 @dataclasses.dataclass(frozen=True)

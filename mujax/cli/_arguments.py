@@ -15,6 +15,7 @@ from typing import Any
 
 from mujax import hyper
 from mujax.errors import ConfigError
+from mujax.numerals import number
 
 
 def option(metavar: str, text: str, default: str | None = None, *, name: str | None = None) -> Any:
@@ -130,21 +131,8 @@ def value(text: str) -> Any:
     """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    base, power, exponent = text.replace("**", "^").partition("^")
-    try:
-        return _number(base) ** _number(exponent) if power else _number(base)
-    except (ValueError, ArithmeticError):
-        return text
-
-
-def _number(text: str) -> int | float:
-    try:
-        return int(text)
-    except ValueError:
-        number = float(text)
-    if number != number or number in (float("inf"), float("-inf")):
-        raise ValueError
-    return number
+    found = number(text)
+    return text if found is None else found
 
 
 def _pair(option: str, text: str, shape: str) -> tuple[str, str]:
@@ -152,13 +140,6 @@ def _pair(option: str, text: str, shape: str) -> tuple[str, str]:
     if not sign or not name.isidentifier() or not said:
         raise ConfigError(f"{option}: expected {shape}, got {text!r}; put no spaces around '='.")
     return name, said
-
-
-def _of_kind(name: str, found: Any) -> Any:
-    """A whole number as a float where the hyperparameter is one: floats are traced, the rest compiled in."""
-    known = hyper.KNOWN.get(name)
-    is_float = known is not None and known.kind != "scale"
-    return float(found) if is_float and type(found) is int else found
 
 
 def fixed(option: str, said: Sequence[str]) -> dict[str, Any]:
@@ -174,7 +155,7 @@ def fixed(option: str, said: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
             )
-        found[name] = _of_kind(name, value(value_))
+        found[name] = hyper.of_kind(name, value(value_))
     return found
 
 
@@ -193,10 +174,10 @@ def space(option: str, said: Sequence[str]) -> dict[str, Any]:
                 f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
             )
         if ":" not in said_:
-            found[name] = [_of_kind(name, value(word)) for word in said_.split(",")]
+            found[name] = [hyper.of_kind(name, value(word)) for word in said_.split(",")]
             continue
         low, high, *rest = said_.split(":")
-        ends = [_of_kind(name, value(low)), _of_kind(name, value(high))]
+        ends = [hyper.of_kind(name, value(low)), hyper.of_kind(name, value(high))]
         if rest not in ([], ["log"]) or any(type(end) not in (int, float) for end in ends):
             raise ConfigError(
                 f"{option}: expected {shape} with numbers, got {text!r}; write for instance "

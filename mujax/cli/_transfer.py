@@ -29,6 +29,7 @@ from mujax.cli._display import (
     write_aside,
 )
 from mujax.errors import ConfigError
+from mujax.sweep import study_module
 from mujax.transfer import TargetProgress, Transferred, transfer
 from mujax.tuning import TuneConfig
 
@@ -170,7 +171,7 @@ def _run_target(target: Mapping[str, Any], both: Mapping[str, Any]) -> int:
 
     # Imported before the training and not after it: a missing package must not show at the very end.
     plot = importlib.import_module("mujax.plot")
-    importlib.import_module("mujax.study")
+    study_module()
     fixed = _arguments.fixed("set", target.get("set", ()))
     config = _config(target, both)
     out = both.get("out") or pathlib.Path(f"transfer-{as_folder(str(config.study))}")

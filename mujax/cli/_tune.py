@@ -27,7 +27,7 @@ from mujax.cli._display import (
     write_aside,
 )
 from mujax.errors import ConfigError, MujaxError
-from mujax.sweep import Sweep, SweepProgress, Trial
+from mujax.sweep import Sweep, SweepProgress, Trial, study_module
 from mujax.tasks import TASKS
 from mujax.tuning import TuneConfig, read_study, tune
 
@@ -180,7 +180,7 @@ def run(options: Tune) -> int:
 
     # Imported before the sweep and not after it: a missing package must not show at the very end.
     plot = importlib.import_module("mujax.plot")
-    importlib.import_module("mujax.study")
+    study_module()
     config = configured(options)
     finished = None
     if options.tensorboard is not None:
@@ -190,7 +190,8 @@ def run(options: Tune) -> int:
 
     def count(now: SweepProgress) -> None:
         best = "" if now.best is None else f", best {now.best:.4f}"
-        screen.show(now.doing, now.work_done, f"{now.done} of {now.total} trials{best}")
+        if now.done < now.total:
+            screen.show(now.doing, now.work_done, f"{now.done} of {now.total} trials{best}")
         check()
 
     try:

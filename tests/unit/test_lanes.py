@@ -34,6 +34,9 @@ class Decay:
     seen: list[float] = dataclasses.field(default_factory=list)
     sizes: list[str] = dataclasses.field(default_factory=list)
 
+    def check(self, hparams: Mapping[str, Any]) -> None:
+        pass
+
     def steps(self, static: Mapping[str, Any]) -> int:
         return static.get("length", self.length)
 

@@ -290,6 +290,35 @@ def test_what_makes_no_sense_is_one_sentence(build, said):
         build()
 
 
+@pytest.mark.parametrize(
+    ("hparams", "said"),
+    [
+        (
+            {"init_scale": 1.0},
+            "learning_rate: expected it among the hyperparameters, got none; tune or fix it",
+        ),
+        ({"learning_rate": 1.0, "lr_mult_hiden": 1.0}, "did you mean 'lr_mult_hidden'?"),
+        (
+            {"learning_rate": 1.0, "nonsense": 1.0},
+            "nonsense: expected a hyperparameter of the training or the",
+        ),
+        ({"learning_rate": 1.0, "dropout": 0.1}, "dropout: expected a hyperparameter of the training or the"),
+        ({"learning_rate": 1.0, "momentum": 0.9}, "momentum: expected a hyperparameter of adam, which takes"),
+        (
+            {"learning_rate": 1.0, "attention_mult": 2.0},
+            "attention_mult: expected a model with something for it",
+        ),
+    ],
+)
+def test_hyperparameters_that_would_do_nothing_are_refused_before_anything_is_run(hparams, said):
+    job = run_of()
+    job.check({"learning_rate": 1.0, "b1": 0.9, "depth": 2, "warmup": 0.1, "output_mult": 2.0})
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        mujax.sweep(job, {name: [value] for name, value in hparams.items()}, trials=1)
+    own = run_of(optimizer=lambda hparams, spec: mujax.mup_adam(hparams["nonsense"], spec))
+    own.check({"nonsense": 1.0})
+
+
 def test_a_ready_model_and_a_function_of_the_step_will_do():
     mup = mujax.mup_init(net(16), net(8), INPUTS[0])
 
