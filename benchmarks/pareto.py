@@ -67,8 +67,8 @@ class Case:
 
 
 CASES: Final[Mapping[str, Case]] = {
-    "mnist-mlp": Case(proxy=128, target=1024, proxy_seeds=4, steps=80, trials=64),
-    "text-transformer": Case(proxy=32, target=256, proxy_seeds=2, steps=80, trials=32),
+    "mnist-mlp": Case(proxy=128, target=1024, proxy_seeds=2, steps=300, trials=32),
+    "text-transformer": Case(proxy=32, target=256, proxy_seeds=2, steps=80, trials=24),
 }
 QUICK: Final[Mapping[str, Case]] = {
     "mnist-mlp": Case(proxy=16, target=32, proxy_seeds=1, steps=10, trials=4),
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="µTransfer against tuning the target directly.")
     add = parser.add_argument
     add("--tasks", nargs="+", choices=CASES, default=list(CASES), help="default: all")
-    add("--trials", type=int, help="of each search (default: 64 for the MLP, 32 for the Transformer)")
+    add("--trials", type=int, help="of each search (default: 32 for the MLP, 24 for the Transformer)")
     add("--seeds", type=int, help="of the final runs (default: 5)")
     add("--resamples", type=int, default=20, help="orders of the trials (default: %(default)s)")
     add("--quick", action="store_true", help="a smoke run: small widths, few steps and trials")

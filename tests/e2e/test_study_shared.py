@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from optuna.storages import InMemoryStorage
 
 from mujax.study import Record, SharedStudy
 
@@ -154,7 +155,9 @@ class Workers:
         args = [self.storage, str(self.folder / "log"), str(TOTAL), str(seconds)]
         for at in range(count):
             with (self.folder / f"worker-{at}.txt").open("wb") as out:
-                command = [sys.executable, "-W", "error", str(script), *args]
+                # SQLAlchemy drops a connection that breaks while it is set up without closing it.
+                strict = ["-W", "error", "-W", "ignore::ResourceWarning"]
+                command = [sys.executable, *strict, str(script), *args]
                 self.processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
 
     def said(self) -> str:
@@ -202,8 +205,6 @@ def workers(storage: str, folder: pathlib.Path, count: int, seconds: float) -> I
 def expected() -> set[float]:
     """What one worker alone would try."""
     space = {"lr": {"low": "2**-12", "high": 1.0, "log": True}}
-    from optuna.storages import InMemoryStorage
-
     with SharedStudy.open("alone", space, storage=InMemoryStorage()) as study:
         return {claim.params["lr"] for claim in study.claim(TOTAL, TOTAL)}
 

@@ -89,6 +89,39 @@ def test_coord_check_leaves_the_side_out_that_is_not_installed(tmp_path):
     assert row["runs"]["warm"][0]["cpu"] < row["runs"]["cold"][0]["cpu"]
 
 
+def test_sweep_runs_the_same_trials_on_every_side(tmp_path):
+    (row,) = report("sweep.py", tmp_path / "sweep.json", "--cases", "mlp-64")["rows"]
+    assert (row["case"], row["width"], row["trials"]) == ("mlp-64", 16, 4)
+    assert set(row["runs"]) == {"mujax sweep", "jitted loop", "map, 1 device", "map, 8 devices"}
+    for (run,) in row["runs"].values():
+        assert run["seconds"] > 0
+        assert run["compile"] > 0
+        # Near what guessing among ten digits costs: it is trained for three steps on random data.
+        assert 1.5 < run["loss"] < 3
+    one, split = (row["runs"][side][0] for side in ("map, 1 device", "map, 8 devices"))
+    assert one["loss"] == pytest.approx(split["loss"], rel=1e-5)
+    assert one["modes"] == split["modes"] == {"map": 2}
+    assert set(row["ratio"]) == {"jitted loop", "map, 8 devices"}
+
+
+def test_pareto_compares_two_ways_of_tuning(tmp_path):
+    storage, out = tmp_path / "pareto.db", tmp_path / "pareto.json"
+    (row,) = report("pareto.py", out, "--tasks", "mnist-mlp", "--trials", "4", "--storage", storage)["rows"]
+    assert (row["proxy"], row["target"], row["trials"]) == (16, 32, 4)
+    assert storage.exists()
+    ours, direct = row["final"]["proxy"], row["final"]["direct"]
+    assert len(ours["losses"]) == len(direct["losses"]) == 2
+    # Both train the target; the search for one was at half its width.
+    assert ours["run_flops"] == pytest.approx(direct["run_flops"], rel=0.01)
+    assert 1.5 < direct["tuning_flops"] / ours["tuning_flops"] < 4
+    (ratio,) = row["ratios"]
+    assert ratio["trials"] == 4
+    assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
+    for curve in row["fronts"].values():
+        assert curve["trials"] == [1, 2, 4]
+        assert curve["flops"] == sorted(curve["flops"])
+
+
 @pytest.mark.parametrize(
     ("script", "option"),
     [
@@ -96,6 +129,8 @@ def test_coord_check_leaves_the_side_out_that_is_not_installed(tmp_path):
         ("spec_scale.py", "--runs"),
         ("optimizers.py", "--steps"),
         ("coord_check.py", "--runs"),
+        ("sweep.py", "--rounds"),
+        ("pareto.py", "--trials"),
     ],
 )
 def test_bad_options_are_one_line(script, option):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 import math
 import pathlib
 import random
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +24,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from mujax import study as study_module
 from mujax.errors import ConfigError, StudyError
-from mujax.study import Claim, SharedStudy, distributions
+from mujax.study import Claim, Record, SharedStudy, _database, distributions
 
 SPACE = {"lr": {"low": "2**-10", "high": 1.0, "log": True}, "act": ["relu", "tanh"]}
 GRID = {"lr": [0.1, 0.2, 0.3], "layers": {"low": 1, "high": 3, "step": 2}}
@@ -262,7 +264,7 @@ def test_an_unknown_sampler(memory: InMemoryStorage) -> None:
 def test_a_sampler_whose_package_is_not_installed(
     memory: InMemoryStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"sampler: expected cmaes to be installed .*; pip install cmaes"):
         SharedStudy.open("s", SPACE, storage=memory, sampler="cmaes")
 
@@ -278,7 +280,7 @@ def test_what_is_stored_and_read_back(memory: InMemoryStorage) -> None:
     assert study.finish(good, 1.5, {"losses": (1, 2), "worker": "a"})
     assert study.finish(bad, 2.5, {})
     first, second, third = study.records()
-    assert first == study_module.Record(
+    assert first == Record(
         number=good.number,
         params=good.params,
         value=1.5,
@@ -689,13 +691,15 @@ def test_a_file_by_its_path(name: str, kind: Callable[[Any], Any], tmp_path: pat
         (set(), "postgresql://u:p@h/d", "postgresql://u:p@h/d"),
         ({"psycopg"}, "postgresql+psycopg2://u:p@h/d", "postgresql+psycopg2://u:p@h/d"),
         ({"psycopg"}, "mysql://u:p@h/d", "mysql://u:p@h/d"),
+        ({"pymysql"}, "mysql://u:p@h/d", "mysql+pymysql://u:p@h/d"),
+        ({"pymysql", "MySQLdb"}, "mysql://u:p@h/d", "mysql://u:p@h/d"),
     ],
 )
 def test_the_driver_that_is_installed(
     installed: set[str], given: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module.importlib.util, "find_spec", lambda name: name in installed)
-    assert study_module._url(given).render_as_string(hide_password=False) == expected
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed)
+    assert _database.url_of(given).render_as_string(hide_password=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -949,3 +953,8 @@ def test_workers_that_start_together_create_one_database(tmp_path: pathlib.Path)
     # The one with other settings, or the three if it was first.
     assert len(failures) in (1, 3)
     assert all(isinstance(error, ConfigError) and "width: expected" in str(error) for error in failures)
+
+
+def test_mujax_is_imported_without_optuna() -> None:
+    code = "import sys, mujax; sys.exit('optuna' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

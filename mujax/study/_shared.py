@@ -1,44 +1,22 @@
-"""A study of hyperparameters that any number of workers share through one database.
-
-`SharedStudy` wraps an Optuna study: workers on any number of machines, started alike, `claim` trials,
-`report` on the way and `finish` them. No trial is lost and none is run twice. A worker that is killed loses
-only the trials it was running, and these are run again.
-
-The only module that imports Optuna.
-"""
+"""A study that any number of workers share: claims, signs of life, results."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import decimal
-import hashlib
-import importlib.util
-import inspect
 import itertools
 import json
 import math
 import pathlib
 import random
-import sqlite3
 import threading
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Final, Literal, Self, TypeVar
 
 import optuna
-import sqlalchemy
-import sqlalchemy.event
-import sqlalchemy.exc
-import sqlalchemy.pool
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler
@@ -46,12 +24,25 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from mujax import numerals
 from mujax.errors import ConfigError, StudyError
+from mujax.study._database import (
+    CONNECT_TIMEOUT,
+    LONGEST_PAUSE,
+    begin_immediate,
+    check_file,
+    connect,
+    database_error,
+    fault_of,
+    first_line,
+    may_pass,
+    quiet,
+    shown_as,
+    url_of,
+)
+from mujax.study._search import check_sampler, make_pruner, samplers, seed_of
+from mujax.study._space import axis_of, distributions
 
 T = TypeVar("T")
-
-DEFAULT_FILE: Final = "mujax.db"
 
 _SETTINGS: Final = "mujax"
 _NOTES: Final = "mujax:notes"
@@ -62,411 +53,8 @@ _SLOT: Final = "mujax:slot"
 _CLAIMING: Final = " (claiming)"
 _OWNER: Final = "owner"
 
-# Seconds: the longest pause between two attempts to reach a database, and how long one attempt may take.
-_LONGEST_PAUSE: Final = 5.0
-_CONNECT_TIMEOUT: Final = 10
 # Seconds without a sign of life after which a claiming worker is taken for dead.
 _CLAIMING_GRACE: Final = 30.0
-
-
-def in_memory() -> BaseStorage:
-    """A storage that ends with the process."""
-    return optuna.storages.InMemoryStorage()
-
-
-# ---- the space ------------------------------------------------------------------------------------------
-
-_RANGE_KEYS: Final = ("low", "high", "log", "step")
-
-
-def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
-    """A search space as Optuna's distributions.
-
-    Args:
-        space: for each hyperparameter a list of values, a range `{"low": ..., "high": ...}` with optional
-            `"log"` and `"step"`, or a distribution of Optuna's as it is. A range whose ends are whole numbers
-            (and whose step is none or whole) holds whole numbers. Ends and step can be texts such as
-            `"2**-8"` or `"2^-8"`, since YAML has no powers.
-
-    Returns:
-        A distribution for each hyperparameter, in the same order.
-
-    Raises:
-        ConfigError: no hyperparameter, or a value that is none of these.
-
-    >>> distributions({"lr": {"low": "2**-8", "high": 1.0, "log": True}, "layers": {"low": 1, "high": 4}})
-    {'lr': FloatDistribution(high=1.0, log=True, low=0.00390625, step=None), \
-'layers': IntDistribution(high=4, log=False, low=1, step=1)}
-    """
-    if not space:
-        raise ConfigError("space: expected at least one hyperparameter, got none.")
-    return {name: _distribution(str(name), value) for name, value in space.items()}
-
-
-def _distribution(name: str, value: Any) -> BaseDistribution:
-    if isinstance(value, BaseDistribution):
-        return value
-    if isinstance(value, Mapping):
-        return _range(name, value)
-    if isinstance(value, (list, tuple)):
-        return _choices(name, value)
-    raise ConfigError(
-        f"{name}: expected a list of values or a range, got {value!r}; "
-        'write [1, 2, 4] or {"low": 0.1, "high": 1.0}.'
-    )
-
-
-def _choices(name: str, values: Sequence[Any]) -> CategoricalDistribution:
-    if not values:
-        raise ConfigError(f"{name}: expected at least one value to choose from, got none.")
-    for value in values:
-        if value is not None and not isinstance(value, (bool, int, float, str)):
-            raise ConfigError(
-                f"{name}: expected numbers, texts, true, false or null to choose from, got {value!r}; "
-                "give each choice a name and look it up in your own code."
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}: expected finite values to choose from, got {value!r}.")
-    # Optuna finds a choice by equality: 1 and True, or 1 and 1.0, would be the same.
-    if len(set(values)) < len(values):
-        raise ConfigError(f"{name}: expected different values to choose from, got {list(values)!r}.")
-    return CategoricalDistribution(values)
-
-
-def _number(name: str, key: str, value: Any) -> int | float:
-    number = numerals.number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not -1e300 < number < 1e300:
-        raise ConfigError(
-            f"{name}: expected a finite number as {key}, got {value!r}; write it as 0.001, 1e-3 or 2**-10."
-        )
-    return number
-
-
-def _range(name: str, value: Mapping[str, Any]) -> FloatDistribution | IntDistribution:
-    for key in value:
-        if key not in _RANGE_KEYS:
-            raise ConfigError(f"{name}: expected the keys {', '.join(_RANGE_KEYS)} of a range, got {key!r}.")
-    for key in ("low", "high"):
-        if value.get(key) is None:
-            raise ConfigError(f"{name}: expected low and high of a range, got no {key}.")
-    low, high = (_number(name, key, value[key]) for key in ("low", "high"))
-    log = value.get("log", False)
-    step = None if value.get("step") is None else _number(name, "step", value["step"])
-    if not isinstance(log, bool):
-        raise ConfigError(f"{name}: expected true or false as log, got {log!r}.")
-    if low >= high:
-        raise ConfigError(
-            f"{name}: expected low < high, got {low!r} and {high!r}; write a list for a single value."
-        )
-    if log and low <= 0:
-        raise ConfigError(f"{name}: expected low > 0 on a log scale, got {low!r}; raise low.")
-    if step is not None and (log or step <= 0):
-        raise ConfigError(
-            f"{name}: expected a positive step and no log scale with it, got step {step!r} and log {log!r}; "
-            "write the values as a list."
-        )
-    with warnings.catch_warnings():
-        # A step that does not end at high ends before it, as in Python's range.
-        warnings.filterwarnings("ignore", message="The distribution is specified by")
-        if isinstance(low, int) and isinstance(high, int) and (step is None or isinstance(step, int)):
-            return IntDistribution(low, high, log=log, step=1 if step is None else step)
-        return FloatDistribution(low, high, log=log, step=step)
-
-
-def _axis(name: str, distribution: BaseDistribution) -> Sequence[Any]:
-    """All values of a hyperparameter, in order."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices
-    if isinstance(distribution, IntDistribution):
-        return range(distribution.low, distribution.high + 1, distribution.step)
-    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        low, high, step = (
-            # Decimal, as Optuna does: 0.1 three times is 0.3.
-            decimal.Decimal(str(end))
-            for end in (distribution.low, distribution.high, distribution.step)
-        )
-        return [float(low + at * step) for at in range(int((high - low) / step) + 1)]
-    raise ConfigError(
-        f"{name}: expected finitely many values for a grid, got {distribution}; "
-        "write a list, or a range with a step."
-    )
-
-
-# ---- samplers and pruners by name -----------------------------------------------------------------------
-
-_NEEDS: Final = {"cmaes": ("cmaes",), "gp": ("torch", "scipy"), "qmc": ("scipy",)}
-# The brute-force sampler ends the study from within, which only Optuna's own loop can; "grid" does its work.
-_NO_SAMPLERS: Final = ("grid", "bruteforce")
-
-
-def _samplers() -> dict[str, Any]:
-    """Optuna's samplers that need nothing but a seed, by their short names."""
-    found: dict[str, Any] = {}
-    for title in optuna.samplers.__all__:
-        cls, short = getattr(optuna.samplers, title), title.removesuffix("Sampler").lower()
-        if not inspect.isclass(cls) or inspect.isabstract(cls) or short in _NO_SAMPLERS:
-            continue
-        parameters = inspect.signature(cls).parameters.values()
-        if "seed" in {at.name for at in parameters} and all(at.default is not at.empty for at in parameters):
-            found[short] = cls
-    return found
-
-
-_PRUNERS: Final[Mapping[str, Callable[[], BasePruner]]] = {
-    "none": optuna.pruners.NopPruner,
-    "asha": optuna.pruners.SuccessiveHalvingPruner,
-    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
-    "hyperband": optuna.pruners.HyperbandPruner,
-    "median": optuna.pruners.MedianPruner,
-    "percentile": lambda: optuna.pruners.PercentilePruner(25.0),
-}
-
-
-def _check_sampler(sampler: str | BaseSampler) -> str | BaseSampler:
-    if isinstance(sampler, BaseSampler):
-        return sampler
-    short = str(sampler).lower().replace("_", "").replace("-", "")
-    known = sorted({"grid", *_samplers()})
-    if short not in known:
-        raise ConfigError(f"sampler: expected one of {', '.join(map(repr, known))}, got {sampler!r}.")
-    missing = [package for package in _NEEDS.get(short, ()) if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(
-            f"sampler: expected {' and '.join(missing)} to be installed for {sampler!r}, found it is not; "
-            f"pip install {' '.join(missing)}, or take another sampler."
-        )
-    return short
-
-
-def _make_pruner(pruner: str | BasePruner | None) -> BasePruner:
-    if isinstance(pruner, BasePruner):
-        return pruner
-    name = "none" if pruner is None else str(pruner).lower().replace("-", "_")
-    if name not in _PRUNERS:
-        raise ConfigError(f"pruner: expected one of {', '.join(map(repr, _PRUNERS))}, got {pruner!r}.")
-    return _PRUNERS[name]()
-
-
-def _seed(seed: int, index: int) -> int:
-    """32 bits for NumPy's generator: a function of both numbers, never the same for two indices."""
-    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
-    # An odd factor permutes the 32-bit numbers.
-    return (start + index * 0x9E3779B1) % 2**32
-
-
-# ---- the database ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fault:
-    """What a database's complaint means, recognised by a part of its text."""
-
-    text: str
-    means: str
-    remedy: str
-
-
-_FAULTS: Final = (
-    _Fault("database or disk is full", "is full", "free space on its disk"),
-    _Fault("no space left on device", "is full", "free space on the server's disk"),
-    _Fault("readonly database", "can't be written", "make the file and its folder writable for this user"),
-    _Fault("database is locked", "is locked", "end the program that keeps it locked"),
-    _Fault("unable to open database file", "can't be opened", "see that its folder exists and is writable"),
-    _Fault("file is not a database", "can't be read", "name another file: this one is no SQLite database"),
-    _Fault("malformed", "can't be read", "restore the file from a copy or name another one: it is damaged"),
-    _Fault("password", "can't be reached", "check user and password in the address"),
-    _Fault("does not exist", "can't be reached", "check the name in the address, or create it first"),
-    _Fault("connection refused", "can't be reached", "start the server, or check host and port"),
-    _Fault("", "can't be reached", "see that the server runs and this machine can reach it"),
-)
-
-# Of libpq: a cut cable is noticed in a minute, not in hours. Ignored on Unix sockets.
-_LIBPQ: Final = {
-    "connect_timeout": _CONNECT_TIMEOUT,
-    "keepalives_idle": 30,
-    "keepalives_interval": 10,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 30_000,
-}
-_DRIVERS: Final = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient", "mariadb": "mysqlclient"}
-
-
-def _database_error(error: BaseException) -> BaseException | None:
-    """What the database complained of; None if it was something else that went wrong."""
-    cause = error.__cause__
-    inner = cause if isinstance(error, StorageInternalError) and cause is not None else error
-    return inner if isinstance(inner, (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)) else None
-
-
-def _may_pass(error: BaseException) -> bool:
-    """The same operation can succeed later: connection lost, disk full, locked, deadlock."""
-    if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
-        return True
-    # PendingRollback: what is left of a transaction whose connection went away.
-    passing = (
-        sqlalchemy.exc.OperationalError,
-        sqlalchemy.exc.InterfaceError,
-        sqlalchemy.exc.PendingRollbackError,
-        StorageInternalError,
-    )
-    return isinstance(error, passing)
-
-
-def _first_line(error: BaseException) -> str:
-    origin = error.orig if isinstance(error, sqlalchemy.exc.DBAPIError) and error.orig else error
-    return next(iter(str(origin).strip().splitlines()), type(origin).__name__).strip()
-
-
-def _fault(error: BaseException) -> _Fault:
-    text = str(error).lower()
-    return next(fault for fault in _FAULTS if fault.text in text)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what Optuna says about its experimental features, and without its log."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed to be used")
-            # Two workers that delete one lock.
-            warnings.filterwarnings("ignore", message="DELETE statement on table")
-            yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-
-
-def _url(storage: str | pathlib.Path | None) -> sqlalchemy.URL:
-    """The address of a database."""
-    if storage is None:
-        storage = pathlib.Path(DEFAULT_FILE)
-    if isinstance(storage, pathlib.Path) or "://" not in storage:
-        return sqlalchemy.URL.create("sqlite", database=str(pathlib.Path(storage).absolute()))
-    try:
-        url = sqlalchemy.make_url(storage)
-    except (sqlalchemy.exc.ArgumentError, ValueError):
-        # Without the text: it may hold a password.
-        raise ConfigError(
-            "storage: expected a file or an address such as postgresql://user:password@host:5432/database, "
-            "got an address that can't be read; write special characters in the password as %40."
-        ) from None
-    if url.drivername in ("postgres", "postgresql"):
-        psycopg = not importlib.util.find_spec("psycopg2") and importlib.util.find_spec("psycopg")
-        url = url.set(drivername="postgresql+psycopg" if psycopg else "postgresql")
-    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
-        raise ConfigError(
-            "storage: expected a database that other processes can open, got SQLite's in memory; name a file."
-        )
-    return url
-
-
-def _shown(url: sqlalchemy.URL) -> str:
-    """An address to print: without passwords, a file by its path."""
-    if url.get_backend_name() == "sqlite":
-        return str(url.database)
-    hidden = {key: "***" if "password" in key.lower() else value for key, value in url.query.items()}
-    return url.set(query=hidden).render_as_string(hide_password=True)
-
-
-def _check_file(url: sqlalchemy.URL, shown: str) -> bool:
-    """Whether the file of a SQLite database is there.
-
-    Looked at without writing: Optuna adds its tables to any database that it opens.
-
-    Raises:
-        StudyError: it is no database, a damaged one, or one of something else.
-    """
-    path = pathlib.Path(str(url.database))
-    if not path.is_file() or path.stat().st_size == 0:
-        return path.is_file()
-    address = f"{path.absolute().as_uri()}?mode=ro"
-    try:
-        with contextlib.closing(sqlite3.connect(address, uri=True)) as connection:
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-    except sqlite3.OperationalError:
-        # Locked, or with the leftovers of a killed writer, which only a writer can clear away.
-        return True
-    except sqlite3.DatabaseError as error:
-        fault = _fault(error)
-        raise StudyError(f"storage: {shown} {fault.means} ({error}); {fault.remedy}.") from error
-    if tables and not tables & {"studies", "version_info"}:
-        raise StudyError(
-            f"storage: expected a database of Optuna's, got {shown} with the tables "
-            f"{', '.join(sorted(tables)[:5])}; name another file."
-        )
-    return True
-
-
-def _begin_immediate(engine: sqlalchemy.Engine) -> None:
-    """Makes every SQLite transaction take the write lock as it begins.
-
-    Optuna reads a trial's state and then changes it. PostgreSQL locks the row in between; SQLite would let
-    two workers both read "running" and both write.
-    """
-
-    @sqlalchemy.event.listens_for(engine, "connect")
-    def _(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-
-    @sqlalchemy.event.listens_for(engine, "begin")
-    def _(connection: sqlalchemy.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _engine_options(url: sqlalchemy.URL) -> dict[str, Any]:
-    if url.get_backend_name() == "sqlite":
-        # A connection for each transaction: none is shared by threads, none keeps the file open.
-        return {"poolclass": sqlalchemy.pool.NullPool, "connect_args": {"timeout": 60}}
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2"):
-        options["connect_args"] = {key: value for key, value in _LIBPQ.items() if key not in url.query}
-    return options
-
-
-def _connect(url: sqlalchemy.URL, shown: str, **heartbeat: Any) -> RDBStorage:
-    """Opens a database, with Optuna's tables in it.
-
-    Raises:
-        ConfigError: no driver for it is installed.
-        StudyError: it can't be opened.
-    """
-    if url.get_backend_name() == "sqlite":
-        _check_file(url, shown)
-    # Optuna fills in braces.
-    address = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-    for attempt in itertools.count():
-        try:
-            with _quiet():
-                return RDBStorage(address, _engine_options(url), **heartbeat)
-        except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-            backend = url.get_backend_name()
-            raise ConfigError(
-                f"storage: expected a driver for {url.drivername} to be installed, found none; "
-                + (
-                    f"pip install '{_DRIVERS[backend]}'."
-                    if backend in _DRIVERS
-                    else "use SQLite or PostgreSQL."
-                )
-            ) from error
-        except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
-            inner = _database_error(error) or error
-            text = str(inner).lower()
-            # Workers that start together create the same tables.
-            race = any(part in text for part in ("already exists", "duplicate key", "unique constraint"))
-            if race and attempt < 20:
-                time.sleep(random.uniform(0.05, 0.5))
-                continue
-            fault = _fault(inner)
-            means, remedy = fault.means, fault.remedy
-            if isinstance(inner, RuntimeError):
-                means, remedy = "can't be used", "install the version of Optuna that made it, or another file"
-            raise StudyError(f"storage: {shown} {means} ({_first_line(inner)}); {remedy}.") from error
-    raise AssertionError
-
-
-# ---- the study ------------------------------------------------------------------------------------------
 
 State = Literal["complete", "pruned", "failed", "running", "waiting"]
 _STATES: Final[Mapping[TrialState, State]] = {
@@ -656,9 +244,9 @@ class SharedStudy:
             StudyError: the database can't be opened.
         """
         space = distributions(space)
-        checked = _check_sampler(sampler)
-        axes = [_axis(*item) for item in space.items()] if checked == "grid" else None
-        chosen = _make_pruner(pruner)
+        checked = check_sampler(sampler)
+        axes = [axis_of(*item) for item in space.items()] if checked == "grid" else None
+        chosen = make_pruner(pruner)
         given, remembered = _as_json(settings or {}), _as_json(notes or {}, "notes")
         _check_name(name)
         for option, seconds in (("heartbeat", heartbeat), ("grace", grace), ("patience", patience)):
@@ -673,9 +261,9 @@ class SharedStudy:
         if isinstance(storage, BaseStorage):
             opened, shown = storage, type(storage).__name__
         else:
-            url = _url(storage)
-            shown = _shown(url)
-            opened = _connect(
+            url = url_of(storage)
+            shown = shown_as(url)
+            opened = connect(
                 url,
                 shown,
                 heartbeat_interval=math.ceil(heartbeat),
@@ -683,7 +271,7 @@ class SharedStudy:
                 heartbeat_stale_trial_callback=_run_again,
             )
             if url.get_backend_name() == "sqlite":
-                _begin_immediate(opened.engine)
+                begin_immediate(opened.engine)
         owned = not isinstance(storage, BaseStorage)
         self = cls(name, opened, shown, owned=owned, heartbeat=heartbeat, grace=grace, say=say)
         self._space, self._axes, self._sampler, self._seed = space, axes, checked, seed
@@ -723,11 +311,11 @@ class SharedStudy:
         if isinstance(storage, BaseStorage):
             opened, shown = storage, type(storage).__name__
         else:
-            url = _url(storage)
-            shown = _shown(url)
-            if url.get_backend_name() == "sqlite" and not _check_file(url, shown):
+            url = url_of(storage)
+            shown = shown_as(url)
+            if url.get_backend_name() == "sqlite" and not check_file(url, shown):
                 raise ConfigError(f"study: expected {name!r} in {shown}, found no such file.")
-            opened = _connect(url, shown)
+            opened = connect(url, shown)
         owned = not isinstance(storage, BaseStorage)
         self = cls(name, opened, shown, owned=owned, heartbeat=60.0, grace=180.0, say=None)
         try:
@@ -756,7 +344,7 @@ class SharedStudy:
         self._stop.set()
         self._beating = ()
         if self._thread is not None:
-            self._thread.join(timeout=_LONGEST_PAUSE)
+            self._thread.join(timeout=LONGEST_PAUSE)
             self._thread = None
         if self._owned and isinstance(self._storage, RDBStorage):
             self._storage.remove_session()
@@ -971,12 +559,12 @@ class SharedStudy:
         pause = 0.1
         while True:
             try:
-                with _quiet():
+                with quiet():
                     result = operation()
                 break
             except Exception as error:
                 now = time.monotonic()
-                inner = _database_error(error)
+                inner = database_error(error)
                 if inner is None:
                     if isinstance(error, KeyError) and self._is_gone():
                         raise StudyError(
@@ -984,9 +572,9 @@ class SharedStudy:
                             "it; the same command begins it anew."
                         ) from error
                     raise
-                fault, line = _fault(inner), _first_line(inner)
+                fault, line = fault_of(inner), first_line(inner)
                 self._unsettled = now
-                if not _may_pass(inner) or now - (began or now) >= self._patience:
+                if not may_pass(inner) or now - (began or now) >= self._patience:
                     waited = "" if began is None else f" for {now - began:.0f} s"
                     raise StudyError(
                         f"study {self.name!r}: {self._shown} {fault.means}{waited} ({line}); {fault.remedy}, "
@@ -1000,7 +588,7 @@ class SharedStudy:
                     )
             # Not in step with the other workers, which lost it at the same moment.
             time.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            pause = min(2 * pause, LONGEST_PAUSE)
         if began is not None:
             self._say(f"the database is back after {time.monotonic() - began:.0f} s.")
         return result
@@ -1037,7 +625,7 @@ class SharedStudy:
                     # Whatever it was, the thread must not end: the trials would be taken away. The worker
                     # itself tells the user when it needs the database.
                     self._unsettled = time.monotonic()
-                    pause = min(self._heartbeat, _LONGEST_PAUSE)
+                    pause = min(self._heartbeat, LONGEST_PAUSE)
                     break
         if isinstance(self._storage, RDBStorage):
             self._storage.remove_session()
@@ -1082,7 +670,7 @@ class SharedStudy:
         seconds: give them the time.
         """
         now = time.monotonic()
-        settled = now - self._unsettled >= min(self._grace, 2 * (_LONGEST_PAUSE + _CONNECT_TIMEOUT))
+        settled = now - self._unsettled >= min(self._grace, 2 * (LONGEST_PAUSE + CONNECT_TIMEOUT))
         return settled and now - self._swept >= self._heartbeat / 2
 
     # ---- one worker at a time
@@ -1129,7 +717,7 @@ class SharedStudy:
             pass
         except StorageInternalError as error:
             # Two workers that delete the same one.
-            if _may_pass(_database_error(error) or error):
+            if may_pass(database_error(error) or error):
                 raise
 
     def _alone(self, token: str, operation: Callable[[], object]) -> bool:
@@ -1141,8 +729,8 @@ class SharedStudy:
         try:
             operation()
         except BaseException as error:
-            inner = _database_error(error)
-            if inner is None or not _may_pass(inner):
+            inner = database_error(error)
+            if inner is None or not may_pass(inner):
                 with contextlib.suppress(Exception):
                     if self._lock() == mine:
                         self._delete_lock(mine[0])
@@ -1233,7 +821,7 @@ class SharedStudy:
                 params[name] = axis[at]
             return {name: params[name] for name in self._space}
         if self._sampler == "random":
-            alone = optuna.create_study(sampler=RandomSampler(seed=_seed(self._seed, slot)))
+            alone = optuna.create_study(sampler=RandomSampler(seed=seed_of(self._seed, slot)))
             return alone.ask(self._space).params
         return {}
 
@@ -1279,15 +867,15 @@ class SharedStudy:
     def _set_sampler(self, number: int) -> None:
         if isinstance(self._sampler, BaseSampler):
             return
-        seed = _seed(self._seed, number)
+        seed = seed_of(self._seed, number)
         if self._sampler in ("random", "grid"):
             # For what a trial that the user enqueued leaves open.
             self._study.sampler = RandomSampler(seed=seed)
         else:
-            cls = _samplers()[self._sampler]
+            cls = samplers()[self._sampler]
             if self._sampler == "qmc":
                 # One sequence for all workers, except where the sampler does not follow it.
-                sampler = cls(seed=_seed(self._seed, 0), independent_sampler=RandomSampler(seed=seed))
+                sampler = cls(seed=seed_of(self._seed, 0), independent_sampler=RandomSampler(seed=seed))
             else:
                 sampler = cls(seed=seed)
             self._study.sampler = self._sampler = sampler

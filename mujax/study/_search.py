@@ -1,0 +1,74 @@
+"""Samplers and pruners by name."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import optuna
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+
+from mujax.errors import ConfigError
+
+_NEEDS: Final = {"cmaes": ("cmaes",), "gp": ("torch", "scipy"), "qmc": ("scipy",)}
+# The brute-force sampler ends the study from within, which only Optuna's own loop can; "grid" does its work.
+_NO_SAMPLERS: Final = ("grid", "bruteforce")
+
+
+def samplers() -> dict[str, Any]:
+    """Optuna's samplers that need nothing but a seed, by their short names."""
+    found: dict[str, Any] = {}
+    for title in optuna.samplers.__all__:
+        cls, short = getattr(optuna.samplers, title), title.removesuffix("Sampler").lower()
+        if not inspect.isclass(cls) or inspect.isabstract(cls) or short in _NO_SAMPLERS:
+            continue
+        parameters = inspect.signature(cls).parameters.values()
+        if "seed" in {at.name for at in parameters} and all(at.default is not at.empty for at in parameters):
+            found[short] = cls
+    return found
+
+
+_PRUNERS: Final[Mapping[str, Callable[[], BasePruner]]] = {
+    "none": optuna.pruners.NopPruner,
+    "asha": optuna.pruners.SuccessiveHalvingPruner,
+    "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+    "hyperband": optuna.pruners.HyperbandPruner,
+    "median": optuna.pruners.MedianPruner,
+    "percentile": lambda: optuna.pruners.PercentilePruner(25.0),
+}
+
+
+def check_sampler(sampler: str | BaseSampler) -> str | BaseSampler:
+    if isinstance(sampler, BaseSampler):
+        return sampler
+    short = str(sampler).lower().replace("_", "").replace("-", "")
+    known = sorted({"grid", *samplers()})
+    if short not in known:
+        raise ConfigError(f"sampler: expected one of {', '.join(map(repr, known))}, got {sampler!r}.")
+    missing = [package for package in _NEEDS.get(short, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"sampler: expected {' and '.join(missing)} to be installed for {sampler!r}, found it is not; "
+            f"pip install {' '.join(missing)}, or take another sampler."
+        )
+    return short
+
+
+def make_pruner(pruner: str | BasePruner | None) -> BasePruner:
+    if isinstance(pruner, BasePruner):
+        return pruner
+    name = "none" if pruner is None else str(pruner).lower().replace("-", "_")
+    if name not in _PRUNERS:
+        raise ConfigError(f"pruner: expected one of {', '.join(map(repr, _PRUNERS))}, got {pruner!r}.")
+    return _PRUNERS[name]()
+
+
+def seed_of(seed: int, index: int) -> int:
+    """32 bits for NumPy's generator: a function of both numbers, never the same for two indices."""
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+    # An odd factor permutes the 32-bit numbers.
+    return (start + index * 0x9E3779B1) % 2**32
