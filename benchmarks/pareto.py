@@ -1,7 +1,7 @@
 """µTransfer against tuning the target directly: what each costs, and how good the target gets.
 
-    python benchmarks/pareto.py [--quick] [--tasks mnist-mlp text-transformer] [--trials 32] [--out FILE]
-        [--storage FILE]
+    python benchmarks/pareto.py [--quick] [--tasks mnist-mlp text-transformer] [--trials 32] [--steps 80]
+        [--out FILE] [--storage FILE]
 
 For each task the same random search, over learning rate, learning rates by role, σ, multipliers, warm-up and
 the end of the schedule, is made three times, trial by trial with the same hyperparameters:
@@ -288,13 +288,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--tasks", nargs="+", choices=CASES, default=list(CASES), help="default: all")
     add("--trials", type=int, help="of each search (default: 32 for the MLP, 24 for the Transformer)")
+    add("--steps", type=int, help="of each run (default: 300 for the MLP, 80 for the Transformer)")
     add("--seeds", type=int, help="of the final runs (default: 5)")
     add("--resamples", type=int, default=20, help="orders of the trials (default: %(default)s)")
     add("--quick", action="store_true", help="a smoke run: small widths, few steps and trials")
     add("--storage", type=pathlib.Path, default=common.OUT / "pareto.db", help="where searches are kept")
     add("--out", type=pathlib.Path, default=common.OUT / "pareto.json", help="the report")
     args = parser.parse_args(argv)
-    for name in ("trials", "seeds", "resamples"):
+    for name in ("trials", "steps", "seeds", "resamples"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: expected at least 1, got {value}.")
@@ -308,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for task in dict.fromkeys(args.tasks):
         case = (QUICK if args.quick else CASES)[task]
+        case = dataclasses.replace(case, steps=args.steps or case.steps)
         trials = args.trials or case.trials
         report["rows"].append(measure(task, case, trials, seeds, args.resamples, args.storage))
         common.write(args.out, report)

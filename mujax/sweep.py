@@ -273,7 +273,15 @@ def sweep(
     at_once = lanes or _LANES.get(devices[0].platform, _LANES_ELSE)
     worker = _Worker(job, given, floats, objective, seeds, seed, rungs, mode, devices)
     begun = time.perf_counter()
-    said = {"seeds": seeds, "seed": seed, "objective": objective, "fixed": given, **(settings or {})}
+    said = {
+        "seeds": seeds,
+        "seed": seed,
+        "objective": objective,
+        "fixed": given,
+        # Workers that searched differently would not share one search.
+        "sampler": sampler if isinstance(sampler, str) else type(sampler).__name__,
+        **(settings or {}),
+    }
     opened = studies.SharedStudy.open(
         study or "sweep",
         parsed,
