@@ -15,9 +15,9 @@ held-out losses and standard errors are the paper's claim at this size.
 
 From the three searches, both ways of tuning are resampled: the trials come in another order each time, the
 best so far is what the search has chosen, and what the target is worth with that choice is its quality. The
-figure is the operations that direct tuning needs to get to a loss, over those that µTransfer needs, where
-the loss is the median of what direct tuning gets to with some number of trials. Its interval goes over the
-resamplings; where µTransfer does not get there with all its trials, the ratio counts as 0.
+figure is the operations that direct tuning needs to get to a loss and stay there, over those that µTransfer
+needs, where the loss is the median of what direct tuning gets to with some number of trials. Its interval goes
+over the resamplings; where µTransfer does not get there with all its trials, the ratio counts as 0.
 
 The loss is the held-out loss at the end, operations are those of the compiled programs. The searches are
 stored: an interrupted benchmark goes on where it was.
@@ -125,10 +125,15 @@ def so_far(losses: np.ndarray, worth: np.ndarray) -> np.ndarray:
     return worth[chosen]
 
 
-def first_below(curve: np.ndarray, spent: np.ndarray, loss: float) -> float | None:
-    """Operations spent when the curve first gets to a loss, and None if it never does."""
-    reached = np.flatnonzero(curve <= loss)
-    return float(spent[reached[0]]) if len(reached) else None
+def spent_on(curve: np.ndarray, spent: np.ndarray, loss: float) -> float | None:
+    """Operations spent when the curve has got to a loss for good, and None if it ends above it.
+
+    A later trial that is better at the proxy may be worse at the target: a search that passed through a loss
+    by chance has not got there.
+    """
+    above = np.flatnonzero(curve > loss)
+    settled = int(above[-1]) + 1 if len(above) else 0
+    return float(spent[settled]) if settled < len(curve) else None
 
 
 def compare(studies: Mapping[str, Sweep], resamples: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -153,7 +158,6 @@ def compare(studies: Mapping[str, Sweep], resamples: int, seed: int = 0) -> list
             {
                 "direct": np.minimum.accumulate(direct),
                 "direct_flops": np.cumsum(flops["direct"][permutation]),
-                # One may keep the choice of fewer trials, had one known: the front, not the last choice.
                 "ours": ours,
                 "ours_flops": np.cumsum(flops["proxy"][permutation]),
             }
@@ -163,8 +167,8 @@ def compare(studies: Mapping[str, Sweep], resamples: int, seed: int = 0) -> list
         level = float(np.median([run["direct"][count - 1] for run in runs]))
         ratios = []
         for run in runs:
-            direct = first_below(run["direct"], run["direct_flops"], level)
-            ours = first_below(run["ours"], run["ours_flops"], level)
+            direct = spent_on(run["direct"], run["direct_flops"], level)
+            ours = spent_on(run["ours"], run["ours_flops"], level)
             # Direct tuning that never gets there has at least spent everything.
             direct = float(run["direct_flops"][-1]) if direct is None else direct
             ratios.append(0.0 if ours is None else direct / ours)

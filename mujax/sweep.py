@@ -27,6 +27,7 @@ from jaxtyping import Array, Key
 
 from mujax.errors import ConfigError, MujaxError
 from mujax.lanes import MODES, Group, Job, Metrics, Mode, Whole, run_lanes
+from mujax.user_code import said
 
 if TYPE_CHECKING:
     from mujax.study import Claim, Record, SharedStudy
@@ -273,7 +274,7 @@ def sweep(
     at_once = lanes or _LANES.get(devices[0].platform, _LANES_ELSE)
     worker = _Worker(job, given, floats, objective, seeds, seed, rungs, mode, devices)
     begun = time.perf_counter()
-    said = {
+    begun_with = {
         "seeds": seeds,
         "seed": seed,
         "objective": objective,
@@ -289,7 +290,7 @@ def sweep(
         sampler=sampler,
         pruner=pruner,
         seed=seed,
-        settings=said,
+        settings=begun_with,
         notes=notes,
         heartbeat=heartbeat,
         patience=patience,
@@ -402,8 +403,7 @@ def _put_back(shared: SharedStudy, claims: list[Claim]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        first = str(error).strip().partition("\n")[0].rstrip(".")
-        why = f"{type(error).__name__}: {first}" if first else type(error).__name__
+        why = said(error)
         with contextlib.suppress(MujaxError):
             shared.release(claims, why)
         if isinstance(error, MujaxError) or not isinstance(error, Exception):
