@@ -15,9 +15,9 @@ held-out losses and standard errors are the paper's claim at this size.
 
 From the three searches, both ways of tuning are resampled: the trials come in another order each time, the
 best so far is what the search has chosen, and what the target is worth with that choice is its quality. The
-figure is the operations that direct tuning needs to get to a loss and stay there, over those that µTransfer
-needs, where the loss is the median of what direct tuning gets to with some number of trials. Its interval goes
-over the resamplings; where µTransfer does not get there with all its trials, the ratio counts as 0.
+figure is the operations that direct tuning needs to get to a loss and stay there over those that µTransfer
+needs, where the loss is the median of what direct tuning gets to with some number of trials. Its interval
+goes over the resamplings; where µTransfer does not get there with all its trials, the ratio counts as 0.
 
 The loss is the held-out loss at the end, operations are those of the compiled programs. The searches are
 stored: an interrupted benchmark goes on where it was.
