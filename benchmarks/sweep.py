@@ -1,7 +1,7 @@
 """Trials per second of a sweep over 16 learning rates and 4 seeds, against loops over one trial at a time.
 
     python benchmarks/sweep.py [--torch-python /path/to/python] [--cases mlp-64 mlp-256 transformer-64]
-        [--rounds 3] [--quick] [--out FILE]
+        [--rounds 3] [--seeds 4] [--quick] [--out FILE]
 
 Every side trains the same models in µP with Adam on ready batches of random data, which all trials share:
 
@@ -273,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--torch-python", help="the interpreter of an environment with torch, mup and pandas")
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
     add("--rounds", type=int, default=3, help="of each side (default: %(default)s)")
+    add("--seeds", type=int, help="of each learning rate (default: 4)")
     add("--quick", action="store_true", help="a smoke run: small widths, one round")
     add("--out", type=pathlib.Path, default=common.OUT / "sweep.json", help="the report")
     add("--measure", nargs=2, help=argparse.SUPPRESS)
@@ -281,8 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         side, case = args.measure
         print(json.dumps(measure(side, Case(**json.loads(case)))))
         return
-    if args.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {args.rounds}.")
+    for option, value in (("rounds", args.rounds), ("seeds", args.seeds)):
+        if value is not None and value < 1:
+            parser.error(f"--{option}: expected at least 1, got {value}.")
     report: dict[str, Any] = {
         "quick": args.quick,
         "environment": common.environment(),
@@ -291,6 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     for name in dict.fromkeys(args.cases):
         case, rounds = (QUICK[name], 1) if args.quick else (CASES[name], args.rounds)
+        case = dataclasses.replace(case, seeds=args.seeds or case.seeds)
         report["rows"].append(compare(name, case, rounds, args.torch_python))
         common.write(args.out, report)
     print("Trials per second, without compiling; the ratio is of times, below 1 where the sweep is faster.\n")
