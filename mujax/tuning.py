@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mujax import data, hyper, rules
 from mujax.errors import ConfigError
@@ -300,13 +297,6 @@ class _Source:
     digest: str
 
 
-def _digest(tree: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        digest.update(np.ascontiguousarray(leaf).data)
-    return digest.hexdigest()[:16]
-
-
 def _held_out(examples: data.Examples, batch: int, steps: int) -> list[tuple[Any, Any]]:
     """As many batches as cost a small part of the training."""
     found = in_batches(examples, batch, max(1, steps // _VALID_SHARE))
@@ -320,7 +310,7 @@ def _known_source(name: str, file: pathlib.Path | None) -> _Source:
         factory=lambda width: task.build(width)[0],
         batches=Batches(train, task.draw, task.fetch),
         valid=lambda batch, steps: _held_out(task.valid(held_out), batch, steps),
-        digest=_digest(train),
+        digest=data.digest(train),
     )
 
 
@@ -336,7 +326,7 @@ def _own_source(config: TuneConfig) -> _Source:
 
     if config.data is None:
         batches = as_batches(config.batches)
-        return _Source(module, batches, lambda _, __: config.valid, _digest(batches.data))
+        return _Source(module, batches, lambda _, __: config.valid, data.digest(batches.data))
     found = data.load(config.data)
     if isinstance(found, data.TextData):
         length = config.length
@@ -359,7 +349,7 @@ def _own_source(config: TuneConfig) -> _Source:
             lambda examples, order: data.Examples(examples.inputs[order], examples.targets[order]),
         )
     return _Source(
-        module, batches, lambda batch, steps: _held_out(valid, batch, steps), _digest(batches.data)
+        module, batches, lambda batch, steps: _held_out(valid, batch, steps), data.digest(batches.data)
     )
 
 

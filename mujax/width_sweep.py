@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -25,7 +24,6 @@ from typing import Any, Final, NamedTuple, TextIO
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -360,11 +358,8 @@ def _settings(config: TransferConfig, train: Any) -> dict[str, str]:
     Widths, learning rates, seeds and parametrizations are not part of it: a sweep may grow, and what it has
     in common with the one before is not run again.
     """
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(train):
-        digest.update(np.ascontiguousarray(leaf).data)
     values = {
-        "data": digest.hexdigest()[:16],
+        "data": data.digest(train),
         "momentum": repr(config.momentum) if config.optimizer == "sgd" else "",
         "mujax": importlib.metadata.version("mujax-mup"),
     }
