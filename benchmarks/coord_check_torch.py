@@ -39,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """`mujax.models.transformer.Block`, with logits divided by the head size."""
+    """`mujax.models.Transformer`, with logits divided by the head size."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

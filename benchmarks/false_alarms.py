@@ -22,13 +22,12 @@ from typing import Any, Final
 
 import common
 import jax
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
 from mujax import models
-from mujax.coord_check import made_up, measure, prepare, report, respond_at_ends
-from mujax.subject import default_loss
+from mujax.check import made_up, measure, prepare, report, respond_at_ends
+from mujax.train import default_loss
 
 GOAL: Final = common.Goal(1 / 50, "1 in 50")
 GROUP: Final = 4

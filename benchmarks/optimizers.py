@@ -32,9 +32,10 @@ import jax.numpy as jnp
 import optax
 
 import mujax
-from mujax import fit, train
+from mujax import train
+from mujax.check import _optimum as fit
 from mujax.optim import OPTIMIZERS as REGISTRY
-from mujax.tasks import TASKS
+from mujax.tune import TASKS
 
 TASK: Final = TASKS["mnist-mlp"]
 GOAL: Final = common.Goal(0.7, "a drift of at most 0.7")

@@ -37,9 +37,7 @@ import common
 import numpy as np
 
 import mujax
-from mujax.savings import front
-from mujax.sweep import Sweep, SweepProgress
-from mujax.tuning import TuneConfig
+from mujax.tune import Sweep, SweepProgress, TuneConfig, front
 
 FRESH: Final = 1000
 """The first seed of the final runs: no search has seen it."""

@@ -137,8 +137,7 @@ def run_loop(case: Case) -> dict[str, Any]:
     import jax.numpy as jnp
 
     import mujax
-    from mujax.subject import default_loss
-    from mujax.train import init_state, train_step
+    from mujax.train import default_loss, init_state, train_step
 
     batches, factory = _batches(case), _factory(case)
     inputs = batches[0][0]

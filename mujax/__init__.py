@@ -8,122 +8,124 @@ Reference:
     arXiv 2203.03466.
 """
 
-from mujax.coord_check import CoordCheck as CoordCheck
-from mujax.coord_check import coord_check as coord_check
-from mujax.corrections import Correction as Correction
-from mujax.depth import residual_branch as residual_branch
-from mujax.errors import AuditError as AuditError
-from mujax.errors import ConfigError as ConfigError
-from mujax.errors import DataError as DataError
-from mujax.errors import DepthError as DepthError
-from mujax.errors import MujaxError as MujaxError
-from mujax.errors import MujaxWarning as MujaxWarning
-from mujax.errors import ParametrizationError as ParametrizationError
-from mujax.errors import RoleError as RoleError
-from mujax.errors import ShapeMismatchError as ShapeMismatchError
-from mujax.errors import SpecMismatchError as SpecMismatchError
-from mujax.errors import StudyError as StudyError
-from mujax.errors import TraceMismatchError as TraceMismatchError
-from mujax.frontend import Functional as Functional
-from mujax.infshape import MupSpec as MupSpec
-from mujax.infshape import Parametrization as Parametrization
-from mujax.infshape import ParamSpec as ParamSpec
-from mujax.init import MupModel as MupModel
-from mujax.init import audit as audit
-from mujax.init import mup_init as mup_init
-from mujax.optim import mup_acprop as mup_acprop
-from mujax.optim import mup_adabelief as mup_adabelief
-from mujax.optim import mup_adadelta as mup_adadelta
-from mujax.optim import mup_adafactor as mup_adafactor
-from mujax.optim import mup_adagrad as mup_adagrad
-from mujax.optim import mup_adam as mup_adam
-from mujax.optim import mup_adamax as mup_adamax
-from mujax.optim import mup_adamaxw as mup_adamaxw
-from mujax.optim import mup_adamw as mup_adamw
-from mujax.optim import mup_adan as mup_adan
-from mujax.optim import mup_add_decayed_weights as mup_add_decayed_weights
-from mujax.optim import mup_ademamix as mup_ademamix
-from mujax.optim import mup_adopt as mup_adopt
-from mujax.optim import mup_amsgrad as mup_amsgrad
-from mujax.optim import mup_clip_by_global_norm as mup_clip_by_global_norm
-from mujax.optim import mup_cocob as mup_cocob
-from mujax.optim import mup_dadapt_adamw as mup_dadapt_adamw
-from mujax.optim import mup_dog as mup_dog
-from mujax.optim import mup_dowg as mup_dowg
-from mujax.optim import mup_dpsgd as mup_dpsgd
-from mujax.optim import mup_fromage as mup_fromage
-from mujax.optim import mup_galore as mup_galore
-from mujax.optim import mup_global_norm as mup_global_norm
-from mujax.optim import mup_lamb as mup_lamb
-from mujax.optim import mup_lars as mup_lars
-from mujax.optim import mup_lbfgs as mup_lbfgs
-from mujax.optim import mup_lion as mup_lion
-from mujax.optim import mup_madgrad as mup_madgrad
-from mujax.optim import mup_mechanize as mup_mechanize
-from mujax.optim import mup_momo as mup_momo
-from mujax.optim import mup_momo_adam as mup_momo_adam
-from mujax.optim import mup_muon as mup_muon
-from mujax.optim import mup_nadam as mup_nadam
-from mujax.optim import mup_nadamw as mup_nadamw
-from mujax.optim import mup_noisy_sgd as mup_noisy_sgd
-from mujax.optim import mup_normalize as mup_normalize
-from mujax.optim import mup_novograd as mup_novograd
-from mujax.optim import mup_optimistic_adam as mup_optimistic_adam
-from mujax.optim import mup_optimistic_adam_v2 as mup_optimistic_adam_v2
-from mujax.optim import mup_optimistic_gradient_descent as mup_optimistic_gradient_descent
-from mujax.optim import mup_polyak_sgd as mup_polyak_sgd
-from mujax.optim import mup_prodigy as mup_prodigy
-from mujax.optim import mup_radam as mup_radam
-from mujax.optim import mup_rmsprop as mup_rmsprop
-from mujax.optim import mup_rprop as mup_rprop
-from mujax.optim import mup_scale_by_acprop as mup_scale_by_acprop
-from mujax.optim import mup_scale_by_adadelta as mup_scale_by_adadelta
-from mujax.optim import mup_scale_by_adam as mup_scale_by_adam
-from mujax.optim import mup_scale_by_adamax as mup_scale_by_adamax
-from mujax.optim import mup_scale_by_adan as mup_scale_by_adan
-from mujax.optim import mup_scale_by_ademamix as mup_scale_by_ademamix
-from mujax.optim import mup_scale_by_adopt as mup_scale_by_adopt
-from mujax.optim import mup_scale_by_amsgrad as mup_scale_by_amsgrad
-from mujax.optim import mup_scale_by_belief as mup_scale_by_belief
-from mujax.optim import mup_scale_by_factored_rms as mup_scale_by_factored_rms
-from mujax.optim import mup_scale_by_lion as mup_scale_by_lion
-from mujax.optim import mup_scale_by_madgrad as mup_scale_by_madgrad
-from mujax.optim import mup_scale_by_muon as mup_scale_by_muon
-from mujax.optim import mup_scale_by_novograd as mup_scale_by_novograd
-from mujax.optim import mup_scale_by_optimistic_gradient as mup_scale_by_optimistic_gradient
-from mujax.optim import mup_scale_by_radam as mup_scale_by_radam
-from mujax.optim import mup_scale_by_rms as mup_scale_by_rms
-from mujax.optim import mup_scale_by_rprop as mup_scale_by_rprop
-from mujax.optim import mup_scale_by_rss as mup_scale_by_rss
-from mujax.optim import mup_scale_by_sgd as mup_scale_by_sgd
-from mujax.optim import mup_scale_by_sign as mup_scale_by_sign
-from mujax.optim import mup_scale_by_simplified_ademamix as mup_scale_by_simplified_ademamix
-from mujax.optim import mup_scale_by_sm3 as mup_scale_by_sm3
-from mujax.optim import mup_scale_by_stddev as mup_scale_by_stddev
-from mujax.optim import mup_scale_by_trust_ratio as mup_scale_by_trust_ratio
-from mujax.optim import mup_scale_by_yogi as mup_scale_by_yogi
-from mujax.optim import mup_schedule_free_adamw as mup_schedule_free_adamw
-from mujax.optim import mup_schedule_free_sgd as mup_schedule_free_sgd
-from mujax.optim import mup_sgd as mup_sgd
-from mujax.optim import mup_sign_sgd as mup_sign_sgd
-from mujax.optim import mup_signum as mup_signum
-from mujax.optim import mup_simplified_ademamix as mup_simplified_ademamix
-from mujax.optim import mup_sm3 as mup_sm3
-from mujax.optim import mup_sophia as mup_sophia
-from mujax.optim import mup_wrap as mup_wrap
-from mujax.optim import mup_yogi as mup_yogi
+from mujax.check import (
+    CoordCheck as CoordCheck,
+    TransferCheck as TransferCheck,
+    WiderIsBetter as WiderIsBetter,
+    coord_check as coord_check,
+    transfer_check as transfer_check,
+    wider_is_better as wider_is_better,
+)
+from mujax.core import Correction as Correction, MupModel as MupModel, audit as audit, mup_init as mup_init
+from mujax.core.depth import residual_branch as residual_branch
+from mujax.core.frontends import Functional as Functional
+from mujax.core.trace import Finding as Finding
+from mujax.errors import (
+    AuditError as AuditError,
+    ConfigError as ConfigError,
+    DataError as DataError,
+    DepthError as DepthError,
+    MujaxError as MujaxError,
+    MujaxWarning as MujaxWarning,
+    ParametrizationError as ParametrizationError,
+    RoleError as RoleError,
+    ShapeMismatchError as ShapeMismatchError,
+    SpecMismatchError as SpecMismatchError,
+    StudyError as StudyError,
+    TraceMismatchError as TraceMismatchError,
+)
+from mujax.optim import (
+    mup_acprop as mup_acprop,
+    mup_adabelief as mup_adabelief,
+    mup_adadelta as mup_adadelta,
+    mup_adafactor as mup_adafactor,
+    mup_adagrad as mup_adagrad,
+    mup_adam as mup_adam,
+    mup_adamax as mup_adamax,
+    mup_adamaxw as mup_adamaxw,
+    mup_adamw as mup_adamw,
+    mup_adan as mup_adan,
+    mup_add_decayed_weights as mup_add_decayed_weights,
+    mup_ademamix as mup_ademamix,
+    mup_adopt as mup_adopt,
+    mup_amsgrad as mup_amsgrad,
+    mup_clip_by_global_norm as mup_clip_by_global_norm,
+    mup_cocob as mup_cocob,
+    mup_dadapt_adamw as mup_dadapt_adamw,
+    mup_dog as mup_dog,
+    mup_dowg as mup_dowg,
+    mup_dpsgd as mup_dpsgd,
+    mup_fromage as mup_fromage,
+    mup_galore as mup_galore,
+    mup_global_norm as mup_global_norm,
+    mup_lamb as mup_lamb,
+    mup_lars as mup_lars,
+    mup_lbfgs as mup_lbfgs,
+    mup_lion as mup_lion,
+    mup_madgrad as mup_madgrad,
+    mup_mechanize as mup_mechanize,
+    mup_momo as mup_momo,
+    mup_momo_adam as mup_momo_adam,
+    mup_muon as mup_muon,
+    mup_nadam as mup_nadam,
+    mup_nadamw as mup_nadamw,
+    mup_noisy_sgd as mup_noisy_sgd,
+    mup_normalize as mup_normalize,
+    mup_novograd as mup_novograd,
+    mup_optimistic_adam as mup_optimistic_adam,
+    mup_optimistic_adam_v2 as mup_optimistic_adam_v2,
+    mup_optimistic_gradient_descent as mup_optimistic_gradient_descent,
+    mup_polyak_sgd as mup_polyak_sgd,
+    mup_prodigy as mup_prodigy,
+    mup_radam as mup_radam,
+    mup_rmsprop as mup_rmsprop,
+    mup_rprop as mup_rprop,
+    mup_scale_by_acprop as mup_scale_by_acprop,
+    mup_scale_by_adadelta as mup_scale_by_adadelta,
+    mup_scale_by_adam as mup_scale_by_adam,
+    mup_scale_by_adamax as mup_scale_by_adamax,
+    mup_scale_by_adan as mup_scale_by_adan,
+    mup_scale_by_ademamix as mup_scale_by_ademamix,
+    mup_scale_by_adopt as mup_scale_by_adopt,
+    mup_scale_by_amsgrad as mup_scale_by_amsgrad,
+    mup_scale_by_belief as mup_scale_by_belief,
+    mup_scale_by_factored_rms as mup_scale_by_factored_rms,
+    mup_scale_by_lion as mup_scale_by_lion,
+    mup_scale_by_madgrad as mup_scale_by_madgrad,
+    mup_scale_by_muon as mup_scale_by_muon,
+    mup_scale_by_novograd as mup_scale_by_novograd,
+    mup_scale_by_optimistic_gradient as mup_scale_by_optimistic_gradient,
+    mup_scale_by_radam as mup_scale_by_radam,
+    mup_scale_by_rms as mup_scale_by_rms,
+    mup_scale_by_rprop as mup_scale_by_rprop,
+    mup_scale_by_rss as mup_scale_by_rss,
+    mup_scale_by_sgd as mup_scale_by_sgd,
+    mup_scale_by_sign as mup_scale_by_sign,
+    mup_scale_by_simplified_ademamix as mup_scale_by_simplified_ademamix,
+    mup_scale_by_sm3 as mup_scale_by_sm3,
+    mup_scale_by_stddev as mup_scale_by_stddev,
+    mup_scale_by_trust_ratio as mup_scale_by_trust_ratio,
+    mup_scale_by_yogi as mup_scale_by_yogi,
+    mup_schedule_free_adamw as mup_schedule_free_adamw,
+    mup_schedule_free_sgd as mup_schedule_free_sgd,
+    mup_sgd as mup_sgd,
+    mup_sign_sgd as mup_sign_sgd,
+    mup_signum as mup_signum,
+    mup_simplified_ademamix as mup_simplified_ademamix,
+    mup_sm3 as mup_sm3,
+    mup_sophia as mup_sophia,
+    mup_wrap as mup_wrap,
+    mup_yogi as mup_yogi,
+)
 from mujax.rules import interpolate as interpolate
-from mujax.sweep import Sweep as Sweep
-from mujax.sweep import sweep as sweep
-from mujax.trace import Finding as Finding
-from mujax.training import Batches as Batches
-from mujax.training import training_run as training_run
-from mujax.transfer import Transferred as Transferred
-from mujax.transfer import transfer as transfer
-from mujax.transfer_check import TransferCheck as TransferCheck
-from mujax.transfer_check import transfer_check as transfer_check
-from mujax.tuning import TuneConfig as TuneConfig
-from mujax.tuning import tune as tune
-from mujax.wider import WiderIsBetter as WiderIsBetter
-from mujax.wider import wider_is_better as wider_is_better
-from mujax.width_sweep import TransferConfig as TransferConfig
+from mujax.spec import MupSpec as MupSpec, Parametrization as Parametrization, ParamSpec as ParamSpec
+from mujax.train import Batches as Batches, training_run as training_run
+from mujax.tune import (
+    Sweep as Sweep,
+    TransferConfig as TransferConfig,
+    Transferred as Transferred,
+    TuneConfig as TuneConfig,
+    sweep as sweep,
+    transfer as transfer,
+    tune as tune,
+)

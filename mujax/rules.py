@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Final, Literal, get_args
 
 from mujax.errors import ParametrizationError
-from mujax.infshape import ROLES, Parametrization, ParamSpec, Role
+from mujax.spec import ROLES, Parametrization, ParamSpec, Role
 
 Family = Literal["sgd", "adam", "normalized", "normalized_gradient", "spectral"]
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mujax.coord_check import CoordCheck, coord_check
+from mujax.check import CoordCheck, coord_check
 
 
 def assert_mup(

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mujax import hyper
 from mujax.errors import ConfigError
-from mujax.numerals import number
+from mujax.train import as_its_kind
+from mujax.tune import number
 
 
 def option(metavar: str, text: str, default: str | None = None, *, name: str | None = None) -> Any:
@@ -155,7 +155,7 @@ def fixed(option: str, said: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
             )
-        found[name] = hyper.of_kind(name, value(value_))
+        found[name] = as_its_kind(name, value(value_))
     return found
 
 
@@ -174,10 +174,10 @@ def space(option: str, said: Sequence[str]) -> dict[str, Any]:
                 f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
             )
         if ":" not in said_:
-            found[name] = [hyper.of_kind(name, value(word)) for word in said_.split(",")]
+            found[name] = [as_its_kind(name, value(word)) for word in said_.split(",")]
             continue
         low, high, *rest = said_.split(":")
-        ends = [hyper.of_kind(name, value(low)), hyper.of_kind(name, value(high))]
+        ends = [as_its_kind(name, value(low)), as_its_kind(name, value(high))]
         if rest not in ([], ["log"]) or any(type(end) not in (int, float) for end in ends):
             raise ConfigError(
                 f"{option}: expected {shape} with numbers, got {text!r}; write for instance "

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import jax
 
 from mujax import rules
-from mujax.builtin import BUILTIN, made_up
+from mujax.check import CheckProgress, CoordCheck, TapReport, coord_check
 from mujax.cli._arguments import numbers, option, positional
+from mujax.cli._builtin import BUILTIN, made_up
 from mujax.cli._display import StoppedError, as_folder, display, gentle_interrupts, make_folder
 from mujax.cli._explain import build_model, factory_of, inputs_of, traced
-from mujax.coord_check import CheckProgress, CoordCheck, TapReport, coord_check
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import optimizer as optimizer_by_name
-from mujax.width_sweep import parametrization_title
+from mujax.tune import parametrization_title
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from mujax import models
 from mujax.cli._arguments import numbers, option, positional
+from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxError
-from mujax.init import MupModel, mup_init
-from mujax.user_code import build, imported, said
+from mujax.tune import build, imported, said
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import jax.numpy as jnp
 import numpy as np
 
-from mujax import config as config_files
-from mujax import hyper
-from mujax.cli import _arguments, _widths
+from mujax.cli import _arguments, _config_file as config_files, _widths
 from mujax.cli._arguments import group, numbers, option
 from mujax.cli._display import (
     StoppedError,
@@ -29,9 +27,8 @@ from mujax.cli._display import (
     write_aside,
 )
 from mujax.errors import ConfigError
-from mujax.sweep import study_module
-from mujax.transfer import TargetProgress, Transferred, transfer
-from mujax.tuning import TuneConfig
+from mujax.train import hyperparameter
+from mujax.tune import TargetProgress, Transferred, TuneConfig, study_module, transfer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -258,7 +255,7 @@ def _print_hparams(console: Console, found: Transferred, fixed: Mapping[str, Any
     for name, value in found.hparams.items():
         origin = _origin(found, name, fixed)
         style = "yellow" if origin.startswith("proxy,") else ""
-        table.add_row(name, shown(value), hyper.known(name).kind, origin, style=style)
+        table.add_row(name, shown(value), hyperparameter(name).kind, origin, style=style)
     console.print(table)
 
 

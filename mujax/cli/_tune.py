@@ -10,9 +10,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
-from mujax import config as config_files
-from mujax import hyper
-from mujax.cli import _arguments
+from mujax.cli import _arguments, _config_file as config_files
 from mujax.cli._arguments import numbers, option, positional
 from mujax.cli._display import (
     StoppedError,
@@ -27,9 +25,18 @@ from mujax.cli._display import (
     write_aside,
 )
 from mujax.errors import ConfigError, MujaxError
-from mujax.sweep import Sweep, SweepProgress, Trial, study_module
-from mujax.tasks import TASKS
-from mujax.tuning import TuneConfig, read_study, tune
+from mujax.train import transfers
+from mujax.tune import (
+    TASKS,
+    Sweep,
+    SweepProgress,
+    Trial,
+    TuneConfig,
+    read_study,
+    study_module,
+    tensorboard_writer,
+    tune,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,7 +191,7 @@ def run(options: Tune) -> int:
     config = configured(options)
     finished = None
     if options.tensorboard is not None:
-        finished = importlib.import_module("mujax.tensorboard").writer(options.tensorboard)
+        finished = tensorboard_writer(options.tensorboard)
     out = options.out or pathlib.Path(f"tune-{as_folder(str(config.study))}")
     make_folder(out)
 
@@ -293,7 +300,7 @@ def _summary(found: Sweep, config: TuneConfig, options: Tune) -> list[str]:
     lines = [f"{trials}{seeds}, {diverged} diverged, {pruned} pruned; {spent} spent on them."]
     if found.best is not None:
         lines.append(f"To train the target with the best: {_next(found, config, options)}")
-        left = [name for name in found.best.hparams if not hyper.transfers(name)]
+        left = [name for name in found.best.hparams if not transfers(name)]
         if left:
             what = " and ".join(left)
             lines.append(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 from mujax.cli._arguments import numbers, option
 from mujax.cli._display import StoppedError, display, gentle_interrupts
-from mujax.tasks import TASKS
-from mujax.width_sweep import (
+from mujax.tune import (
     LOSS_MEASURE,
     OPTIMIZERS,
     REPORT,
     RUNS,
+    TASKS,
     Progress,
     Report,
     TransferConfig,

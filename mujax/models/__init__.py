@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mujax.models.mlp import MLP as MLP
-from mujax.models.mlp import MLPConfig as MLPConfig
-from mujax.models.resnet import ResNet as ResNet
-from mujax.models.resnet import ResNetConfig as ResNetConfig
-from mujax.models.transformer import Transformer as Transformer
-from mujax.models.transformer import TransformerConfig as TransformerConfig
+from mujax.models._mlp import MLP as MLP, MLPConfig as MLPConfig
+from mujax.models._resnet import ResNet as ResNet, ResNetConfig as ResNetConfig
+from mujax.models._transformer import Transformer as Transformer, TransformerConfig as TransformerConfig
 
 Factory = Callable[[int], tuple[nn.Module, tuple[jax.ShapeDtypeStruct, ...]]]
 

@@ -8,10 +8,10 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from mujax.infshape import MupSpec, Role
 from mujax.optim._decay import Decay, decay_multiples, decayed_weights, strength
+from mujax.optim._rescale import LrMults, lr_rule, with_lr_multiples
 from mujax.optim._scale import mup_scale_by_adam, mup_scale_by_sgd
-from mujax.optim._units import LrMults, lr_rule, with_lr_multiples
+from mujax.spec import MupSpec, Role
 
 
 def mup_adam(

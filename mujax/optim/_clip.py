@@ -18,9 +18,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from mujax import rules
-from mujax.infshape import MupSpec
-from mujax.optim._match import leaf_paths, multiply
-from mujax.optim._units import Factors, check_spec, factors
+from mujax.optim._rescale import Factors, check_spec, factors
+from mujax.optim._tree import leaf_paths, multiply
+from mujax.spec import MupSpec
 
 _TABLE_8: Final = "mup"
 

@@ -13,8 +13,8 @@ from jax.core import Tracer
 
 from mujax import rules
 from mujax.errors import ConfigError, ParametrizationError
-from mujax.infshape import ROLES, MupSpec, Parametrization, ParamSpec, Role
-from mujax.optim._units import Factors, check_spec, factors, in_units, lr_rule
+from mujax.optim._rescale import Factors, check_spec, factors, in_units, lr_rule
+from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec, Role
 
 Decay = Literal["independent", "coupled", "decoupled"]
 DECAYS: Final[tuple[Decay, ...]] = get_args(Decay)

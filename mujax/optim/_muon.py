@@ -18,12 +18,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mujax import rules
 from mujax.errors import MujaxError
-from mujax.infshape import MupSpec, Parametrization, ParamSpec, Role
 from mujax.optim._alias import mup_adamw
 from mujax.optim._decay import Decay, decay_multiples, decayed_weights, strength
-from mujax.optim._match import leaf_paths
+from mujax.optim._rescale import LrMults, check_spec, with_lr_multiples
 from mujax.optim._scale import mup_scale_by_adam
-from mujax.optim._units import LrMults, check_spec, with_lr_multiples
+from mujax.optim._tree import leaf_paths
+from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 Coefficients = (

@@ -10,11 +10,11 @@ from typing import Any, Final, NoReturn
 import optax
 
 from mujax.errors import ConfigError
-from mujax.infshape import MupSpec
 from mujax.optim._alias import mup_adam, mup_adamw
-from mujax.optim._build import LAYOUTS, Build, Options
+from mujax.optim._recipes import LAYOUTS, Build, Options
 from mujax.optim._registry import OPTIMIZERS, TRANSFORMS, UNSUPPORTED, Entry
-from mujax.optim._units import check_spec
+from mujax.optim._rescale import check_spec
+from mujax.spec import MupSpec
 
 Alias = Callable[..., optax.GradientTransformationExtraArgs]
 

@@ -18,9 +18,9 @@ import optax
 from jaxtyping import Float, Int
 
 from mujax.errors import ConfigError, MujaxError, ParametrizationError, SpecMismatchError
-from mujax.infshape import MupSpec
 from mujax.optim._registry import UNSUPPORTED, UNSUPPORTED_STATES
 from mujax.rules import Family
+from mujax.spec import MupSpec
 
 # A schedule may begin at 0, accumulated steps give zeros, RAdam is plain momentum for its first five steps.
 _STEPS: Final = 8

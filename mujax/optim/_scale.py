@@ -16,9 +16,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mujax import rules
 from mujax.errors import MujaxError
-from mujax.infshape import MupSpec
-from mujax.optim._match import leaf_paths
-from mujax.optim._units import LrMults, factors, in_units, lr_rule, with_lr_multiples
+from mujax.optim._rescale import LrMults, factors, in_units, lr_rule, with_lr_multiples
+from mujax.optim._tree import leaf_paths
+from mujax.spec import MupSpec
 
 
 def mup_scale_by_adam(

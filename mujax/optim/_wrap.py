@@ -9,9 +9,9 @@ import optax
 
 from mujax import rules
 from mujax.errors import ParametrizationError
-from mujax.infshape import MupSpec, Parametrization, ParamSpec
 from mujax.optim._probe import behaviour, check, check_plain
-from mujax.optim._units import LrMults, check_spec, factors, in_units, lr_rule, with_lr_multiples
+from mujax.optim._rescale import LrMults, check_spec, factors, in_units, lr_rule, with_lr_multiples
+from mujax.spec import MupSpec, Parametrization, ParamSpec
 
 _Rule = Callable[[ParamSpec, Parametrization], float]
 

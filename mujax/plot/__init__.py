@@ -1,10 +1,12 @@
 """Pictures. The only package that imports matplotlib, without pyplot: no global state, no display."""
 
-from mujax.plot._coord_check import coord_check_figure as coord_check_figure
-from mujax.plot._coord_check import plot_coord_check as plot_coord_check
-from mujax.plot._sweep import plot_sweep as plot_sweep
-from mujax.plot._sweep import sweep_figure as sweep_figure
-from mujax.plot._target import plot_transfer_run as plot_transfer_run
-from mujax.plot._target import transfer_run_figure as transfer_run_figure
-from mujax.plot._widths import plot_transfer as plot_transfer
-from mujax.plot._widths import transfer_figure as transfer_figure
+from mujax.plot._coord_check import (
+    coord_check_figure as coord_check_figure,
+    plot_coord_check as plot_coord_check,
+)
+from mujax.plot._sweep import plot_sweep as plot_sweep, sweep_figure as sweep_figure
+from mujax.plot._target import (
+    plot_transfer_run as plot_transfer_run,
+    transfer_run_figure as transfer_run_figure,
+)
+from mujax.plot._widths import plot_transfer as plot_transfer, transfer_figure as transfer_figure

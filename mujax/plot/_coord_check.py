@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from mujax.coord_check import CoordCheck, TapReport
+from mujax.check import STATS, CoordCheck, TapReport
 from mujax.errors import ConfigError
 from mujax.plot._style import INK, MUTED, RULE, canvas, power_of_two, style
-from mujax.records import STATS
-from mujax.width_sweep import parametrization_title
+from mujax.tune import parametrization_title
 
 _PANELS: Final = 5
 _NAMES: Final = 20

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from mujax.errors import ConfigError
 from mujax.plot._style import INK, MUTED, RULE, canvas, power_of_two, style
-from mujax.sweep import Sweep, Trial
+from mujax.tune import Sweep, Trial
 
 _COLUMNS: Final = 4
 _BEST: Final = 10

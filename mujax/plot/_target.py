@@ -15,9 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 from mujax.plot._style import INK, MUTED, RULE, canvas, style
-from mujax.savings import Front
-from mujax.tasks import TASKS
-from mujax.transfer import TargetRun, Transferred
+from mujax.tune import TASKS, Front, TargetRun, Transferred
 
 _PROXY: Final = "#1f6fb4"
 _TARGET: Final = "#7b3fa0"

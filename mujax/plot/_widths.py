@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mujax.plot._style import INK, MUTED, OPTIMIZERS, RULE, canvas, style
-from mujax.tasks import TASKS
-from mujax.width_sweep import LOSS_MEASURE, Report, parametrization_title
+from mujax.tune import LOSS_MEASURE, TASKS, Report, parametrization_title
 
 
 def _colours(count: int) -> list[Any]:

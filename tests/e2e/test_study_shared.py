@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import pytest
 from optuna.storages import InMemoryStorage
 
-from mujax.study import Record, SharedStudy
+from mujax.tune.study import Record, SharedStudy
 
 TOTAL = 24
 # Seconds after which something is wrong; far beyond what a loaded machine takes.

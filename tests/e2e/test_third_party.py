@@ -25,7 +25,7 @@ from flax import linen as nn
 
 import mujax
 from mujax import rules
-from mujax.infshape import leaf_path
+from mujax.spec import leaf_path
 
 # Flax left transformers with version 5: the module itself is what has to be there.
 modeling_gpt2 = pytest.importorskip("transformers.models.gpt2.modeling_flax_gpt2", exc_type=ImportError)

@@ -23,7 +23,7 @@ from problems import CASES, IMPLEMENTATIONS, OPTIMIZERS, STEPS, Case
 
 import mujax
 from mujax import rules
-from mujax.infshape import Role, leaf_path
+from mujax.spec import Role, leaf_path
 
 GOLDEN_FILE = pathlib.Path(__file__).parent / "golden.json"
 GOLDEN: dict[str, list[float]] = json.loads(GOLDEN_FILE.read_text())["losses"]

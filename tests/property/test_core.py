@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from flax import linen as nn, nnx
+from hypothesis import given, settings, strategies as st
 
 import mujax
 from mujax import rules

@@ -4,12 +4,11 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import mujax
 from mujax import rules
-from mujax.infshape import MupSpec, Parametrization, ParamSpec
+from mujax.spec import MupSpec, Parametrization, ParamSpec
 
 MANY = settings(max_examples=60, deadline=None, derandomize=True)
 WAYS = ("mup", "table3", "table9")

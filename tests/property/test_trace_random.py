@@ -13,15 +13,14 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import HealthCheck, event, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, event, given, settings, strategies as st
 from jax import lax
 
-from mujax import forward
-from mujax.trace import analyse
-from mujax.trace.interpret import Interpreter
-from mujax.trace.primitives import PRIMITIVES
-from mujax.trace.values import Value, whole
+from mujax.core.program import _evaluate as forward
+from mujax.core.trace import analyse
+from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._primitives import PRIMITIVES
+from mujax.core.trace._values import Value, whole
 
 ROWS, WIDTHS = 3, (8, 16, 32, 64)
 BASE = WIDTHS[0]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mujax.blame import fault
-from mujax.coord_check import CoordCheck, TapReport
-from mujax.verdict import Check, Slope
+from mujax.check._coord_check import CoordCheck, TapReport
+from mujax.check._faults import fault
+from mujax.check._slopes import Check, Slope
 
 WIDTHS = (32, 64, 128)
 RATES = (2.0**-9, 2.0**-7)

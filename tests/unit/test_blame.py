@@ -2,9 +2,9 @@
 
 import pytest
 
-from mujax.blame import Exponents, broken_rules
-from mujax.infshape import ParamSpec
-from mujax.taps import Tap
+from mujax.check._faults import Exponents, broken_rules
+from mujax.check._taps import Tap
+from mujax.spec import ParamSpec
 
 HIDDEN = ParamSpec((256, 256), (64, 64), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
 OUTPUT = ParamSpec((256, 8), (64, 8), fan_in=(0,), fan_out=(1,), infinite=(0,))

@@ -9,10 +9,10 @@ import pytest
 from flax import linen as nn
 
 from mujax import data, models
-from mujax.builtin import BUILTIN, made_up
+from mujax.cli._builtin import BUILTIN, made_up
+from mujax.core._mup_init import mup_init
 from mujax.errors import DataError
-from mujax.init import mup_init
-from mujax.subject import default_loss
+from mujax.train._losses import default_loss
 
 KEY = jax.random.key(0)
 

@@ -18,10 +18,10 @@ from checks import check, tap
 from rich.console import Console
 
 from mujax import cli
+from mujax.check._coord_check import CheckProgress, CoordCheck
 from mujax.cli import _check, _display, _widths
-from mujax.coord_check import CheckProgress, CoordCheck
 from mujax.errors import DataError, MujaxWarning
-from mujax.width_sweep import Progress, Report, Run, TransferConfig, summarise
+from mujax.tune._width_sweep import Progress, Report, Run, TransferConfig, summarise
 
 
 def report_on(config: TransferConfig, lost: Callable[[Run], bool] = lambda run: False) -> Report:

@@ -18,9 +18,9 @@ from trials import make_sweep, make_transferred, make_trial
 from mujax import cli
 from mujax.cli import _arguments, _transfer, _tune, _widths
 from mujax.errors import ConfigError, StudyError
-from mujax.sweep import Sweep, SweepProgress
-from mujax.transfer import TargetProgress, Transferred
-from mujax.tuning import TuneConfig
+from mujax.tune._sweep import Sweep, SweepProgress
+from mujax.tune._transfer import TargetProgress, Transferred
+from mujax.tune._tune import TuneConfig
 
 Captured = pytest.CaptureFixture[str]
 Tuned = list[TuneConfig]
@@ -557,7 +557,7 @@ def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
     package: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     for name in list(sys.modules):
-        if name.partition(".")[0] == package or f"{name}.".startswith(("mujax.plot.", "mujax.study.")):
+        if name.partition(".")[0] == package or f"{name}.".startswith(("mujax.plot.", "mujax.tune.study.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(_tune, "tune", lambda *_, **__: pytest.fail("it was begun"))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from mujax import config
+from mujax.cli import _config_file as config
 from mujax.errors import ConfigError
 
 

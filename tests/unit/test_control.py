@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from patterns import BASE, PATTERNS, PLAIN, WIDTH, Hand, Model, Pattern, R, S, mix, scores, times
 
 import mujax

@@ -13,11 +13,11 @@ from flax import nnx
 
 import mujax
 from mujax import models
+from mujax.check._measure import STATS, Program, Subject
+from mujax.check._taps import find_taps
 from mujax.errors import ConfigError
-from mujax.records import STATS, Program, Subject
-from mujax.subject import default_loss
-from mujax.taps import find_taps
 from mujax.testing import assert_mup
+from mujax.train._losses import default_loss
 
 X = jax.random.normal(jax.random.key(0), (8, 12))
 TOKENS = jax.random.randint(jax.random.key(0), (2, 8), 0, 32)
@@ -201,7 +201,7 @@ def test_taps_are_named_after_parameters_and_modules():
     assert kinds["block_0/ff_norm/scale"] == "vector"
     assert kinds["readout/kernel"] == "readout"
     assert kinds["output"] == "output"
-    assert all("mujax/models/transformer.py:" in tap.where for tap in taps if tap.site)
+    assert all("mujax/models/_transformer.py:" in tap.where for tap in taps if tap.site)
 
 
 def test_each_call_of_a_reused_module_has_a_tap():

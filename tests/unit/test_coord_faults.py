@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import mujax
-from mujax.infshape import ParamSpec
+from mujax.spec import ParamSpec
 
 WIDTHS = (32, 128)
 BASE = WIDTHS[0]

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import patterns
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from patterns import BASE, PATTERNS, PLAIN, WIDTH, Model, Pattern, R, S
 
 import mujax

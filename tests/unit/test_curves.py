@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
-from mujax import curves
-from mujax.curves import Curve, Run, check_batches, train_curves
+from mujax.check import _curves as curves
+from mujax.check._curves import Curve, Run, train_curves
+from mujax.check._models import optimizer_of
 from mujax.errors import ConfigError
-from mujax.subject import default_loss, optimizer_of
+from mujax.train._batches import check_batches
+from mujax.train._losses import default_loss
 
 STEPS, BATCH, FEATURES = 12, 8, 4
 

@@ -13,17 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from jax import lax
 
 import mujax
 from mujax import rules
-from mujax.depth import find_branches
-from mujax.frontend import frontend
-from mujax.infshape import Parametrization, ParamSpec
-from mujax.models.resnet import ResNet, ResNetConfig
-from mujax.models.transformer import Transformer, TransformerConfig
+from mujax.core.depth import find_branches
+from mujax.core.frontends._frontend import frontend
+from mujax.models._resnet import ResNet, ResNetConfig
+from mujax.models._transformer import Transformer, TransformerConfig
+from mujax.spec import Parametrization, ParamSpec
 
 # Each program runs once: long before a careful compilation of it is over.
 COMPILE_FAST = {
@@ -279,7 +278,7 @@ def test_the_branches_of_a_transformer(options):
     assert set(found.layers) == (found.params if scanned else set())
     # Relative to the working directory or, installed, in full.
     files = {branch.where.rpartition(":")[0] for branch in found.found}
-    assert all(file.endswith("mujax/models/transformer.py") for file in files)
+    assert all(file.endswith("mujax/models/_transformer.py") for file in files)
 
 
 def _feed_forward_only(w, x):

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mujax.fit import Losses, Optimum, fitted_optimum, mean, tail
+from mujax.check._optimum import Optimum, fitted_optimum, mean
+from mujax.train._losses import Losses, tail
 
 GRID = tuple(float(rate) for rate in range(-12, -3))
 

@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend import core as jex
 
 import mujax
-from mujax import forward
+from mujax.core.program import _evaluate as forward
 
 FACTOR = 2.5
 X = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
-from mujax.frontend import frontend
+from mujax.core.frontends._frontend import frontend
 
 BASE, WIDTH = 8, 24
 R = WIDTH / BASE

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
-from mujax.infshape import MupSpec, Parametrization, ParamSpec, leaf_path
+from mujax.spec import MupSpec, Parametrization, ParamSpec, leaf_path
 
 MUP = Parametrization((("mup", 1.0),))
 

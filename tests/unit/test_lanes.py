@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mujax import lanes
 from mujax.errors import ConfigError
-from mujax.lanes import MODES, Group, OutOfMemoryError, Whole, run_lanes, run_one
+from mujax.train import _lanes as lanes
+from mujax.train._lanes import MODES, Group, OutOfMemoryError, Whole, run_lanes, run_one
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 RATES = {"rate": np.array([0.5, 0.25, 0.125, 1.0, 0.75])}

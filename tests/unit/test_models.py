@@ -14,17 +14,9 @@ from flax import linen as nn
 
 import mujax.models
 from mujax.errors import ConfigError
-from mujax.infshape import leaf_path
-from mujax.models import (
-    BUILD,
-    MLP,
-    MLPConfig,
-    ResNet,
-    ResNetConfig,
-    Transformer,
-    TransformerConfig,
-)
-from mujax.models.transformer import Attention
+from mujax.models import BUILD, MLP, MLPConfig, ResNet, ResNetConfig, Transformer, TransformerConfig
+from mujax.models._transformer import Attention
+from mujax.spec import leaf_path
 
 KEY = jax.random.key(0)
 

@@ -10,8 +10,8 @@ import pytest
 
 from mujax import rules
 from mujax.errors import MujaxError, ParametrizationError
-from mujax.infshape import MupSpec, Parametrization, ParamSpec
 from mujax.optim import mup_adam, mup_adamw, mup_scale_by_adam, mup_scale_by_sgd, mup_sgd, mup_wrap
+from mujax.spec import MupSpec, Parametrization, ParamSpec
 
 # r_in = 3 and r_out = 5 wherever there is one.
 PARAMS = {

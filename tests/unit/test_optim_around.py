@@ -17,7 +17,7 @@ import pytest
 import mujax
 from mujax import rules
 from mujax.errors import MujaxError, SpecMismatchError
-from mujax.infshape import MupSpec, ParamSpec
+from mujax.spec import MupSpec, ParamSpec
 
 PARAMS = {
     "w1": ParamSpec((6, 12), (6, 4), fan_in=(0,), fan_out=(1,), infinite=(1,)),

@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from mujax import rules
-from mujax.infshape import MupSpec, ParamSpec
 from mujax.optim import mup_adam, mup_adamw, mup_scale_by_sgd, mup_sgd, mup_wrap
+from mujax.spec import MupSpec, ParamSpec
 
 # Widths grow by 3 and by 5, which are no powers of two and not the same.
 PARAMS = {

@@ -17,8 +17,8 @@ from zoo import BASE, CASES, WIDTH
 import mujax
 from mujax import rules
 from mujax.errors import MujaxError, SpecMismatchError
-from mujax.infshape import MupSpec, ParamSpec
 from mujax.optim import mup_scale_by_adam
+from mujax.spec import MupSpec, ParamSpec
 
 # r_in = 3 and r_out = 5 wherever there is one; at the base 4 rows and 8 columns, or the other way round.
 HIDDEN = {

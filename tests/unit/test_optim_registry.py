@@ -15,9 +15,9 @@ import pytest
 import mujax
 from mujax import rules
 from mujax.errors import ConfigError, MujaxError, ParametrizationError, SpecMismatchError
-from mujax.infshape import MupSpec, ParamSpec
 from mujax.optim import OPTIMIZERS, optimizer
 from mujax.optim._registry import AROUND, TRANSFORMS, UNSUPPORTED, UNSUPPORTED_STATES
+from mujax.spec import MupSpec, ParamSpec
 
 # r_in is 3 and r_out is 5 wherever there is one.
 PARAMS = {

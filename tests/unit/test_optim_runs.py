@@ -14,8 +14,8 @@ from flax import nnx
 
 import mujax
 from mujax import rules
-from mujax.infshape import MupSpec, ParamSpec
 from mujax.optim import OPTIMIZERS, optimizer
+from mujax.spec import MupSpec, ParamSpec
 
 FAST = {"xla_backend_optimization_level": 0}
 COMPILED = {

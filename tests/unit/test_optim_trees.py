@@ -16,8 +16,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from mujax import rules
 from mujax.errors import SpecMismatchError
-from mujax.infshape import MupSpec, ParamSpec, leaf_path
 from mujax.optim import mup_adam, mup_adamw, mup_scale_by_adam, mup_scale_by_sgd, mup_sgd, mup_wrap
+from mujax.spec import MupSpec, ParamSpec, leaf_path
 
 LR = 0.5
 # r = 3: SGD factors of table 8 for a 7-12-12-5 MLP over a 7-4-4-5 one.

@@ -9,8 +9,8 @@ import pytest
 import mujax
 from mujax import rules
 from mujax.errors import ConfigError, MujaxError, ParametrizationError
-from mujax.infshape import MupSpec, ParamSpec
 from mujax.optim._probe import behaviour
+from mujax.spec import MupSpec, ParamSpec
 
 # r_in is 3 and r_out is 5 wherever there is one.
 SPEC = MupSpec(

@@ -10,8 +10,7 @@ import struct
 
 import numpy as np
 import pytest
-from checks import FAILING, RATES, check, tap
-from checks import WIDTHS as CHECKED_WIDTHS
+from checks import FAILING, RATES, WIDTHS as CHECKED_WIDTHS, check, tap
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
@@ -28,8 +27,8 @@ from mujax.plot import (
     transfer_figure,
     transfer_run_figure,
 )
-from mujax.sweep import Sweep
-from mujax.width_sweep import Report, Run, TransferConfig, summarise
+from mujax.tune._sweep import Sweep
+from mujax.tune._width_sweep import Report, Run, TransferConfig, summarise
 
 WIDTHS = (32, 64, 128)
 GRID = (-11.0, -10.0, -9.0, -8.0, -7.0, -6.0)

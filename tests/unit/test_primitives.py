@@ -9,16 +9,15 @@ import jax.extend.core.primitives as jex_primitives
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 
 import mujax
-from mujax.trace import analyse
-from mujax.trace.interpret import _CONTROL
-from mujax.trace.primitives import PRIMITIVES
+from mujax.core.trace import analyse
+from mujax.core.trace._interpreter import _CONTROL
+from mujax.core.trace._primitives import PRIMITIVES
 
 BASE, WIDTH = 8, 24
 KEY = jax.random.key(0)

@@ -9,7 +9,7 @@ import pytest
 
 import mujax
 from mujax import rules
-from mujax.infshape import ROLES, Parametrization, ParamSpec
+from mujax.spec import ROLES, Parametrization, ParamSpec
 
 R_IN, R_OUT = 3.0, 5.0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mujax.errors import ConfigError
-from mujax.savings import front, resampled, sizes
+from mujax.tune._cost import front, resampled, sizes
 
 
 def test_sizes_end_with_all_trials():

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
 

@@ -25,7 +25,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from mujax.errors import ConfigError, StudyError
-from mujax.study import Claim, Record, SharedStudy, _database, distributions
+from mujax.tune.study import Claim, Record, SharedStudy, _database, distributions
 
 SPACE = {"lr": {"low": "2**-10", "high": 1.0, "log": True}, "act": ["relu", "tanh"]}
 GRID = {"lr": [0.1, 0.2, 0.3], "layers": {"low": 1, "high": 3, "step": 2}}

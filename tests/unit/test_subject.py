@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
-from mujax import subject
+from mujax.check import _models as subject
 from mujax.errors import ConfigError
 
 X = jax.ShapeDtypeStruct((4, 6), jnp.float32)

@@ -15,7 +15,7 @@ from test_lanes import Decay
 
 import mujax
 from mujax.errors import ConfigError, MujaxError
-from mujax.sweep import Sweep, Trial, sweep
+from mujax.tune._sweep import Sweep, Trial, sweep
 
 RANGE = {"x": {"low": 0.0, "high": 4.0}}
 

@@ -11,7 +11,7 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 from trials import make_trial
 
 from mujax.errors import ConfigError
-from mujax.tensorboard import writer
+from mujax.tune._tensorboard import tensorboard_writer
 
 
 def read(run: pathlib.Path) -> EventAccumulator:
@@ -32,7 +32,7 @@ def hparams(events: EventAccumulator) -> dict[str, object]:
 
 
 def test_a_trial_is_a_run_with_its_curve_rungs_and_hyperparameters(tmp_path: pathlib.Path) -> None:
-    write = writer(tmp_path / "logs")
+    write = tensorboard_writer(tmp_path / "logs")
     write(make_trial(7, 0.5, depth=3, bias=False, other=None))
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["trial-0007"]
     events = read(tmp_path / "logs" / "trial-0007")
@@ -53,7 +53,7 @@ def test_a_trial_is_a_run_with_its_curve_rungs_and_hyperparameters(tmp_path: pat
 def test_what_diverged_has_hyperparameters_and_no_loss_and_nothing_is_said_of_it(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write = writer(tmp_path)
+    write = tensorboard_writer(tmp_path)
     write(make_trial(0, None))
     write(make_trial(1, 0.5, pruned=True))
     diverged, pruned = read(tmp_path / "trial-0000"), read(tmp_path / "trial-0001")
@@ -76,11 +76,11 @@ def test_a_missing_package_is_said_before_anything_is_made(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"pip install \"mujax-mup\[tensorboard\]\"\.$"):
-        writer(tmp_path / "logs")
+        tensorboard_writer(tmp_path / "logs")
     assert not (tmp_path / "logs").exists()
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="tensorboard: expected a folder to write to"):
-        writer(tmp_path / "file")
+        tensorboard_writer(tmp_path / "file")

@@ -15,7 +15,7 @@ import pytest
 from jax import lax
 
 import mujax
-from mujax.trace.values import Factor, fit, regroup
+from mujax.core.trace._values import Factor, fit, regroup
 
 BASE, TARGET = 8, 24
 X = jax.ShapeDtypeStruct((2, 7), jnp.float32)

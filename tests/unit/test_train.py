@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 from mujax.errors import MujaxError
 from mujax.models import ResNet, ResNetConfig, Transformer, TransformerConfig
-from mujax.train import TrainState, init_state, train_scan, train_step
+from mujax.train._step import TrainState, init_state, train_scan, train_step
 
 KEY = jax.random.key(7)
 STEPS = 4

@@ -14,8 +14,9 @@ from flax import nnx
 
 import mujax
 from mujax.errors import ConfigError
-from mujax.lanes import Group, run_lanes
-from mujax.training import SCHEDULES, Batches, as_batches, optimizer_from, schedule, training_run
+from mujax.train._batches import Batches, as_batches
+from mujax.train._lanes import Group, run_lanes
+from mujax.train._run import SCHEDULES, optimizer_from, schedule, training_run
 
 STEPS = 12
 INPUTS = jax.random.normal(jax.random.key(0), (STEPS, 16, 4))

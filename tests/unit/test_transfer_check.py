@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
 from mujax import rules
+from mujax.check._transfer_check import judge_transfer
 from mujax.errors import ConfigError
-from mujax.infshape import leaf_path
-from mujax.transfer_check import judge_transfer
+from mujax.spec import leaf_path
 
 GRID = tuple(float(rate) for rate in range(-10, -2))
 WIDTHS = (32, 64, 128, 256)

@@ -16,9 +16,10 @@ import pytest
 
 import mujax
 from mujax.errors import ConfigError, MujaxError
-from mujax.tasks import TASKS
-from mujax.transfer import TargetProgress
-from mujax.tuning import TuneConfig, read_study
+from mujax.train import transfers
+from mujax.tune._tasks import TASKS
+from mujax.tune._transfer import TargetProgress
+from mujax.tune._tune import TuneConfig, read_study
 
 SPACE = {"learning_rate": {"low": 2.0**-9, "high": 2.0**-5, "log": True}, "output_mult": [0.5, 1.0, 2.0]}
 
@@ -151,7 +152,7 @@ def test_tasks_tune_what_they_say(name: str) -> None:
     assert ("attention_mult" in config.whole_space) == (name == "text-transformer")
     assert config.all_fixed == {"schedule": "linear"}
     assert TuneConfig(task=name, fixed={"end": 1.0}).whole_space.keys() == config.whole_space.keys() - {"end"}
-    assert all(mujax.hyper.transfers(one) for one in config.whole_space)
+    assert all(transfers(one) for one in config.whole_space)
 
 
 def test_a_text_of_ones_own_and_sequences_of_ones_own_length(tmp_path: pathlib.Path) -> None:

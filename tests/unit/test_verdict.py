@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mujax.taps import Tap
-from mujax.verdict import fitted_slope, judge
+from mujax.check._slopes import fitted_slope, judge
+from mujax.check._taps import Tap
 
 WIDTHS = (64, 128, 256, 512)
 

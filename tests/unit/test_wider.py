@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 import mujax
+from mujax.check._wider import judge_widths
 from mujax.errors import ConfigError
-from mujax.wider import judge_widths
 
 STEPS, SEEDS, WINDOW = 100, 5, 10
 WIDTHS = (32, 64, 128)

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mujax.data import Examples, batch_indices
+from mujax.data._data import Examples, batch_indices
 from mujax.errors import ConfigError, DataError
-from mujax.fit import Losses
 from mujax.models import MLP, MLPConfig
-from mujax.tasks import TASKS, Task
-from mujax.width_sweep import Progress, Run, RunsFile, TransferConfig, summarise, sweep_widths
+from mujax.train._losses import Losses
+from mujax.tune._tasks import TASKS, Task
+from mujax.tune._width_sweep import Progress, Run, RunsFile, TransferConfig, summarise, sweep_widths
 
 GRID = tuple(float(rate) for rate in range(-12, -3))
 
@@ -276,7 +276,7 @@ def test_real_runs_in_both_parametrizations(draws: list[int], tmp_path: pathlib.
 
 def losses_of(config: TransferConfig, width: int, *runs: tuple[float, int]) -> list[Losses]:
     """Runs of one compiled program: pairs of log2 learning rate and seed."""
-    program = sys.modules["mujax.width_sweep"]._program(config, "mup", width)
+    program = sys.modules["mujax.tune._width_sweep"]._program(config, "mup", width)
     train, _ = TASKS[config.task].load(config.text)
     return [
         Losses(*map(float, program(train, jnp.float32(2.0**rate), jnp.int32(seed)))) for rate, seed in runs
@@ -320,7 +320,7 @@ def done(draws: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Run]:
 
         return run
 
-    monkeypatch.setattr(sys.modules["mujax.width_sweep"], "_program", program)
+    monkeypatch.setattr(sys.modules["mujax.tune._width_sweep"], "_program", program)
     return asked
 
 
@@ -504,5 +504,5 @@ def test_a_missing_text_is_an_error_before_anything_is_written(tmp_path: pathlib
 
 
 def test_it_does_not_need_what_only_pictures_and_the_command_need() -> None:
-    names = set(vars(sys.modules["mujax.width_sweep"]))
+    names = set(vars(sys.modules["mujax.tune._width_sweep"]))
     assert not names & {"matplotlib", "tyro", "rich"}

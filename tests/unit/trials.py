@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mujax.savings import front
-from mujax.sweep import Sweep, Trial
-from mujax.transfer import TargetRun, Transferred
+from mujax.tune._cost import front
+from mujax.tune._sweep import Sweep, Trial
+from mujax.tune._transfer import TargetRun, Transferred
 
 SPACE = {
     "learning_rate": {"low": 2.0**-9, "high": 2.0**-6, "log": True},

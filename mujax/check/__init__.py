@@ -1,0 +1,17 @@
+"""Checks whether a model is in µP and whether its hyperparameters transfer across width."""
+
+from mujax.check._coord_check import (
+    CheckProgress as CheckProgress,
+    CoordCheck as CoordCheck,
+    TapReport as TapReport,
+    coord_check as coord_check,
+    made_up as made_up,
+    measure as measure,
+    prepare as prepare,
+    report as report,
+    respond_at_ends as respond_at_ends,
+)
+from mujax.check._measure import STATS as STATS
+from mujax.check._optimum import best_index as best_index, fitted_optimum as fitted_optimum, mean as mean
+from mujax.check._transfer_check import TransferCheck as TransferCheck, transfer_check as transfer_check
+from mujax.check._wider import WiderIsBetter as WiderIsBetter, wider_is_better as wider_is_better

@@ -1,0 +1,557 @@
+"""The coordinate check: trains a model at several widths for a few steps and says whether it is in µP.
+
+Records every tap over widths, steps and seeds, fits how each quantity scales with width, compares with the
+theory, and names the parameter or place that breaks a rule.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1.
+    microsoft/mup, mup.coord_check: the same idea as a picture.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mujax.check._faults import Fault, find_faults
+from mujax.check._measure import STATS, Batch, Measured, Program, Subject
+from mujax.check._models import Optimizer, optimizer_of, subjects
+from mujax.check._optimizer_response import Response, respond
+from mujax.check._optimum import Status
+from mujax.check._slopes import Check, judge
+from mujax.check._taps import find_taps
+from mujax.core import MupModel, mup_init
+from mujax.errors import ConfigError, MujaxWarning
+from mujax.optim import OPTIMIZERS
+from mujax.train import Loss, as_inputs, default_loss
+
+# Large, as the guide of microsoft/mup recommends, and a second one further up: what a small rate hides
+# behind the initial values a large one shows.
+_RATES: Final[Mapping[bool, tuple[float, float]]] = {True: (2.0**-5, 2.0**-3), False: (2.0**-9, 2.0**-7)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TapReport:
+    """What was found at one tap.
+
+    Attributes:
+        name: module path, parameter or place.
+        kind: see `mujax.check._taps.Tap`.
+        where: `file:line` in the user's code.
+        params: the parameters that it multiplies, adds or looks up.
+        status: the worst of its checks, over learning rates.
+        blamed: a rule is broken here; a tap that fails without it has its fault from elsewhere.
+        checks: learning rate -> what was checked.
+    """
+
+    name: str
+    kind: str
+    where: str
+    params: tuple[str, ...]
+    status: Status
+    blamed: bool
+    checks: Mapping[float, tuple[Check, ...]]
+
+    @property
+    def worst(self) -> Check | None:
+        """The check that decided the status: of the worst ones, the one furthest outside."""
+        all_checks = [check for checks in self.checks.values() for check in checks]
+        decisive = [check for check in all_checks if check.status == self.status]
+        return max(decisive, key=_excess, default=None)
+
+
+def _excess(check: Check) -> float:
+    if check.slope is None:
+        return math.inf
+    low, high = check.allowed
+    return max(low - check.slope.value, check.slope.value - high)
+
+
+@dataclasses.dataclass(frozen=True)
+class CoordCheck:
+    """The result of a coordinate check.
+
+    Attributes:
+        verdict: `"pass"`, `"fail"`, or `"undecided"` where the noise leaves it open.
+        faults: the rules that are broken, and by what.
+        taps: what was found at each tap, in program order.
+        widths: ascending.
+        learning_rates: the rates that were tried.
+        steps: optimizer steps of each run.
+        seeds: number of seeds.
+        parametrization: of the models that were checked.
+        sizes: learning rate -> mean absolute entries (widths, steps + 1, taps, quantities), geometric mean
+            over seeds; the quantities are `mujax.check.STATS`.
+        losses: learning rate -> (widths, steps + 1), mean over seeds.
+    """
+
+    verdict: Status
+    faults: tuple[Fault, ...]
+    taps: tuple[TapReport, ...]
+    widths: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    steps: int
+    seeds: int
+    parametrization: str
+    sizes: Mapping[float, np.ndarray]
+    losses: Mapping[float, np.ndarray]
+
+    def __bool__(self) -> bool:
+        return self.verdict == "pass"
+
+    def __str__(self) -> str:
+        return "\n".join([self.headline(), "", *self.table(), *self.explained()])
+
+    def headline(self) -> str:
+        """The verdict in a sentence."""
+        failed = [tap for tap in self.taps if tap.status == "fail"]
+        where = f"widths {', '.join(map(str, self.widths))}, {self.steps} steps, {self.seeds} seeds"
+        if self.verdict == "pass":
+            return f"PASS: nothing depends on width in {len(self.taps)} taps ({where})."
+        if self.verdict == "undecided":
+            open_ = sum(tap.status == "undecided" for tap in self.taps)
+            return (
+                f"UNDECIDED: {open_} of {len(self.taps)} taps can't be told from noise ({where}); "
+                "use more seeds or a wider range of widths."
+            )
+        if not failed:
+            return f"FAIL: rules are broken, though these steps don't show it ({where})."
+        return f"FAIL: {len(failed)} of {len(self.taps)} taps depend on width ({where})."
+
+    def table(self) -> list[str]:
+        """The taps as lines of text: name, status, and the exponent that decided it."""
+        rows = [("tap", "kind", "status", "quantity", "exponent", "allowed")]
+        for tap in self.taps:
+            check = tap.worst
+            status = "fail (inherited)" if tap.status == "fail" and not tap.blamed else tap.status
+            if check is None:
+                rows.append((tap.name, tap.kind, status, "", "", ""))
+            else:
+                allowed = f"{check.allowed[0]:.2f} to {check.allowed[1]:.2f}"
+                rows.append((tap.name, tap.kind, status, check.quantity, _shown(check), allowed))
+        sizes = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        padded = ([cell.ljust(size) for cell, size in zip(row, sizes, strict=True)] for row in rows)
+        return ["  ".join(row).rstrip() for row in padded]
+
+    def explained(self) -> list[str]:
+        """The broken rules as lines of text, those alike together."""
+        alike: dict[tuple[str, float, float], list[Fault]] = collections.defaultdict(list)
+        for one in self.faults:
+            alike[one.rule, round(one.found, 1), round(one.expected, 1)].append(one)
+        lines = ["", "Look at:"] if self.faults else []
+        for first, *others in alike.values():
+            lines.append(f"  {first.message} [{first.where}]")
+            if others:
+                lines.append(f"    likewise: {', '.join(one.name for one in others)}")
+        return lines
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        taps = [
+            {
+                "name": tap.name,
+                "kind": tap.kind,
+                "where": tap.where,
+                "params": tap.params,
+                "status": tap.status,
+                "blamed": tap.blamed,
+                "checks": {
+                    f"{rate:g}": list(map(dataclasses.asdict, checks)) for rate, checks in tap.checks.items()
+                },
+                "sizes": {f"{rate:g}": sizes[:, :, number] for rate, sizes in self.sizes.items()},
+            }
+            for number, tap in enumerate(self.taps)
+        ]
+        content = {
+            "verdict": self.verdict,
+            "widths": self.widths,
+            "learning_rates": self.learning_rates,
+            "steps": self.steps,
+            "seeds": self.seeds,
+            "parametrization": self.parametrization,
+            "faults": list(map(dataclasses.asdict, self.faults)),
+            "quantities": STATS,
+            "taps": taps,
+            "losses": {f"{rate:g}": losses for rate, losses in self.losses.items()},
+        }
+        return json.dumps(_plain(content), indent=1, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json` to a file.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(self.to_json())
+
+
+def _shown(check: Check) -> str:
+    if check.slope is None:
+        return check.note
+    slope = check.slope
+    text = f"{slope.value:+.2f} ({slope.low:+.2f} to {slope.high:+.2f})"
+    return f"{text}, {check.note}" if check.note else text
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: None for numbers that are not finite."""
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckProgress:
+    """How far a check is.
+
+    Attributes:
+        done: runs finished.
+        total: runs in all.
+        work_done: share of the work finished, from 0 to 1.
+        doing: what is under way.
+    """
+
+    done: int
+    total: int
+    work_done: float
+    doing: str
+
+
+def coord_check(
+    factory: Callable[[int], Any],
+    widths: Sequence[int],
+    inputs: Any = None,
+    optimizer: str | Optimizer = "adam",
+    *,
+    batches: Sequence[tuple[Any, Any]] | None = None,
+    loss: Loss | None = None,
+    learning_rates: Sequence[float] | None = None,
+    steps: int = 6,
+    seeds: int = 4,
+    seed: int = 0,
+    base: Callable[[int], Any] | None = None,
+    base_width: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    progress: Callable[[CheckProgress], None] | None = None,
+    **mup_kwargs: Any,
+) -> CoordCheck:
+    """Checks by training whether a model, its initialisation and its optimizer are in µP.
+
+    Trains the model at each width for a few steps and looks at every product, convolution, lookup, bias,
+    gain, norm and output, each call of a reused module apart. Three slopes over width decide on a tap: of
+    its size, of its change since initialisation, and of what the first update of its own parameters does
+    to it. Beside that, initial values, constants and the optimizer's response are compared with the rules,
+    parameter by parameter; that is where the blame comes from.
+
+    Args:
+        factory: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, a `Functional`, or a
+            `MupModel` to be checked as it is.
+        widths: at least two; three or more, a factor of 8 apart, are advised.
+        inputs: the model's input, or a tuple of its positional inputs: concrete arrays. Targets are made
+            up. Use `batches` for real ones.
+        optimizer: a name such as `"adamw"`, or (learning rate, spec) -> optax transform.
+        batches: (inputs, targets) of each step, in place of `inputs`; taken again from the first when
+            there are fewer than steps. Activations are always read on the first.
+        loss: (model output, targets) -> scalar; cross-entropy for integer targets, squared error else.
+        learning_rates: tried one after the other; two large ones by default.
+        steps: optimizer steps.
+        seeds: number of seeds; they are the repeats that the intervals come from.
+        seed: the first of them.
+        base: target width -> base model; `factory(base_width)` by default.
+        base_width: the smallest of `widths` by default.
+        kwargs: keyword arguments of the model.
+        progress: called as runs finish.
+        **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `corrections`, ...
+
+    Returns:
+        The verdict, the broken rules, and what was measured.
+
+    Raises:
+        ConfigError: arguments that make no sense.
+        MujaxError: as `mup_init` does.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp, mujax
+        >>> def net(width):
+        ...     return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(4)])
+        >>> x = jnp.sin(jnp.arange(64.0)).reshape(8, 8)
+        >>> mujax.coord_check(net, (32, 64, 128), x, steps=2, seeds=3).verdict
+        'pass'
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1.
+    """
+    if (inputs is None) == (batches is None):
+        raise ConfigError("inputs: expected either inputs or batches, got both or neither.")
+    for name, value, least in (("steps", steps, 1), ("seeds", seeds, 1)):
+        if value < least:
+            raise ConfigError(f"{name}: expected at least {least}, got {value}.")
+    if batches is None and loss is not None:
+        raise ConfigError("loss: expected batches with targets beside a loss of your own, got inputs only.")
+    examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
+    clean, models, checked = prepare(
+        factory, widths, examples, optimizer, base, base_width, kwargs, **mup_kwargs
+    )
+    given = [(as_inputs(x), y) for x, y in batches or ()] or made_up(clean, examples, seed)
+    rates = tuple(learning_rates) if learning_rates else _default_rates(optimizer)
+    numbers = range(seed, seed + seeds)
+    measured = measure(checked, loss or default_loss, given, rates, steps, numbers, progress)
+    return report(
+        clean, models, checked, measured, respond_at_ends(checked, measured, rates[0]), rates, steps
+    )
+
+
+def prepare(
+    factory: Callable[[int], Any],
+    widths: Sequence[int],
+    inputs: tuple[Any, ...],
+    optimizer: str | Optimizer,
+    base: Callable[[int], Any] | None = None,
+    base_width: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    **mup_kwargs: Any,
+) -> tuple[MupModel, dict[int, MupModel], dict[int, Subject]]:
+    """The models of a check: see `coord_check` for the arguments.
+
+    Returns:
+        The widest model against the narrowest, read off their programs and nothing else; the models to be
+        checked, by width; the same with optimizer and taps.
+    """
+    of_rate = optimizer_of(optimizer)
+    models = subjects(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
+    clean = _clean(factory, models, inputs, kwargs)
+    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
+    checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
+    return clean, models, checked
+
+
+def _bound(optimizer: Optimizer, mup: MupModel) -> Callable[[Any], Any]:
+    return lambda rate: optimizer(rate, mup.spec)
+
+
+def _clean(
+    factory: Callable[[int], Any],
+    models: Mapping[int, MupModel],
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+) -> MupModel:
+    """The widest model against the narrowest, read off their programs and nothing else."""
+    narrow, *_, wide = models
+    model = factory(wide)
+    if isinstance(model, MupModel):
+        return models[wide]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MujaxWarning)
+        return mup_init(model, factory(narrow), *inputs, **(kwargs or {}))
+
+
+def _outputs(mup: MupModel) -> list[str]:
+    leaves = [
+        leaf for leaf in jax.tree.leaves(mup.replay.output()) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return ["output"] if len(leaves) == 1 else [f"output {number}" for number, _ in enumerate(leaves)]
+
+
+def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
+    """Made-up targets: classes where the output can be logits, else values."""
+    output = mup.replay.output()
+    if not hasattr(output, "shape"):
+        raise ConfigError(
+            f"inputs: expected a model that returns one array, got {jax.tree.map(jnp.shape, output)}; pass "
+            "batches= with targets and a loss=."
+        )
+    key = jax.random.key(seed)
+    if output.ndim >= 2 and output.shape[-1] > 1:
+        return [(inputs, jax.random.randint(key, output.shape[:-1], 0, output.shape[-1]))]
+    return [(inputs, jax.random.normal(key, output.shape, output.dtype))]
+
+
+def _default_rates(optimizer: Any) -> tuple[float, ...]:
+    """By family, where it is known by name."""
+    linear = isinstance(optimizer, str) and OPTIMIZERS[optimizer].family == "sgd"
+    return _RATES[linear]
+
+
+def measure(
+    checked: Mapping[int, Subject],
+    loss: Loss,
+    batches: Sequence[Batch],
+    rates: Sequence[float],
+    steps: int,
+    seeds: Sequence[int],
+    progress: Callable[[CheckProgress], None] | None = None,
+    lanes: int | None = None,
+) -> dict[int, Measured]:
+    """Trains every model with every learning rate and seed.
+
+    Args:
+        checked: models, optimizers and taps, by width.
+        loss: (model output, targets) -> scalar.
+        batches: inputs and targets.
+        rates: the learning rates.
+        steps: optimizer steps of each run.
+        seeds: the seeds.
+        progress: called as runs finish.
+        lanes: how many seeds to run at once; see `Program`.
+    """
+    tell = progress or (lambda _: None)
+    runs = len(rates) * len(seeds)
+    total = len(checked) * runs
+    # Compiling is most of the work of a small check; a wide model takes longer to run.
+    weights = {width: 1.0 + 0.1 * (width / min(checked)) ** 2 * runs / 40 for width in checked}
+    whole = 2 * len(checked) + sum(weights.values())
+    done, work = 0, 0.0
+    tell(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
+    in_all = runs * (steps + 1)
+    programs = {
+        width: Program(subject, loss, batches, seeds, in_all, lanes) for width, subject in checked.items()
+    }
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+        waiting = [pool.submit(program.compile) for program in programs.values()]
+        for count, compiled in enumerate(concurrent.futures.as_completed(waiting), start=1):
+            compiled.result()
+            work += 2
+            tell(CheckProgress(0, total, work / whole, f"compiled for {count} of {len(checked)} widths"))
+        out: dict[int, Measured] = {}
+        for width, program in programs.items():
+            found = []
+            for rate in rates:
+                tell(CheckProgress(done, total, work / whole, f"width {width}"))
+                for run in program.run(rate, steps):
+                    found.append(run)
+                    tell(CheckProgress(done, total, work / whole, f"width {width}"))
+                    done, work = done + 1, work + weights[width] / runs
+            out[width] = _gathered(found, program.paths, len(rates), len(seeds))
+    finally:
+        # After Ctrl-C nothing more is compiled.
+        pool.shutdown(cancel_futures=True)
+    tell(CheckProgress(done, total, 1.0, "done"))
+    return out
+
+
+def _gathered(found: list[list[Any]], paths: tuple[str, ...], rates: int, seeds: int) -> Measured:
+    found = jax.device_get(found)
+    runs = [run[1:] for run in found]
+    taps = np.array([[step[0] for step in run] for run in runs], np.float64)
+    losses = np.array([[step[2] for step in run] for run in runs], np.float64)
+    gradients = np.array([[step[1] for step in run] for run in runs], np.float64)
+    return Measured(
+        taps=taps.reshape(rates, seeds, *taps.shape[1:]),
+        losses=losses.reshape(rates, seeds, -1),
+        initial=np.array([run[0] for run in found[:seeds]], np.float64),
+        # The first step's: what the first update responds to; a zero there comes from a zero elsewhere.
+        gradients=np.where(gradients[:, 0].max(0) > 0, gradients[:, 0].max(0), gradients.max((0, 1))),
+        paths=paths,
+    )
+
+
+# ---- the verdict -----------------------------------------------------------------------------------
+
+
+def respond_at_ends(
+    checked: Mapping[int, Subject], measured: Mapping[int, Measured], rate: float
+) -> list[Response]:
+    """How the optimizer responds at the smallest and at the largest width."""
+    narrow, *_, wide = checked
+    ends = [(checked[width], measured[width]) for width in (narrow, wide)]
+    return [respond(subject, rate, found.gradients, found.initial.mean(0)) for subject, found in ends]
+
+
+def report(
+    clean: MupModel,
+    models: Mapping[int, MupModel],
+    checked: Mapping[int, Subject],
+    measured: Mapping[int, Measured],
+    responses: Sequence[Response],
+    rates: tuple[float, ...],
+    steps: int,
+) -> CoordCheck:
+    """The verdict on what was measured.
+
+    Args:
+        clean: the widest model against the narrowest, read off their programs and nothing else.
+        models: what was checked, by width.
+        checked: the same with optimizer and taps.
+        measured: what was measured, by width.
+        responses: of the optimizer at the smallest and the largest width.
+        rates: the learning rates.
+        steps: number of steps.
+    """
+    faults = find_faults(clean, models, checked, measured, responses)
+    widths = tuple(models)
+    taps = checked[widths[-1]].taps
+    verified = not faults and all(np.all(one.linear | one.entrywise) for one in responses)
+    table = np.stack([measured[width].taps for width in widths])
+    blamed = {one.name for one in faults}
+    reports = []
+    for number, tap in enumerate(taps):
+        checks = {
+            rate: tuple(judge(tap, widths, table[:, which, :, :, number], verified))
+            for which, rate in enumerate(rates)
+        }
+        statuses: list[Status] = [check.status for found in checks.values() for check in found]
+        at_fault = tap.name in blamed or not blamed.isdisjoint(tap.params)
+        reports.append(
+            TapReport(tap.name, tap.kind, tap.where, tap.params, _worst(statuses), at_fault, checks)
+        )
+    if not faults and (first := next((tap for tap in reports if tap.status == "fail"), None)):
+        # No rule is broken that can be looked up: the first place that goes wrong is the one to look at.
+        faults = (_unexplained(first),)
+        reports = [dataclasses.replace(tap, blamed=tap is first) for tap in reports]
+    verdict = "fail" if faults else _worst([tap.status for tap in reports])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sizes = np.exp2(np.log2(table).mean(axis=2))
+    losses = np.stack([measured[width].losses for width in widths]).mean(axis=2)
+    return CoordCheck(
+        verdict=verdict,
+        faults=faults,
+        taps=tuple(reports),
+        widths=widths,
+        learning_rates=rates,
+        steps=steps,
+        seeds=table.shape[2],
+        parametrization=str(next(iter(models.values())).spec.parametrization),
+        sizes={rate: sizes[:, which] for which, rate in enumerate(rates)},
+        losses={rate: losses[:, which] for which, rate in enumerate(rates)},
+    )
+
+
+def _worst(statuses: Sequence[Status]) -> Status:
+    if "fail" in statuses:
+        return "fail"
+    return "undecided" if "undecided" in statuses else "pass"
+
+
+def _unexplained(tap: TapReport) -> Fault:
+    check = tap.worst
+    slope = None if check is None else check.slope
+    found = math.nan if slope is None else slope.value
+    allowed = (0.0, 0.0) if check is None else check.allowed
+    expected = min(allowed, key=lambda end: abs(end - found))
+    quantity = "size" if check is None else check.quantity
+    return Fault(
+        tap.name,
+        "activation",
+        found,
+        expected,
+        tap.where,
+        f"{tap.name}: its {quantity} scales as width^{found:.2f}, and it is the first tap that does not keep "
+        "to the theory; look at the constants between it and the taps before it",
+    )

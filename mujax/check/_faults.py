@@ -1,0 +1,290 @@
+"""Who is to blame where a model is not in µP: the rules, held against each parameter by itself.
+
+How its initial values, the constants on its product, its learning rate, ε and decay scale from the narrowest
+model to the widest: read off the models and the optimizer, without the noise of training.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
+
+import numpy as np
+
+from mujax import rules
+from mujax.check._measure import Measured, Subject, hook_factor, inserted_factor, site_factor
+from mujax.check._optimizer_response import Response
+from mujax.check._taps import Tap, chain
+from mujax.core import MupModel
+from mujax.spec import ParamSpec
+
+Rule = Literal[
+    "initialisation",
+    "forward factor",
+    "learning rate",
+    "epsilon",
+    "weight decay",
+    "attention",
+    "constant",
+    "activation",
+]
+
+# Exponents of a rule are exact but for the noise of initial values.
+_EXACT: Final = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A rule that a parameter or a place breaks.
+
+    Attributes:
+        name: the parameter, or the tap.
+        rule: which rule.
+        found: the exponent of the width that was measured.
+        expected: the exponent that the rule gives, in Table 8's terms.
+        where: `file:line` of the product, or what else to look at.
+        message: what is wrong and what to do, in a sentence.
+    """
+
+    name: str
+    rule: Rule
+    found: float
+    expected: float
+    where: str
+    message: str
+
+
+_REMEDY: Final[Mapping[Rule, str]] = {
+    "initialisation": "its initial values scale as width^{found:.2f} and should scale as "
+    "width^{expected:.2f}; use mup.init, or give it the rule's standard deviation",
+    "forward factor": "the constants on its product scale as width^{found:.2f} and should scale as "
+    "width^{expected:.2f}; look for a factor that is missing, applied twice or applied elsewhere",
+    "learning rate": "its learning rate scales as width^{found:.2f} and should scale as "
+    "width^{expected:.2f}; check its role, its base shape and the optimizer's factor for it",
+    "epsilon": "the optimizer's epsilon takes over: the update falls as width^{found:.2f} beside what it "
+    "is without; let epsilon follow the gradient (scale_eps=True) or make it smaller",
+    "weight decay": "its decay per step scales as width^{found:.2f} and should not depend on width; put "
+    "weight decay after the µP factor",
+    "constant": "a constant of the model scales as width^{found:.2f} and should not depend on width; leave "
+    "the scale correction on, or write the constant as a number",
+    "attention": "attention logits are off by width^{found:.2f} from what 1/d attention gives; leave the "
+    "attention correction on, or divide by d in place of its root",
+}
+
+
+def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Fault:
+    """A fault with its sentence."""
+    # Without the sign of a zero.
+    shown = {"found": round(found, 2) + 0.0, "expected": round(expected, 2) + 0.0}
+    message = f"{name}: " + _REMEDY[rule].format(**shown)
+    return Fault(name, rule, found, expected, where, message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponents:
+    """How one use of one parameter scales from the narrowest model to the widest, as powers of the width.
+
+    Attributes:
+        initial: of its initial values; None where they are zero.
+        factor: of the constants on the product.
+        lr: of its learning rate; None where the optimizer's is not known.
+        linear: whether the optimizer is linear in the gradient.
+    """
+
+    initial: float | None
+    factor: float
+    lr: float | None
+    linear: bool
+
+
+def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: Exponents) -> list[Fault]:
+    """Compares one use of a parameter with Table 8, up to what the tables may differ in.
+
+    A constant moved from the product to the initial values, with the learning rate adapted, is the same
+    training run (Tables 3, 8 and 9 are one): what counts is initial * factor, and lr * factor, or lr *
+    factor^2 where the optimizer is linear in the gradient.
+
+    Args:
+        tap: where it is used.
+        path: the parameter.
+        param: its shape and roles, the widest model against the narrowest.
+        octaves: log2 of the ratio of the two widths.
+        found: what was measured.
+    """
+    table = rules.parametrization("mup")
+    family: rules.Family = "sgd" if found.linear else "adam"
+    power = 2 if found.linear else 1
+
+    def exponent(ratio: float) -> float:
+        return math.log2(ratio) / octaves
+
+    initial = exponent(rules.init_scale(param, table, 1.0))
+    factor = 0.0
+    if tap.kind == "readout":
+        factor = -exponent(param.r_in if param.role == "output" else param.r_out)
+    lr = exponent(rules.lr_factor(param, table, family))
+    off_initial = 0.0 if found.initial is None else found.initial - initial
+    off_factor = found.factor - factor
+    off_lr = 0.0 if found.lr is None else found.lr - lr
+
+    def is_off(value: float) -> bool:
+        return abs(value) > _EXACT
+
+    init_breaks = found.initial is not None and is_off(off_initial + off_factor)
+    lr_breaks = found.lr is not None and is_off(off_lr + power * off_factor)
+    if not (init_breaks or lr_breaks):
+        return []
+    of_factor = fault(tap.name, "forward factor", found.factor, factor, tap.where)
+    of_initial = fault(path, "initialisation", found.initial or 0.0, initial, tap.where)
+    of_lr = fault(path, "learning rate", found.lr or 0.0, lr, tap.where)
+    # A constant that neither of the two makes up for is a fault of its own; where one of them does, it is a
+    # way of writing, and the other is at fault.
+    neither = (init_breaks or found.initial is None) and (lr_breaks or found.lr is None)
+    if is_off(off_factor) and neither and not (is_off(off_lr) and is_off(off_initial)):
+        rest = ((of_initial, is_off(off_initial)), (of_lr, is_off(off_lr)))
+        return [of_factor, *(one for one, broken in rest if broken)]
+    return [one for one, broken in ((of_initial, init_breaks), (of_lr, lr_breaks)) if broken]
+
+
+# ---- a checked model -------------------------------------------------------------------------------
+
+# A gradient this much smaller than the others is rounding.
+_NOISE: Final = 1e-3
+
+
+def find_faults(
+    clean: MupModel,
+    models: Mapping[int, MupModel],
+    checked: Mapping[int, Subject],
+    measured: Mapping[int, Measured],
+    responses: Sequence[Response],
+) -> tuple[Fault, ...]:
+    """The rules that are broken, from the narrowest and the widest model.
+
+    Args:
+        clean: the widest model against the narrowest, read off their programs and nothing else.
+        models: what is checked, by width.
+        checked: the same with optimizer and taps.
+        measured: what was measured, by width.
+        responses: of the optimizer at the smallest and the largest width.
+    """
+    narrow, *_, wide = models
+    octaves = math.log2(wide / narrow)
+    ends = (narrow, wide)
+
+    def exponent(small: float, large: float) -> float:
+        return math.log2(large / small) / octaves
+
+    found: dict[tuple[str, str], Fault] = {}
+
+    def add(*faults: Fault) -> None:
+        for one in faults:
+            found.setdefault((one.name, one.rule), one)
+
+    numbers = {path: number for number, path in enumerate(measured[wide].paths)}
+    for tap in checked[wide].taps:
+        for path in tap.params:
+            number = numbers[path]
+            initial = [measured[width].initial[:, number].mean() for width in ends]
+            entry = [_entry(models[width], path) for width in ends]
+            factors = [
+                site_factor(checked[width], tap) * factor for width, factor in zip(ends, entry, strict=True)
+            ]
+            lrs = [_known_lr(response, number) for response in responses]
+            exponents = Exponents(
+                initial=exponent(*initial) if min(initial) > 0 else None,
+                factor=exponent(*factors),
+                lr=exponent(*lrs) if min(lrs) > 0 else None,
+                linear=bool(responses[1].linear[number]),
+            )
+            param = _relative(clean, models, path)
+            add(*broken_rules(tap, path, param, octaves, exponents))
+            felt = [(one.epsilon[number], one.decay[number]) for one in responses]
+            if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
+                # A key's bias has no gradient but for rounding; what epsilon makes of it is right.
+                felt = [(1.0, decay) for _, decay in felt]
+            add(*_of_optimizer(path, felt, octaves))
+    add(*_of_attention(clean, checked[narrow], checked[wide], octaves))
+    add(*_of_constants(clean, checked[narrow], checked[wide], octaves))
+    return tuple(found.values())
+
+
+def _typical(measured: Measured) -> float:
+    return float(np.median(measured.gradients)) or 1.0
+
+
+def _entry(mup: MupModel, path: str) -> float:
+    positions = {name: position for position, name in mup.replay.call.params.items()}
+    return mup.replay.entry.get(positions[path], 1.0)
+
+
+def _known_lr(response: Response, number: int) -> float:
+    """The learning rate of a parameter; 0 where it can't be read off the optimizer's response."""
+    known = response.linear[number] or response.entrywise[number]
+    value = float(response.lr[number])
+    return value if known and math.isfinite(value) else 0.0
+
+
+def _relative(clean: MupModel, models: Mapping[int, MupModel], path: str) -> ParamSpec:
+    """The parameter of the widest model against that of the narrowest."""
+    narrow, *_, wide = models
+    param, small = clean.spec[path], models[narrow].spec[path]
+    if param.base_shape == small.shape:
+        return param
+    return dataclasses.replace(param, shape=models[wide].spec[path].shape, base_shape=small.shape)
+
+
+def _of_optimizer(path: str, ends: Sequence[tuple[float, float]], octaves: float) -> list[Fault]:
+    """Epsilon and weight decay."""
+    out = []
+    (eps_small, decay_small), (eps_large, decay_large) = ends
+    where = "the optimizer"
+    if eps_small > 0 and eps_large > 0:
+        fall = math.log2(eps_large / eps_small) / octaves
+        if abs(fall) > _EXACT / 2:
+            out.append(fault(path, "epsilon", fall, 0.0, where))
+    if decay_small > 0 and decay_large > 0:
+        grows = math.log2(decay_large / decay_small) / octaves
+        if abs(grows) > _EXACT / 2:
+            out.append(fault(path, "weight decay", grows, 0.0, where))
+    return out
+
+
+def _of_attention(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
+    """Attention that the reading brings to 1/d, and the models that were checked do not."""
+    reference = wide._replace(replay=clean.replay)
+    out = []
+    for tap in wide.taps:
+        if tap.kind == "logits":
+            expected = math.log2(inserted_factor(reference, tap)) / octaves
+            found = math.log2(inserted_factor(wide, tap) / inserted_factor(narrow, tap)) / octaves
+            if abs(found - expected) > _EXACT:
+                out.append(fault(tap.name, "attention", found - expected, 0.0, tap.where))
+    return out
+
+
+def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
+    """Constants that scale with width and that nothing holds.
+
+    Those behind a product with a parameter are a part of that product's factor and looked at there.
+    """
+    replay = clean.replay
+    counted = {
+        step.site
+        for tap in wide.taps
+        if tap.site is not None and tap.params
+        for step in chain(replay.program, replay.analysis, tap.site)
+    }
+    out = []
+    for site, corrections in replay.corrections.items():
+        wanted = math.prod(one.factor for one in corrections if one.kind == "scale")
+        applied = hook_factor(wide, site) / hook_factor(narrow, site)
+        off = math.log2(applied / wanted) / octaves
+        if site not in counted and wanted != 1 and abs(off) > _EXACT:
+            out.append(fault(corrections[0].where, "constant", off, 0.0, corrections[0].where))
+    return out

@@ -1,0 +1,306 @@
+"""What a coordinate check measures: sizes of activations, of their changes and of what the changes come from.
+
+One compiled step per width trains the model and reads its taps; everything is reduced to a few numbers per
+tap on the device.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1 (coordinate checking).
+    Yang, Simon, Bernstein, A Spectral Condition for Feature Learning, arXiv 2310.17813.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from mujax.check._taps import Tap, downstream
+from mujax.core import Replay
+from mujax.core.program import EqnPath, _evaluate as forward
+from mujax.spec import leaf_path
+from mujax.train import effort
+
+STATS: Final = ("size", "change", "by_weights", "by_inputs")
+"""Mean absolute entry of: the activation; its change since initialisation; the part of that change that the
+update of the tap's own parameters accounts for, and the rest, which its inputs account for."""
+
+
+class Subject(NamedTuple):
+    """A model at one width, to be checked.
+
+    Attributes:
+        replay: the model.
+        optimizer: learning rate -> optimizer.
+        taps: what to read.
+    """
+
+    replay: Replay
+    optimizer: Callable[[Any], optax.GradientTransformation]
+    taps: Sequence[Tap]
+
+
+Batch = tuple[tuple[Any, ...], Any]
+"""Inputs and targets."""
+
+Loss = Callable[[Any, Any], Float[Array, ""]]
+
+
+class Measured(NamedTuple):
+    """What was measured at one width.
+
+    Attributes:
+        taps: (learning rates, seeds, steps + 1, taps, STATS).
+        losses: (learning rates, seeds, steps + 1), before each step.
+        initial: (seeds, parameters), the mean absolute entry of each parameter's initial value.
+        gradients: (parameters,), the largest mean absolute entry of each gradient.
+        paths: the parameters, in this order.
+    """
+
+    taps: np.ndarray
+    losses: np.ndarray
+    initial: np.ndarray
+    gradients: np.ndarray
+    paths: tuple[str, ...]
+
+
+class _State(NamedTuple):
+    params: PyTree
+    opt_state: PyTree
+    variables: list[Any]
+    first: PyTree
+    """The records and outputs before training."""
+
+
+class Program:
+    """The compiled step of one width.
+
+    Args:
+        subject: what to check.
+        loss: what it is trained on.
+        batches: one for each step, again from the first when they are used up; the first is what
+            activations are measured on.
+        seeds: the seeds of the runs.
+        steps: how many steps will be run in all, over rates and seeds.
+        lanes: how many seeds to run at once, a divisor of their number; as many as the device's memory
+            allows by default, one by one on a CPU.
+
+    Attributes:
+        paths: the parameters in the order in which they are measured.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        loss: Loss,
+        batches: Sequence[Batch],
+        seeds: Sequence[int],
+        steps: int = 1,
+        lanes: int | None = None,
+    ) -> None:
+        self._subject = subject
+        self._loss = loss
+        self._batches = batches
+        self._seeds = seeds
+        self._factors = [_later_factor(subject.replay, tap) for tap in subject.taps]
+        self._sites = [tap.site for tap in subject.taps if tap.site is not None]
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        state, _ = jax.eval_shape(self._first_state, key, rate)
+        self.paths = paths_of(state.params)
+        self._steps = steps
+        self._lanes = _lanes(state, len(seeds)) if lanes is None else lanes
+        self._abstract = (key, rate, number)
+        self._compiled: tuple[Any, Any] | None = None
+
+    def compile(self) -> None:
+        """Compiles for all runs; from any thread."""
+        key, rate, number = self._abstract
+        start, step = self._first_state, self._one_step
+        if self._lanes > 1:
+            key = jax.ShapeDtypeStruct((self._lanes,), key.dtype)
+            start = jax.vmap(start, in_axes=(0, None))
+            step = jax.vmap(step, in_axes=(0, None, None, 0, None, None))
+        lowered = jax.jit(start).lower(key, rate)
+        state, _ = lowered.out_info
+        batch = jax.eval_shape(lambda: self._batches[0])
+        lowered_step = jax.jit(step, donate_argnums=0).lower(state, batch, batch, key, rate, number)
+        runs = self._steps / self._lanes
+        self._compiled = (
+            lowered.compile(effort(lowered, len(self._seeds) / self._lanes)),
+            lowered_step.compile(effort(lowered_step, runs)),
+        )
+
+    def run(self, rate: float, steps: int) -> Iterator[list[Any]]:
+        """Trains one model for each seed and yields what is measured.
+
+        Yields:
+            For each seed: first the initial sizes of the parameters; then, before each step and after the
+            last, the sizes of the taps, those of the gradients, and the loss.
+
+        Args:
+            rate: the learning rate.
+            steps: number of optimizer steps.
+        """
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None
+        start, step = self._compiled
+        lr = np.float32(rate)
+        for first in range(0, len(self._seeds), self._lanes):
+            seeds = self._seeds[first : first + self._lanes]
+            keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+            key = keys if self._lanes > 1 else keys[0]
+            state, initial = start(key, lr)
+            rows = [initial]
+            for number in range(steps + 1):
+                batch = self._batches[number % len(self._batches)]
+                state, measured = step(state, self._batches[0], batch, key, lr, np.int32(number))
+                rows.append(measured)
+            if self._lanes == 1:
+                yield rows
+            else:
+                for lane in range(self._lanes):
+                    yield jax.tree.map(lambda leaf, lane=lane: leaf[lane], rows)
+
+    def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
+        replay = self._subject.replay
+        params, variables = replay.init(key)
+        _, seen = jax.eval_shape(lambda: self._read(params, variables, self._batches[0], key))
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
+        state = _State(params, self._subject.optimizer(rate).init(params), variables, blank)
+        return state, _of_leaves(params)
+
+    def _read(self, params: PyTree, variables: list[Any], batch: Batch, key: Key[Array, ""]) -> Any:
+        inputs, targets = batch
+        output, records = self._subject.replay.apply(params, variables, inputs, key=key, taps=self._sites)
+        return self._loss(output, targets), (records, _floating(output))
+
+    def _one_step(
+        self,
+        state: _State,
+        probe: Batch,
+        batch: Batch,
+        key: Key[Array, ""],
+        rate: Float[Array, ""],
+        number: Any,
+    ) -> tuple[_State, Any]:
+        params, opt_state, variables, first = state
+        (loss, seen), gradient = jax.value_and_grad(self._read, has_aux=True)(params, variables, batch, key)
+        if len(self._batches) > 1:
+            _, seen = self._read(params, variables, probe, key)
+        first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, seen)
+        measured = (self._of_taps(first, seen), _of_leaves(gradient), loss)
+        tx = optax.with_extra_args_support(self._subject.optimizer(rate))
+        updates, opt_state = tx.update(gradient, opt_state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+        return _State(params, opt_state, variables, first), measured
+
+    def _of_taps(self, first: Any, now: Any) -> Float[Array, "taps stats"]:
+        (old_records, old_outputs), (new_records, new_outputs) = first, now
+        rows = []
+        for tap, factor in zip(self._subject.taps, self._factors, strict=True):
+            if tap.site is None:
+                old, new = (outputs[tap.output or 0] for outputs in (old_outputs, new_outputs))
+                rows.append(_sizes(old, new, None, factor))
+                continue
+            old, new = old_records[tap.site], new_records[tap.site]
+            if tap.reads is not None:
+                rows.append(_sizes(old.operands[tap.reads], new.operands[tap.reads], None, factor))
+                continue
+            part = None
+            if tap.operand >= 0:
+                part = _by_weights(self._subject.replay, tap, old, new)
+            rows.append(_sizes(old.out, new.out, part, factor))
+        return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
+
+
+def _lanes(state: _State, seeds: int) -> int:
+    """How many seeds to run at once."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        # The CPU: one after the other is as fast, and compiles faster.
+        return 1
+    # The state holds parameters, moments and first activations; a step needs as much again, and gradients.
+    each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    fitting = max(1, int(0.8 * limit // each))
+    return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
+
+
+def _later_factor(replay: Replay, tap: Tap) -> float:
+    """What the constants behind a tap, inserted and the user's own, multiply it with."""
+    if tap.site is None:
+        return 1.0
+    inserted = {site: _constant(hook) for site, hook in replay.hooks.items()}
+    return downstream(replay.program, replay.analysis, inserted, tap.site)
+
+
+def _constant(hook: forward.Hook | None) -> float:
+    factors = hook.factors if isinstance(hook, forward.Multiply) else ()
+    return float(np.prod([float(factor) for factor in factors]))
+
+
+def site_factor(subject: Subject, tap: Tap) -> float:
+    """All constants between the product at a tap and what is done with it: inserted and the user's own."""
+    own = 1.0 if tap.site is None else hook_factor(subject, tap.site)
+    return own * _later_factor(subject.replay, tap)
+
+
+def hook_factor(subject: Subject, site: EqnPath) -> float:
+    """The constant that is inserted at a place."""
+    return _constant(subject.replay.hooks.get(site))
+
+
+def inserted_factor(subject: Subject, tap: Tap) -> float:
+    """The inserted constants alone."""
+    bare = subject._replace(replay=dataclasses.replace(subject.replay, hooks={}))
+    return site_factor(subject, tap) / site_factor(bare, tap)
+
+
+def _floating(output: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _sizes(old: Any, new: Any, part: Any, factor: float) -> Float[Array, " stats"]:
+    old, new = old.astype(jnp.float32), new.astype(jnp.float32)
+    change = new - old
+    split = (jnp.nan, jnp.nan) if part is None else (_mean(part), _mean(change - part.astype(jnp.float32)))
+    return factor * jnp.stack([_mean(new), _mean(change), *split])
+
+
+def _mean(x: Any) -> Any:
+    return jnp.mean(jnp.abs(x), dtype=jnp.float32)
+
+
+def _by_weights(replay: Replay, tap: Tap, old: forward.Record, new: forward.Record) -> Any:
+    """The equation once more, with the change of its parameters in their place: (W - W_0) x."""
+    assert tap.site is not None
+    eqn = replay.equation(tap.site)
+    operands = list(new.operands)
+    operands[tap.operand] = new.operands[tap.operand] - old.operands[tap.operand]
+    if eqn.primitive.name in ("add", "sub"):
+        operands[1 - tap.operand] = jnp.zeros_like(operands[1 - tap.operand])
+
+    def run(*operands: Any) -> Any:
+        with eqn.ctx.manager:
+            return eqn.primitive.bind(*operands, **eqn.params)
+
+    for _ in range(replay.loops(tap.site)):
+        run = jax.vmap(run)
+    out = run(*operands)
+    hook = replay.hooks.get(tap.site)
+    return out if hook is None else hook(out)
+
+
+def _of_leaves(tree: PyTree) -> Float[Array, " leaves"]:
+    return jnp.stack([_mean(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def paths_of(params: PyTree) -> tuple[str, ...]:
+    """The paths of the parameters in the order of `Measured.leaves`."""
+    return tuple(leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))

@@ -1,0 +1,435 @@
+"""The transfer check: does the best learning rate stay where it is as a model grows wider?
+
+The last word on a parametrization. A coordinate check looks at the first steps and at sizes; a weight decay
+that shrinks with width, or an ε that takes over, passes it and moves the optimum all the same.
+
+References:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Figures 1 and 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Float
+
+from mujax.check._curves import Curve, Run, train_curves
+from mujax.check._models import Optimizer, optimizer_of, subjects
+from mujax.check._optimum import Optimum, Status, best_index, fitted_optimum, student
+from mujax.errors import ConfigError
+from mujax.train import Loss, check_batches, default_loss
+
+MAX_DRIFT: Final = 0.2
+"""How far the best learning rate may move each time that the width doubles, in powers of two.
+
+Finite widths move the optimum of a correct model by up to 0.1; in standard parametrization Adam's moves by
+1, and the faults that this check is for move it by 0.3 to 1. Over a transfer to 32 times the width, 0.2 adds
+up to a factor of 2 in the learning rate: the error that a grid of powers of two makes anyway.
+"""
+
+MAX_REGRET: Final = 0.05
+"""What a wider model may lose by the transferred learning rate, as a share of what training gains it.
+
+About what an error of a factor 2 in the learning rate costs, the spacing of an ordinary grid.
+"""
+
+_CONFIDENCE: Final = 0.95
+_RESAMPLES: Final = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferCheck:
+    """What the transfer check found.
+
+    Attributes:
+        verdict: `"pass"`, `"fail"` or `"undecided"`.
+        reasons: what the verdict rests on; where it is undecided, what to do.
+        widths: ascending; the first is the proxy.
+        log2_lrs: the grid.
+        seeds: how many runs there are of each width and learning rate.
+        loss: width -> training loss at each learning rate, mean over steps and seeds; None where a seed
+            diverged.
+        best_log2_lr: width -> the fitted optimum, see `mujax.check.fitted_optimum`; None where all diverged.
+        on_grid_edge: widths whose best learning rate is an end of the grid.
+        drift_per_doubling: slope of the optimum over log2 of the width; None where a width has none.
+        interval: its 95 % interval, from the bootstrap over seeds; None with a single seed.
+        transferred_log2_lr: the proxy's optimum.
+        regret: width -> what is lost there, as a share of what training gains: the loss at the
+            transferred learning rate minus the lowest, over the untrained loss minus the lowest. None
+            where it diverges.
+        regret_interval: width -> its interval; None with a single seed and where it diverges. They hold
+            together for all widths with 95 %.
+        max_drift: what `drift_per_doubling` may be, up or down.
+        max_regret: what each `regret` may be.
+    """
+
+    verdict: Status
+    reasons: tuple[str, ...]
+    widths: tuple[int, ...]
+    log2_lrs: tuple[float, ...]
+    seeds: int
+    loss: dict[int, tuple[float | None, ...]]
+    best_log2_lr: dict[int, float | None]
+    on_grid_edge: tuple[int, ...]
+    drift_per_doubling: float | None
+    interval: tuple[float, float] | None
+    transferred_log2_lr: float | None
+    regret: dict[int, float | None]
+    regret_interval: dict[int, tuple[float, float] | None]
+    max_drift: float
+    max_regret: float
+
+    def __bool__(self) -> bool:
+        return self.verdict == "pass"
+
+    def to_json(self) -> str:
+        """The result as strict JSON text: null, never NaN."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        lines = [f"Transfer check: {self.verdict}", ""]
+        lines.append(f"{'width':>8}  {'best log2 lr':>12}  {'lowest loss':>11}  {'regret':>7}")
+        for width in self.widths:
+            optimum, edge = self.best_log2_lr[width], width in self.on_grid_edge
+            best = best_index(self.loss[width])
+            lowest = None if best is None else self.loss[width][best]
+            regret = "diverges" if self.regret[width] is None else f"{self.regret[width]:.2%}"
+            where = "-" if optimum is None else f"{optimum:.2f}{' (edge)' if edge else ''}"
+            lines.append(
+                f"{width:>8}  {where:>12}  {'-' if lowest is None else f'{lowest:.4g}':>11}  {regret:>7}"
+            )
+        drift = "-" if self.drift_per_doubling is None else f"{self.drift_per_doubling:+.2f}"
+        between = "" if self.interval is None else f", {_text(self.interval)} with 95 %"
+        lines += ["", f"drift per doubling of width: {drift}{between} (allowed: ±{self.max_drift:g})"]
+        return "\n".join([*lines, *self.reasons])
+
+
+def transfer_check(
+    factory: Callable[[int], Any],
+    widths: Sequence[int],
+    batches: Sequence[Any],
+    optimizer: str | Optimizer = "adam",
+    *,
+    log2_lrs: Sequence[float],
+    seeds: int = 5,
+    seed: int = 0,
+    loss: Loss | None = None,
+    base: Callable[[int], Any] | None = None,
+    base_width: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    max_drift: float = MAX_DRIFT,
+    max_regret: float = MAX_REGRET,
+    **mup_kwargs: Any,
+) -> TransferCheck:
+    """Trains a model at several widths over a grid of learning rates and says whether the best one transfers.
+
+    Every run sees the same batches; seeds differ in initial parameters and the model's own randomness. The
+    loss of a run is the mean over its steps. It fails if the drift of the optimum, or the regret of a wider
+    model, lies outside of its tolerance with its whole interval. It passes if the drift lies within with its
+    whole interval and every regret is within.
+
+    Args:
+        factory: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, a `Functional`, or a ready
+            `MupModel`.
+        widths: at least two; the smallest is the proxy.
+        batches: an `(inputs, targets)` pair for each step, all of the same shapes; `inputs` is an array or
+            a tuple of arrays. A hundred steps or so.
+        optimizer: a name, or `(learning rate, spec) -> optax transform` whose learning rate may be traced.
+        log2_lrs: learning rates to try, as powers of two; at least three. They should reach one beyond the
+            best of every width on either side.
+        seeds: runs of each width and learning rate.
+        seed: the first seed.
+        loss: `(outputs, targets) -> scalar`. By default mean cross-entropy for integer targets and mean
+            squared error for others.
+        base: target's width -> its base model.
+        base_width: of the base model; the smallest of `widths` by default.
+        kwargs: keyword arguments of the model's call.
+        max_drift: the most that the optimum may move per doubling; see `MAX_DRIFT`.
+        max_regret: the most that a transferred learning rate may cost; see `MAX_REGRET`.
+        **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `corrections`, `zero_init`.
+
+    Raises:
+        ConfigError: widths, batches, learning rates or seeds that make no sense.
+        MujaxError: as `mup_init` does.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> def net(width):
+        ...     return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(1)])
+        >>> x = jax.random.normal(jax.random.key(0), (30, 64, 8))
+        >>> batches = [(inputs, jnp.sin(inputs[:, :1])) for inputs in x]
+        >>> found = transfer_check(net, (16, 32), batches, log2_lrs=range(-8, -2), seeds=2)
+        >>> sorted(found.best_log2_lr)
+        [16, 32]
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Algorithm 1 and Figure 1.
+    """
+    rates = tuple(sorted({float(rate) for rate in log2_lrs}))
+    if len(rates) < 3:
+        raise ConfigError(f"log2_lrs: expected at least three different learning rates, got {rates}.")
+    if seeds < 1:
+        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+    listed = check_batches(batches)
+    models = subjects(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
+    make = optimizer_of(optimizer)
+    numbers = range(seed, seed + seeds)
+    losses: dict[int, np.ndarray] = {}
+    untrained: dict[int, float] = {}
+    for width, mup in models.items():
+        runs = [Run(rate, number) for rate in rates for number in numbers]
+        curves = train_curves(mup, listed, make, loss or default_loss, runs)
+        losses[width] = np.array([_mean_loss(curves[run]) for run in runs]).reshape(len(rates), seeds)
+        starts = [curve.untrained for curve in curves.values() if curve is not None]
+        untrained[width] = float(np.mean(starts)) if starts else math.nan
+    return judge_transfer(rates, losses, untrained, max_drift=max_drift, max_regret=max_regret)
+
+
+def _mean_loss(curve: Curve | None) -> float:
+    return math.nan if curve is None else curve.summary.mean
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------
+
+
+def judge_transfer(
+    log2_lrs: Sequence[float],
+    losses: Mapping[int, Float[np.ndarray, "rates seeds"]],
+    untrained: Mapping[int, float],
+    *,
+    max_drift: float = MAX_DRIFT,
+    max_regret: float = MAX_REGRET,
+) -> TransferCheck:
+    """The verdict on finished runs.
+
+    The noise is that of the seeds: the mean over seeds is taken again over as many seeds drawn with
+    replacement, at each width by itself, and the spread of what follows from it is the standard error. The
+    interval is a Student's t one, as there are few seeds.
+
+    Args:
+        log2_lrs: the grid, ascending.
+        losses: width, ascending -> loss of each run; NaN where it diverged.
+        untrained: width -> loss before training.
+        max_drift: see `transfer_check`.
+        max_regret: see `transfer_check`.
+    """
+    widths = tuple(losses)
+    seeds = next(iter(losses.values())).shape[1]
+    tables = {width: _Table.of(log2_lrs, table) for width, table in losses.items()}
+    found = {width: table.at(tuple(range(seeds))) for width, table in tables.items()}
+    optima = {width: optimum.log2_lr for width, (_, optimum) in found.items()}
+    loss = {width: curve for width, (curve, _) in found.items()}
+    edges = tuple(width for width, (_, optimum) in found.items() if optimum.on_edge)
+    resampled = _resampled(tables, seeds)
+
+    drift = _slope(list(optima.values()), widths)
+    freedom = len(widths) * (seeds - 1)
+    drifts = [_slope([optimum.log2_lr for _, optimum in draw.values()], widths) for draw in resampled]
+    interval = None if drift is None else _interval(drift, drifts, seeds, freedom, _CONFIDENCE)
+
+    proxy, *wider = widths
+    together = 1 - (1 - _CONFIDENCE) / len(wider)
+    regret: dict[int, float | None] = {proxy: None if optima[proxy] is None else 0.0}
+    regret_interval: dict[int, tuple[float, float] | None] = {proxy: None}
+    for width in wider:
+        share = _regret(log2_lrs, found[width], optima[proxy], untrained[width])
+        shares = [
+            _regret(log2_lrs, draw[width], draw[proxy][1].log2_lr, untrained[width]) for draw in resampled
+        ]
+        regret[width] = share
+        between = None if share is None else _interval(share, shares, seeds, 2 * (seeds - 1), together)
+        regret_interval[width] = None if between is None else (max(between[0], 0.0), between[1])
+
+    verdict, reasons = _verdict(
+        log2_lrs, found, interval, regret, regret_interval, seeds, max_drift, max_regret
+    )
+    return TransferCheck(
+        verdict=verdict,
+        reasons=reasons,
+        widths=widths,
+        log2_lrs=tuple(log2_lrs),
+        seeds=seeds,
+        loss=loss,
+        best_log2_lr=optima,
+        on_grid_edge=edges,
+        drift_per_doubling=drift,
+        interval=interval,
+        transferred_log2_lr=optima[proxy],
+        regret=regret,
+        regret_interval=regret_interval,
+        max_drift=max_drift,
+        max_regret=max_regret,
+    )
+
+
+Fitted = tuple[tuple[float | None, ...], Optimum]
+"""Loss at each learning rate, and where it is lowest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """The runs of one width; what follows from each choice of seeds is worked out once."""
+
+    log2_lrs: Sequence[float]
+    losses: Float[np.ndarray, "rates seeds"]
+    known: dict[tuple[int, ...], Fitted]
+
+    @classmethod
+    def of(cls, log2_lrs: Sequence[float], losses: Float[np.ndarray, "rates seeds"]) -> _Table:
+        return cls(log2_lrs, losses, {})
+
+    def at(self, seeds: tuple[int, ...]) -> Fitted:
+        """The mean over these seeds, of which some may come more than once."""
+        if seeds not in self.known:
+            means = self.losses[:, list(seeds)].mean(axis=1)
+            curve = tuple(None if math.isnan(mean) else float(mean) for mean in means)
+            self.known[seeds] = curve, fitted_optimum(self.log2_lrs, curve)
+        return self.known[seeds]
+
+
+def _resampled(tables: Mapping[int, _Table], seeds: int) -> list[dict[int, Fitted]]:
+    if seeds < 2:
+        return []
+    rng = np.random.default_rng(0)
+    draws = np.sort(rng.integers(seeds, size=(_RESAMPLES, len(tables), seeds)))
+    return [
+        {
+            width: table.at(tuple(map(int, chosen)))
+            for (width, table), chosen in zip(tables.items(), draw, strict=True)
+        }
+        for draw in draws
+    ]
+
+
+def _slope(optima: Sequence[float | None], widths: Sequence[int]) -> float | None:
+    """Least-squares slope of the optimum over log2 of the width; None where a width has no optimum."""
+    known = [optimum for optimum in optima if optimum is not None]
+    if len(known) < len(optima):
+        return None
+    x = np.log2(np.asarray(widths, np.float64))
+    x -= x.mean()
+    return float(x @ np.asarray(known) / (x @ x))
+
+
+def _interval(
+    value: float, draws: Sequence[float | None], seeds: int, freedom: int, confidence: float
+) -> tuple[float, float] | None:
+    """Student's t interval with the bootstrap's standard error; None with a single seed.
+
+    The bootstrap's variance of a mean of n seeds is (n - 1)/n of what it should be: n is small here.
+    """
+    known = [draw for draw in draws if draw is not None]
+    if len(known) < 2:
+        return None
+    error = float(np.std(known)) * math.sqrt(seeds / (seeds - 1))
+    reach = student(confidence, freedom) * error
+    return value - reach, value + reach
+
+
+def _regret(log2_lrs: Sequence[float], fitted: Fitted, rate: float | None, untrained: float) -> float | None:
+    """The share of the gain that is lost at a learning rate instead of at the fitted optimum."""
+    curve, (optimum, _) = fitted
+    if optimum is None or rate is None:
+        return None
+    at, lowest = (_loss_at(tuple(log2_lrs), curve, where) for where in (rate, optimum))
+    if not math.isfinite(at):
+        return None
+    return max(at - lowest, 0.0) / max(untrained - lowest, 1e-30)
+
+
+@functools.lru_cache(maxsize=4096)
+def _loss_at(log2_lrs: tuple[float, ...], curve: tuple[float | None, ...], rate: float) -> float:
+    """The loss between grid points, by the parabola through the three nearest; infinite where it diverged.
+
+    A line would lie above a curve that bends upwards, by as much as a tight tolerance.
+    """
+    losses = np.array([math.inf if loss is None else loss for loss in curve])
+    nearest = int(np.argmin(np.abs(np.asarray(log2_lrs) - rate)))
+    centre = min(max(nearest, 1), len(losses) - 2)
+    near = slice(centre - 1, centre + 2)
+    x, y = np.asarray(log2_lrs)[near] - rate, losses[near]
+    if np.all(np.isfinite(y)):
+        (a, b, c), (u, v, w) = x, y
+        return float(
+            u * b * c / ((a - b) * (a - c))
+            + v * a * c / ((b - a) * (b - c))
+            + w * a * b / ((c - a) * (c - b))
+        )
+    left = int(np.clip(np.searchsorted(log2_lrs, rate, side="right") - 1, 0, len(losses) - 2))
+    share = (rate - log2_lrs[left]) / (log2_lrs[left + 1] - log2_lrs[left])
+    ends = ((1 - share, losses[left]), (share, losses[left + 1]))
+    return float(sum(weight * loss for weight, loss in ends if weight))
+
+
+def _verdict(
+    log2_lrs: Sequence[float],
+    found: Mapping[int, Fitted],
+    interval: tuple[float, float] | None,
+    regret: Mapping[int, float | None],
+    regret_interval: Mapping[int, tuple[float, float] | None],
+    seeds: int,
+    max_drift: float,
+    max_regret: float,
+) -> tuple[Status, tuple[str, ...]]:
+    proxy, *wider = found
+    optimum = found[proxy][1]
+    open_ends = [
+        _beyond(log2_lrs, width, best.log2_lr)
+        for width, (_, best) in found.items()
+        if best.on_edge and best.log2_lr is not None
+    ]
+    if optimum.log2_lr is None:
+        return "undecided", (f"Every run of width {proxy} diverged: lower log2_lrs.",)
+    if optimum.on_edge:
+        return "undecided", tuple(open_ends)
+    failed = []
+    for width in wider:
+        between = regret_interval[width]
+        if regret[width] is None:
+            failed.append(f"Width {width} diverges at the transferred learning rate 2^{optimum.log2_lr:.2f}.")
+        elif between is not None and between[0] > max_regret:
+            failed.append(
+                f"Width {width} loses {regret[width]:.1%} of what training gains by the transferred learning "
+                f"rate 2^{optimum.log2_lr:.2f}, {between[0]:.1%} at least; allowed are {max_regret:.1%}."
+            )
+    # An optimum on the grid's edge lies there or beyond: how far the drift goes is not known then.
+    if interval is not None and not open_ends and (interval[0] > max_drift or interval[1] < -max_drift):
+        failed.append(
+            f"The best learning rate moves by {_text(interval)} powers of two per doubling of width; "
+            f"allowed are ±{max_drift:g}."
+        )
+    if failed:
+        return "fail", (*failed, *open_ends)
+    if open_ends:
+        return "undecided", tuple(open_ends)
+    if seeds < 2 or interval is None:
+        return "undecided", ("One seed does not tell noise from drift: take 5 seeds or so.",)
+    unclear = []
+    if interval[0] < -max_drift or interval[1] > max_drift:
+        unclear.append(
+            f"The drift lies anywhere between {_text(interval)}, wider than the allowed ±{max_drift:g}: "
+            "take more seeds or steps."
+        )
+    for width in wider:
+        between, share = regret_interval[width], regret[width]
+        if between is not None and share is not None and share > max_regret:
+            unclear.append(
+                f"The regret of width {width} lies anywhere between {between[0]:.1%} and {between[1]:.1%}, "
+                f"and {max_regret:.1%} are allowed: take more seeds or steps."
+            )
+    return ("undecided", tuple(unclear)) if unclear else ("pass", ())
+
+
+def _beyond(log2_lrs: Sequence[float], width: int, best: float) -> str:
+    which, where = ("lowest", "lower") if best == log2_lrs[0] else ("highest", "higher")
+    return f"Width {width} is best at 2^{best:g}, the {which} learning rate of the grid: add {where} ones."
+
+
+def _text(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.2f} to {interval[1]:+.2f}"

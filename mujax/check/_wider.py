@@ -1,0 +1,325 @@
+"""Wider is better: in µP a wider model trains faster at every step, at the same learning rate.
+
+The cheapest check of a whole training run: one learning rate, a few widths, and the curves may not cross.
+
+Reference:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Section 8 and Appendix J.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from mujax.check._curves import Run, train_curves
+from mujax.check._models import Optimizer, optimizer_of, subjects
+from mujax.check._optimum import Status, student
+from mujax.errors import ConfigError
+from mujax.train import Loss, check_batches, default_loss
+
+MAX_RISE: Final = 0.02
+"""By how much a wider model may be worse, as a share of what training gains the narrower one.
+
+Correct models of finite widths come this close to each other where more width does not help any more; the
+difference is real and of no consequence.
+"""
+
+_CONFIDENCE: Final = 0.95
+
+# As many looks at a pair of curves: few enough that the correction for them costs little, and enough to tell
+# a beginning from an end. More smoothing would not help: all widths see the same batches, so the noise of
+# the batches is not in the differences, and that of the initial values goes on over the whole run.
+_LOOKS: Final = 10
+
+# To say that all is well, the mean loss over the run must be known not to rise by more than this share of
+# what training gains.
+_RESOLUTION: Final = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rise:
+    """A stretch of training in which a wider model is worse.
+
+    Attributes:
+        narrow: width of the better model.
+        wide: width of the worse one.
+        steps: first and last step.
+        by: the difference of their losses, mean over seeds and steps; None where the wider one diverged.
+        at_least: what the difference is beyond noise; None where the wider one diverged.
+    """
+
+    narrow: int
+    wide: int
+    steps: tuple[int, int]
+    by: float | None
+    at_least: float | None
+
+    def __str__(self) -> str:
+        first, last = self.steps
+        if self.by is None or self.at_least is None:
+            return f"Width {self.wide} diverges and width {self.narrow} does not."
+        return (
+            f"Steps {first} to {last}: width {self.wide} is worse than width {self.narrow} by {self.by:.3g}, "
+            f"{self.at_least:.3g} at least."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderIsBetter:
+    """What the comparison of training curves found.
+
+    Attributes:
+        verdict: `"pass"`, `"fail"` or `"undecided"`.
+        reasons: what the verdict rests on; where it is undecided, what to do.
+        widths: ascending.
+        learning_rate: of all runs.
+        seeds: runs of each width.
+        window: how many steps were taken together.
+        curves: width -> loss of each window, mean over its steps and over seeds; None where a seed diverged.
+        rises: where a wider model is worse beyond noise.
+        max_rise: the share of the gain up to which that does not count.
+    """
+
+    verdict: Status
+    reasons: tuple[str, ...]
+    widths: tuple[int, ...]
+    learning_rate: float
+    seeds: int
+    window: int
+    curves: dict[int, tuple[float, ...] | None]
+    rises: tuple[Rise, ...]
+    max_rise: float
+
+    def __bool__(self) -> bool:
+        return self.verdict == "pass"
+
+    def to_json(self) -> str:
+        """The result as strict JSON text: null, never NaN."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        lines = [
+            f"Wider is better: {self.verdict}",
+            "",
+            f"{'width':>8}  {'first':>9}  {'middle':>9}  {'last':>9}",
+        ]
+        for width, curve in self.curves.items():
+            shown = (
+                ["diverges"] * 3 if curve is None else [f"{curve[at]:.4g}" for at in (0, len(curve) // 2, -1)]
+            )
+            lines.append(f"{width:>8}  " + "  ".join(f"{cell:>9}" for cell in shown))
+        lines.append("")
+        return "\n".join([*lines, *map(str, self.rises), *self.reasons]).rstrip()
+
+
+def wider_is_better(
+    factory: Callable[[int], Any],
+    widths: Sequence[int],
+    batches: Sequence[Any],
+    optimizer: str | Optimizer = "adam",
+    *,
+    learning_rate: float,
+    seeds: int = 5,
+    seed: int = 0,
+    loss: Loss | None = None,
+    base: Callable[[int], Any] | None = None,
+    base_width: int | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    window: int | None = None,
+    max_rise: float = MAX_RISE,
+    **mup_kwargs: Any,
+) -> WiderIsBetter:
+    """Trains a model at several widths with one learning rate and says whether wider is better throughout.
+
+    Neighbouring widths are compared window by window. A window counts as worse if the whole confidence
+    interval of the difference lies above `max_rise`; the seeds are the repeats, and all windows of all
+    pairs hold together with 95 % (Bonferroni).
+
+    Args:
+        factory: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, a `Functional`, or a ready
+            `MupModel`.
+        widths: at least two.
+        batches: an `(inputs, targets)` pair for each step, all of the same shapes; `inputs` is an array or
+            a tuple of arrays.
+        optimizer: a name, or `(learning rate, spec) -> optax transform` whose learning rate may be traced.
+        learning_rate: near the best of the narrowest model: what is too large anyway tells nothing.
+        seeds: runs of each width.
+        seed: the first seed.
+        loss: `(outputs, targets) -> scalar`. By default mean cross-entropy for integer targets and mean
+            squared error for others.
+        base: target's width -> its base model.
+        base_width: of the base model; the smallest of `widths` by default.
+        kwargs: keyword arguments of the model's call.
+        window: steps to take together; a tenth of the run by default.
+        max_rise: see `MAX_RISE`.
+        **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `corrections`, `zero_init`.
+
+    Raises:
+        ConfigError: widths, batches, a window or seeds that make no sense.
+        MujaxError: as `mup_init` does.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> def net(width):
+        ...     return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(1)])
+        >>> x = jax.random.normal(jax.random.key(0), (30, 64, 8))
+        >>> batches = [(inputs, jnp.sin(inputs[:, :1])) for inputs in x]
+        >>> found = wider_is_better(net, (16, 64), batches, learning_rate=2**-6)
+        >>> found.window
+        3
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Section 8.
+    """
+    listed = check_batches(batches)
+    size = max(1, len(listed) // _LOOKS) if window is None else window
+    if not 1 <= size <= len(listed):
+        raise ConfigError(f"window: expected from 1 to the number of steps, {len(listed)}, got {size}.")
+    if seeds < 1:
+        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+    if not learning_rate > 0:
+        raise ConfigError(f"learning_rate: expected a positive number, got {learning_rate}.")
+    make = optimizer_of(optimizer)
+    runs = [Run(math.log2(learning_rate), number) for number in range(seed, seed + seeds)]
+    losses: dict[int, np.ndarray | None] = {}
+    for width, mup in subjects(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs).items():
+        curves = train_curves(mup, listed, make, loss or default_loss, runs)
+        known = [curve.losses for curve in curves.values() if curve is not None]
+        losses[width] = np.stack(known) if len(known) == seeds else None
+    return judge_widths(losses, learning_rate, seeds, size, max_rise=max_rise)
+
+
+def judge_widths(
+    losses: Mapping[int, Float[np.ndarray, "seeds steps"] | None],
+    learning_rate: float,
+    seeds: int,
+    window: int,
+    *,
+    max_rise: float = MAX_RISE,
+) -> WiderIsBetter:
+    """The verdict on finished runs.
+
+    Args:
+        losses: width, ascending -> losses of every seed and step; None where a seed diverged.
+        learning_rate: of all runs.
+        seeds: runs of each width.
+        window: steps to take together; what is left over at the end goes with the last window.
+        max_rise: see `MAX_RISE`.
+    """
+    some = next((table for table in losses.values() if table is not None), None)
+    starts = [] if some is None else list(range(0, some.shape[1] - window + 1, window))
+    smooth = {width: None if table is None else _windows(table, starts) for width, table in losses.items()}
+    pairs = list(itertools.pairwise(smooth))
+    rises: list[Rise] = []
+    coarse: list[str] = []
+    for narrow, wide in pairs:
+        one, other = smooth[narrow], smooth[wide]
+        if one is None:
+            continue
+        last_step = losses[narrow].shape[1] - 1  # pyright: ignore[reportOptionalMemberAccess]
+        if other is None:
+            rises.append(Rise(narrow, wide, (0, last_step), None, None))
+            continue
+        gain = float(np.ptp(one.mean(axis=0)))
+        found = _compare(one, other, confidence=1 - (1 - _CONFIDENCE) / (len(starts) * len(pairs)))
+        if found is None:
+            continue
+        worse = found.at_least > max_rise * gain
+        ends = [*(start - 1 for start in starts[1:]), last_step]
+        rises += [
+            Rise(
+                narrow,
+                wide,
+                (starts[first], ends[last]),
+                float(found.by[first : last + 1].mean()),
+                float(found.at_least[first : last + 1].mean()),
+            )
+            for first, last in _stretches(worse)
+        ]
+        whole = [table.mean(axis=1, keepdims=True) for table in (one, other)]
+        overall = _compare(*whole, confidence=1 - (1 - _CONFIDENCE) / len(pairs))
+        may_be = math.inf if overall is None else float(overall.at_most[0])
+        if not worse.any() and may_be > _RESOLUTION * gain:
+            coarse.append(
+                f"The mean loss of width {wide} may be above that of width {narrow} by {may_be:.3g}, where "
+                f"training gains {gain:.3g}: take more seeds."
+            )
+    reasons: list[str] = []
+    if any(one is None for one in list(smooth.values())[:-1]):
+        first = next(width for width, one in smooth.items() if one is None)
+        reasons.append(f"Width {first} diverges at learning rate {learning_rate:.3g}: take a lower one.")
+    if seeds < 2:
+        reasons.append("One seed does not tell noise from a difference: take 5 seeds or so.")
+    reasons += coarse
+    verdict: Status = "fail" if rises else "undecided" if reasons else "pass"
+    return WiderIsBetter(
+        verdict=verdict,
+        reasons=tuple(reasons),
+        widths=tuple(losses),
+        learning_rate=learning_rate,
+        seeds=seeds,
+        window=window,
+        curves={
+            width: None if table is None else tuple(map(float, table.mean(axis=0)))
+            for width, table in smooth.items()
+        },
+        rises=tuple(rises),
+        max_rise=max_rise,
+    )
+
+
+def _windows(
+    table: Float[np.ndarray, "seeds steps"], starts: Sequence[int]
+) -> Float[np.ndarray, "seeds windows"]:
+    sizes = np.diff([*starts, table.shape[1]])
+    return np.add.reduceat(table, starts, axis=1) / sizes
+
+
+class _Difference(NamedTuple):
+    """How much worse the wide model is, by window: as found, and the least and the most that it can be."""
+
+    by: Float[np.ndarray, " windows"]
+    at_least: Float[np.ndarray, " windows"]
+    at_most: Float[np.ndarray, " windows"]
+
+
+def _compare(
+    narrow: Float[np.ndarray, "seeds windows"], wide: Float[np.ndarray, "seeds windows"], confidence: float
+) -> _Difference | None:
+    """The difference of the means over seeds with its one-sided limits; None with a single seed.
+
+    Of logarithms, where losses are positive: runs differ from each other by a factor, more so in the first
+    steps of a large learning rate. With the freedom of Welch's test: a narrow model's runs differ by more
+    than a wide one's.
+    """
+    seeds = narrow.shape[0]
+    if seeds < 2:
+        return None
+    is_positive = min(narrow.min(), wide.min()) > 0
+    one, other = (np.log(table) if is_positive else table for table in (narrow, wide))
+    parts = [table.var(axis=0, ddof=1) / seeds for table in (one, other)]
+    variance = parts[0] + parts[1]
+    spread = (parts[0] ** 2 + parts[1] ** 2) / (seeds - 1)
+    freedom = np.divide(variance**2, spread, out=np.full_like(variance, seeds - 1.0), where=spread > 0)
+    # A one-sided limit is an end of the two-sided interval with twice the risk.
+    reach = np.array([student(2 * confidence - 1, each) for each in freedom]) * np.sqrt(variance)
+    start, end = one.mean(axis=0), other.mean(axis=0)
+    back = np.exp if is_positive else np.asarray
+    return _Difference(*(back(end + shift) - back(start) for shift in (0.0, -reach, reach)))
+
+
+def _stretches(flags: Sequence[bool] | np.ndarray) -> list[tuple[int, int]]:
+    """First and last index of each run of true ones."""
+    found: list[tuple[int, int]] = []
+    for is_true, group in itertools.groupby(enumerate(flags), key=lambda item: bool(item[1])):
+        if is_true:
+            indices = [index for index, _ in group]
+            found.append((indices[0], indices[-1]))
+    return found

@@ -1,0 +1,138 @@
+"""What `mujax coord-check` checks by name: each built-in model with the widths and the batch to check it at.
+
+One real batch where its package is installed, else made-up values of the same shape.
+
+Reference:
+    microsoft/mup, `mup.coord_check.get_coord_data`: like there, all steps are taken on one batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from mujax import data, models
+from mujax.core import MupModel
+from mujax.errors import DataError
+
+Batch = tuple[tuple[Any, ...], Any]
+"""Inputs and targets."""
+
+_SIDE: Final = 14
+_TEXT_LENGTH: Final = 32
+_CLASSES: Final = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Builtin:
+    """A built-in model, small enough to be checked on a laptop in a minute or two.
+
+    Attributes:
+        title: what it is, for a caption.
+        build: a width -> the module.
+        widths: default widths.
+        batch: a key -> inputs and integer targets.
+        kwargs: keyword arguments of the module's call.
+    """
+
+    title: str
+    build: Callable[[int], Any]
+    widths: tuple[int, ...]
+    batch: Callable[[Key[Array, ""]], Batch]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _images(key: Key[Array, ""], batch: int, side: int) -> Batch:
+    try:
+        drawn = data.image_batches(data.mnist().train, key, batch=batch, steps=1)
+    except DataError:
+        normal, classes = jax.random.split(key)
+        images = jax.random.normal(normal, (batch, side, side, 1))
+        return (images,), jax.random.randint(classes, (batch,), 0, _CLASSES)
+    images, labels = drawn.inputs[0], drawn.targets[0]
+    blocks = jnp.asarray(images).reshape(batch, side, 28 // side, side, 28 // side, 1)
+    return (blocks.mean(axis=(2, 4)),), jnp.asarray(labels)
+
+
+def _tokens(key: Key[Array, ""], batch: int) -> Batch:
+    try:
+        drawn = data.text_batches(data.text().train, key, batch=batch, length=_TEXT_LENGTH, steps=1)
+    except DataError:
+        ahead = jax.random.randint(key, (batch, _TEXT_LENGTH + 1), 0, 256)
+        return (ahead[:, :-1],), ahead[:, 1:]
+    return (jnp.asarray(drawn.inputs[0]),), jnp.asarray(drawn.targets[0])
+
+
+def _small_resnet(width: int) -> Any:
+    # ResNet-18 has four times the taps and says nothing more.
+    return models.ResNet(
+        models.ResNetConfig(stage_sizes=(1, 1, 1), stage_widths=tuple(width * 2**stage for stage in range(3)))
+    )
+
+
+BUILTIN: Final[Mapping[str, Builtin]] = {
+    "mlp": Builtin(
+        title="MLP with 2 hidden layers",
+        build=lambda width: models.BUILD["mlp"](width)[0],
+        widths=(64, 128, 256, 512),
+        batch=functools.partial(_images, batch=64, side=28),
+    ),
+    "transformer": Builtin(
+        title="Transformer with 2 blocks",
+        build=lambda width: models.BUILD["transformer"](width)[0],
+        widths=(32, 64, 128, 256),
+        batch=functools.partial(_tokens, batch=8),
+    ),
+    "resnet": Builtin(
+        title="ResNet with 3 blocks",
+        build=_small_resnet,
+        widths=(8, 16, 32, 64),
+        batch=functools.partial(_images, batch=16, side=_SIDE),
+        # Batch statistics of its own, or the norms would do nothing.
+        kwargs={"train": True},
+    ),
+}
+"""By the names of `mujax.models.BUILD`."""
+
+
+def made_up(inputs: tuple[Any, ...], mup: MupModel, key: Key[Array, ""]) -> tuple[Any, ...]:
+    """Concrete inputs in place of abstract ones.
+
+    Args:
+        inputs: arrays, which stay as they are, and `jax.ShapeDtypeStruct`: floats become normal, integers
+            uniform over the smallest table that the model looks up (0 and 1 where there is none), booleans
+            true.
+        mup: the model; says what is looked up.
+        key: what they depend on.
+    """
+    leaves, structure = jax.tree.flatten(inputs)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    tokens = _table_size(mup)
+    filled = [_filled(leaf, tokens, one) for leaf, one in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, filled)
+
+
+def _table_size(mup: MupModel) -> int:
+    sizes = []
+    for path, uses in mup.replay.analysis.uses.items():
+        if any(use.kind == "lookup" for use in uses):
+            param = mup.spec[path]
+            finite = [size for size, base in zip(param.shape, param.base_shape, strict=True) if size == base]
+            sizes.append(max(finite, default=2))
+    return min(sizes, default=2)
+
+
+def _filled(leaf: Any, tokens: int, key: Key[Array, ""]) -> Any:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.bool_):
+        return jnp.ones(leaf.shape, leaf.dtype)
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return jax.random.randint(key, leaf.shape, 0, tokens, leaf.dtype)
+    return jax.random.normal(key, leaf.shape, leaf.dtype)

@@ -1,0 +1,99 @@
+"""What `mup.explain()` and `mujax explain` print."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Mapping, Sequence
+
+from mujax import rules
+from mujax.core._corrections import Correction
+from mujax.core.trace import Finding
+from mujax.spec import MupSpec, ParamSpec
+
+
+def explain(
+    spec: MupSpec,
+    init_scales: Mapping[str, float],
+    corrections: Sequence[Correction],
+    findings: Sequence[Finding],
+) -> str:
+    """The role table of a model, what its forward pass gets and what was left alone.
+
+    Args:
+        spec: what each parameter is.
+        init_scales: what the initial values are multiplied with, by path.
+        corrections: the factors in the forward pass.
+        findings: what can't be put right.
+    """
+    chosen = spec.parametrization
+    rows: list[tuple[str, ...]] = [
+        ("parameter", "shape", "base shape", "role", "fan-in", "fan-out", "init", "Adam LR", "SGD LR")
+    ]
+    for name, paths in _alike(spec, init_scales).items():
+        param = spec[paths[0]]
+        numbers = (
+            init_scales.get(paths[0], 1.0),
+            rules.lr_factor(param, chosen, "adam"),
+            rules.lr_factor(param, chosen, "sgd"),
+        )
+        rows.append(
+            (
+                name if len(paths) == 1 else f"{name} ({len(paths)} alike)",
+                "x".join(map(str, param.shape)) or "scalar",
+                "x".join(map(str, param.base_shape)) or "scalar",
+                param.role + (", tied" if param.tied else ""),
+                ",".join(map(str, param.fan_in)) or "-",
+                ",".join(map(str, param.fan_out)) or "-",
+                *(f"{number:.4g}" for number in numbers),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        f"{len(spec)} parameters, {spec.size():,} entries, parametrization {chosen}. Factors are relative "
+        "to the base; "
+        "init is what the user's own initial values are multiplied with.",
+        *_of_depth(spec),
+        "",
+    ]
+    for number, row in enumerate(rows):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    lines += ["", "Factors in the forward pass:"]
+    lines += [
+        f"  x {c.factor:.4g}  {c.kind}{f' of {c.path}' if c.path else ''} at {c.where}"
+        + (f" ({n} times)" if n > 1 else "")
+        for c, n in collections.Counter(corrections).items()
+    ] or ["  none"]
+    lines += ["", "Found, and not put right:"]
+    counts = collections.Counter(findings)
+    lines += [
+        f"  {f.kind} at {f.where}: {f.message}" + (f" ({n} times)" if n > 1 else "")
+        for f, n in counts.items()
+    ] or ["  nothing"]
+    return "\n".join(lines)
+
+
+def _of_depth(spec: MupSpec) -> list[str]:
+    """How much deeper than the base, and how many parameters that concerns."""
+    ratios = {param.depth for param in spec.values()} - {1.0}
+    inside = sum(param.depth != 1 for param in spec.values())
+    return [
+        f"{ratio:.4g} times as deep as the base: {inside} parameters are inside of residual branches."
+        for ratio in sorted(ratios)
+    ]
+
+
+def _alike(spec: MupSpec, scales: Mapping[str, float]) -> dict[str, list[str]]:
+    """Parameters that differ in a layer's number only, under one name."""
+    groups: dict[tuple[str, ParamSpec, float], list[str]] = {}
+    for path, param in spec.items():
+        key = (re.sub(r"\d+", "*", path), param, scales.get(path, 1.0))
+        groups.setdefault(key, []).append(path)
+    names = collections.Counter(pattern for pattern, *_ in groups)
+    out: dict[str, list[str]] = {}
+    for (pattern, *_), paths in groups.items():
+        alone = len(paths) == 1 or names[pattern] > 1
+        out[paths[0] if alone else pattern] = paths
+    return out

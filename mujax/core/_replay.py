@@ -1,0 +1,140 @@
+"""A traced call as pure functions of its parameters, whatever kind of model it came from.
+
+What checks and sweeps train: an initialiser and a forward pass on plain pytrees, with taps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from mujax.core._corrections import Correction
+from mujax.core.frontends import Call
+from mujax.core.program import EqnPath, _evaluate as forward
+from mujax.core.trace import Analysis
+from mujax.errors import ShapeMismatchError
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """The call that `mup_init` traced, in µP.
+
+    State other than the parameters (batch statistics, caches) is read as it was initialised and what the
+    call makes of it is dropped.
+
+    Attributes:
+        program: the call's `ClosedJaxpr`.
+        call: what its flat inputs are.
+        result: what the call's function returns, as shapes.
+        hooks: the factors of the forward pass.
+        entry: factors of parameters, by position.
+        variables: key -> flat variables.
+        inputs: the example inputs.
+        analysis: what is known of the program.
+        corrections: what the hooks are for, by place.
+        knobs: the places that the multipliers turn, by the multiplier's name.
+    """
+
+    program: Any
+    call: Call
+    result: Any
+    hooks: forward.Hooks
+    entry: Mapping[int, float]
+    variables: Callable[[Key[Array, ""]], list[Any]]
+    inputs: tuple[Any, ...]
+    analysis: Analysis
+    corrections: Mapping[EqnPath, Sequence[Correction]]
+    knobs: Mapping[str, Sequence[EqnPath]]
+
+    def init(self, key: Key[Array, ""]) -> tuple[PyTree, list[Any]]:
+        """Initial parameters, as a tree of dicts by path, and the variables that they are a part of."""
+        leaves = self.variables(key)
+        tree: dict[str, Any] = {}
+        for position, path in self.call.params.items():
+            *parents, name = path.split("/")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[name] = leaves[position]
+        return tree, leaves
+
+    def apply(
+        self,
+        params: PyTree,
+        variables: Sequence[Any],
+        inputs: Sequence[Any] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+        taps: Collection[EqnPath] = (),
+    ) -> tuple[Any, forward.Records]:
+        """The model's output.
+
+        Args:
+            params: as `init` returns them, or later.
+            variables: as `init` returns them; the parameters in them are not read.
+            inputs: positional arguments of the shapes that were traced; those given to `mup_init` where
+                left out.
+            key: for every random stream; `jax.random.key(0)` where left out.
+            taps: equations to record.
+
+        Returns:
+            What the model returns, and the records.
+
+        Raises:
+            ShapeMismatchError: an input is of another shape than the traced one.
+        """
+        leaves = [*variables, *self.call.leaves[len(variables) :]]
+        given = self._arrays(self.inputs if inputs is None else inputs)
+        for position, leaf in zip(self.call.inputs[0], given, strict=True):
+            leaves[position] = leaf
+        for position in self.call.inputs[1]:
+            leaves[position] = _concrete(leaves[position], key)
+        for position, path in self.call.params.items():
+            leaf = _at(params, path)
+            factor = self.entry.get(position)
+            leaves[position] = leaf if factor is None else leaf * jnp.asarray(factor, leaf.dtype)
+        outs, records = forward.evaluate_and_record(self.program, leaves, self.hooks, taps)
+        return self.call.output(jax.tree.unflatten(jax.tree.structure(self.result), outs)), records
+
+    def equation(self, site: EqnPath) -> Any:
+        """The equation at a place."""
+        return forward.at(self.program, site)
+
+    def loops(self, site: EqnPath) -> int:
+        """How many scans are around a place."""
+        return forward.enclosing(self.program, site).count("scan")
+
+    def output(self) -> Any:
+        """The shapes of what the model returns."""
+        return self.call.output(self.result)
+
+    def _arrays(self, inputs: Sequence[Any]) -> list[Any]:
+        given = [leaf for leaf in jax.tree.leaves(tuple(inputs)) if hasattr(leaf, "shape")]
+        wanted = [self.call.leaves[position] for position in self.call.inputs[0]]
+        found = [tuple(leaf.shape) for leaf in given]
+        if found != [tuple(leaf.shape) for leaf in wanted]:
+            raise ShapeMismatchError(
+                f"inputs: expected arrays of shapes {[tuple(leaf.shape) for leaf in wanted]} as given to "
+                f"mup_init, got {found}; give every batch the same shapes."
+            )
+        return [_concrete(leaf, None) for leaf in given]
+
+
+def _at(tree: PyTree, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def _concrete(leaf: Any, key: Key[Array, ""] | None) -> Any:
+    """An array in place of a shape: zeros, or the key."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0) if key is None else key
+    return jnp.zeros(leaf.shape, leaf.dtype)

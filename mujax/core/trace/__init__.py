@@ -1,0 +1,25 @@
+"""Reads a model's parametrization off the programs of its base and target.
+
+`analyse` walks two traced programs and returns how each parameter is used; `read_scales` and
+`read_constants` tell how the outputs of an initialiser scale; `resolve` turns uses into axis roles.
+Nothing is run.
+
+`values.py` is the abstract domain, `interpret.py` the walk, `primitives.py` the table of what each
+primitive does, `roles.py` the verdict, `source.py` the place in the user's code.
+"""
+
+from mujax.core.program import SUBPROGRAMS as SUBPROGRAMS, EqnPath as EqnPath
+from mujax.core.trace._analyse import (
+    Analysis as Analysis,
+    analyse as analyse,
+    read_constants as read_constants,
+    read_scales as read_scales,
+)
+from mujax.core.trace._interpreter import (
+    Finding as Finding,
+    Fix as Fix,
+    Operand as Operand,
+    Product as Product,
+    Use as Use,
+)
+from mujax.core.trace._roles import read as read, resolve as resolve, telling as telling

@@ -1,0 +1,162 @@
+"""The two questions asked of a pair of programs."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.extend import core as jex
+
+from mujax.core.program import EqnPath
+from mujax.core.trace._interpreter import Finding, Fix, Interpreter, Operand, Product, Use
+from mujax.core.trace._primitives import PRIMITIVES
+from mujax.core.trace._values import Size, Value, fit, whole
+from mujax.errors import TraceMismatchError
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What a pair of programs says.
+
+    Attributes:
+        uses: per parameter path, its uses in program order.
+        products: products of two activations.
+        heads: parameters whose product is an output of the program.
+        activations: per product, which of its operands is an activation.
+        operands: what each equation reads.
+        fixes: what scales with width through constants in the program, and what would put it right.
+        findings: what was seen and can't be put right.
+    """
+
+    uses: Mapping[str, Sequence[Use]]
+    products: Sequence[Product]
+    heads: Sequence[str]
+    activations: Mapping[EqnPath, int]
+    operands: Mapping[EqnPath, tuple[Operand, ...]]
+    fixes: Sequence[Fix]
+    findings: Sequence[Finding]
+
+
+def analyse(
+    base: Any,
+    target: Any,
+    params: Mapping[int, str],
+    state: Mapping[int, float] | None = None,
+    prescribed: Mapping[str, float] | None = None,
+) -> Analysis:
+    """Follows every parameter through the forward programs of base and target.
+
+    Args:
+        base: the base's `ClosedJaxpr`.
+        target: the target's `ClosedJaxpr`.
+        params: which inputs are parameters, by position, and their paths.
+        state: which inputs are other state of the model (batch statistics, stored constants), by position,
+            and how their entries scale, target over base.
+        prescribed: how the entries of each parameter scale as the parametrization has them, target over
+            base; needed for `fixes` and `findings` of models that normalise their weights.
+
+    Raises:
+        TraceMismatchError: the programs differ in more than sizes.
+        ShapeMismatchError: an axis that is looked up by index grows.
+    """
+    inputs, shapes = [], {}
+    for position, (small, big) in enumerate(zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)):
+        shape = tuple(getattr(big.aval, "shape", ()))
+        base_shape = fit(tuple(getattr(small.aval, "shape", ())), shape)
+        path = params.get(position)
+        if path is None:
+            scale = (state or {}).get(position)
+            size = Size(1.0 if scale is None else scale)
+            inputs.append(Value(shape, base_shape, "data", size=size, state=scale is not None))
+        else:
+            shapes[path] = (shape, base_shape)
+            size = Size((prescribed or {}).get(path, 1.0))
+            inputs.append(
+                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
+            )
+
+    def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Interpreter:
+        interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums, fixed=fixed)
+        interpreter.run(base, target, inputs)
+        return interpreter
+
+    sums: frozenset[EqnPath] = frozenset()
+    first = walk(sums, {})
+    if prescribed and (sums := first.sums()):
+        # Whether `(x * kernel).sum()` is a product or a gain and a mean shows only at the end.
+        first = walk(sums, {})
+    interpreter = first
+    fixed: dict[EqnPath, Fix] = {}
+    together = True
+    while fixes := interpreter.unforeseen():
+        fixed |= fixes if together else dict([min(fixes.items())])
+        interpreter = walk(sums, fixed)
+        if together and interpreter.misfits:
+            # One of them changes what another is for: one after the other.
+            interpreter, fixed, together = first, {}, False
+    uses: dict[str, list[Use]] = collections.defaultdict(list)
+    for use in interpreter.uses():
+        uses[use.path].append(use)
+    return Analysis(
+        dict(uses),
+        interpreter.products(),
+        interpreter.heads(),
+        interpreter.activations,
+        interpreter.operands,
+        interpreter.fixes(),
+        interpreter.findings(),
+    )
+
+
+def read_scales(base: Any, target: Any) -> list[float | None]:
+    """How the outputs of two initialisers scale: entries of the target over those of the base.
+
+    Returns:
+        Per output, the ratio; 0 for identically zero; None where the program does not tell.
+    """
+    try:
+        return [value.size.total for value in _initial(base, target)]
+    except TraceMismatchError:
+        count = len(target.jaxpr.outvars)
+        if count == 1:
+            return [None]
+        # One initialiser that branches on a size must not cost all the others their exactness.
+        halves = (slice(0, count // 2), slice(count // 2, count))
+        return [scale for half in halves for scale in read_scales(_only(base, half), _only(target, half))]
+
+
+def read_constants(base: Any, target: Any) -> list[float | None]:
+    """How those outputs of two initialisers scale that are one known number; None for the others."""
+    try:
+        return [value.size.total if value.const else None for value in _initial(base, target)]
+    except TraceMismatchError:
+        return [None] * len(target.jaxpr.outvars)
+
+
+def _initial(base: Any, target: Any) -> list[Value]:
+    """The outputs of two initialisers."""
+    inputs = [
+        Value(shape := _shape(big), fit(_shape(small), shape), "data")
+        for small, big in zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)
+    ]
+    return Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
+
+
+def _only(program: Any, which: slice) -> Any:
+    """The program with some of its outputs, and nothing that they do not need."""
+    jaxpr = program.jaxpr
+    outs = jaxpr.outvars[which]
+    needed = {atom for atom in outs if not isinstance(atom, jex.Literal)}
+    eqns = []
+    for eqn in reversed(jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            eqns.append(eqn)
+            needed.update(atom for atom in eqn.invars if not isinstance(atom, jex.Literal))
+    info = jaxpr.debug_info._replace(result_paths=("",) * len(outs)) if jaxpr.debug_info else None
+    return program.replace(jaxpr=jaxpr.replace(eqns=eqns[::-1], outvars=outs, debug_info=info))
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(getattr(var.aval, "shape", ()))

@@ -1,0 +1,148 @@
+"""From the uses of a parameter to the role of each of its axes."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+from mujax.core.trace._interpreter import AxisRole, Use
+from mujax.errors import RoleError
+from mujax.spec import ParamSpec, Role
+
+Roles = tuple[AxisRole, ...]
+
+_REMEDY = 'Say what it is with roles={{"{path}": ...}}: a role\'s name or a mujax.ParamSpec.'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What one use says of the parameter as a whole."""
+
+    use: Use
+    spec: ParamSpec
+
+
+def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence[Use]) -> ParamSpec:
+    """Reads the role of each axis of a parameter off its uses.
+
+    Args:
+        path: the parameter.
+        shape: the target's shape (or the delta's, where that says what is infinite).
+        base: the base's shape.
+        uses: all uses of the parameter in the traced call.
+
+    Raises:
+        RoleError: it has an infinite axis and its uses do not tell its role, or contradict each other.
+    """
+    infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
+    readings = []
+    for use in telling(uses):
+        _refuse_axes_cut_in_two(path, shape, use)
+        readings.append(_Reading(use, read(use, shape, base)))
+    if not readings:
+        if infinite:
+            raise RoleError(_unseen(path, shape, uses))
+        return ParamSpec(tuple(shape), tuple(base), fan_out=tuple(range(len(shape))))
+    return _agree(path, readings)
+
+
+def _refuse_axes_cut_in_two(path: str, shape: Sequence[int], use: Use) -> None:
+    """Refuses a parameter stored flat: one axis that is fan-in and fan-out at once."""
+    for number in range(len(shape)):
+        growing = {role for axis, role, size, base in use.axes if axis == number and size != base}
+        if "fan_in" in growing and len(growing) > 1:
+            raise RoleError(
+                f"{path}: expected each axis to be fan-in or fan-out, but parts of axis {number} of shape "
+                f"{tuple(shape)} are used as both at {use.where} and grow with width; store the parameter "
+                "with an axis for each."
+            )
+
+
+def telling(uses: Sequence[Use]) -> list[Use]:
+    """The uses that tell a role: products with stored state only where there is nothing better.
+
+    A power iteration multiplies the kernel from both sides to find its norm; the kernel's role is what it
+    does to the data.
+    """
+    seen = [use for use in uses if use.kind != "opaque"]
+    return [use for use in seen if use.kind != "statistic"] or seen
+
+
+def read(
+    use: Use, shape: Sequence[int], base: Sequence[int], infinite: tuple[int, ...] | None = None
+) -> ParamSpec:
+    """What a single use says of the parameter; its growing axes are infinite unless said otherwise."""
+    if infinite is None:
+        infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
+    roles = _axis_roles(use, len(shape))
+
+    def axes(role: AxisRole) -> tuple[int, ...]:
+        return tuple(axis for axis, found in enumerate(roles) if found == role)
+
+    return ParamSpec(
+        tuple(shape), tuple(base), axes("fan_in"), axes("fan_out"), axes("stack"), infinite=infinite
+    )
+
+
+def _axis_roles(use: Use, ndim: int) -> Roles:
+    found: list[list[tuple[bool, AxisRole]]] = [[] for _ in range(ndim)]
+    for axis, role, size, base in use.axes:
+        found[axis].append((size != base, role))
+    roles: list[AxisRole | None] = []
+    for parts in found:
+        # Of an axis in several parts (experts times features), the part that grows decides.
+        wide: list[AxisRole] = [role for grows, role in parts if grows]
+        known: list[AxisRole] = wide or [role for _, role in parts]
+        roles.append(known[0] if known else None)
+    # An axis contracted with another parameter (the rank of a low-rank pair) is opposite to the rest.
+    inner: AxisRole = "fan_out" if "fan_in" in roles else "fan_in"
+    missing: AxisRole = "fan_out"
+    return tuple(inner if role == "inner" else role or missing for role in roles)
+
+
+def _agree(path: str, readings: Sequence[_Reading]) -> ParamSpec:
+    by_role: dict[Role, list[_Reading]] = collections.defaultdict(list)
+    for reading in readings:
+        by_role[reading.spec.role].append(reading)
+    for same_role in by_role.values():
+        # A contraction shows its axes; an elementwise use does not.
+        same_role.sort(key=lambda reading: reading.use.kind == "elementwise")
+    roles = set(by_role)
+    if roles == {"input", "output"}:
+        return dataclasses.replace(by_role["input"][0].spec, tied=True)
+    if len(roles) > 1:
+        first, second = (group[0] for group in list(by_role.values())[:2])
+        raise RoleError(
+            f"{path}: expected one role, but it is used as {_say(first)} and as {_say(second)}. "
+            + _REMEDY.format(path=path)
+        )
+    ((_, group),) = by_role.items()
+    chosen = group[0]
+    for other in group[1:]:
+        if (other.spec.r_in, other.spec.r_out) != (chosen.spec.r_in, chosen.spec.r_out) and (
+            other.use.kind != "elementwise"
+        ):
+            raise RoleError(
+                f"{path}: expected one fan-in, but it is used as {_say(chosen)} and as {_say(other)}, which "
+                "grow "
+                "at different rates. " + _REMEDY.format(path=path)
+            )
+    return chosen.spec
+
+
+def _say(reading: _Reading) -> str:
+    spec = reading.spec
+    return f"{spec.role} (fan-in {spec.fan_in}, fan-out {spec.fan_out}) at {reading.use.where}"
+
+
+def _unseen(path: str, shape: Sequence[int], uses: Sequence[Use]) -> str:
+    if uses:
+        use = uses[0]
+        found = f"it goes into {use.eqn.primitive.name} at {use.where}, which can't be followed"
+    else:
+        found = "the traced call does not use it"
+    return (
+        f"{path}: expected a use that shows which axes of shape {tuple(shape)} are fan-in; {found}. "
+        + _REMEDY.format(path=path)
+    )

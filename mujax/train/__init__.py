@@ -1,0 +1,30 @@
+"""One training run: step, batches, hyperparameters, losses, and many runs of one compiled program."""
+
+from mujax.train._batches import Batches as Batches, as_batches as as_batches, check_batches as check_batches
+from mujax.train._compile import effort as effort, steps_in_python as steps_in_python
+from mujax.train._hyperparameters import (
+    HYPERPARAMETERS as HYPERPARAMETERS,
+    as_its_kind as as_its_kind,
+    hyperparameter as hyperparameter,
+    refuse_untransferable as refuse_untransferable,
+    transfers as transfers,
+)
+from mujax.train._lanes import (
+    MODES as MODES,
+    Group as Group,
+    Job as Job,
+    Metrics as Metrics,
+    Mode as Mode,
+    Whole as Whole,
+    run_lanes as run_lanes,
+    run_one as run_one,
+)
+from mujax.train._losses import (
+    Loss as Loss,
+    Losses as Losses,
+    as_inputs as as_inputs,
+    default_loss as default_loss,
+    tail as tail,
+)
+from mujax.train._run import Training as Training, training_run as training_run
+from mujax.train._step import init_state as init_state, train_scan as train_scan, train_step as train_step

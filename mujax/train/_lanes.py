@@ -1,0 +1,652 @@
+"""Many runs of one program: looped, mapped or vmapped, in stages, over all local devices.
+
+A lane is one run: its traced hyperparameters and its key. Lanes that share shapes share one program and go
+from rung to rung together. What is dropped at a rung, because it diverged or somebody gave it up, costs
+nothing from there on.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Literal, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, Key, PyTree
+
+from mujax.errors import ConfigError, MujaxError
+from mujax.train._compile import effort
+
+Mode = Literal["loop", "map", "vmap"]
+MODES: Final[tuple[Mode, ...]] = get_args(Mode)
+
+Metrics = dict[str, Any]
+"""What a run has to say at a rung, by name."""
+
+_AXIS: Final = "lanes"
+
+# What a program may take of the memory that is free when it is built.
+_SHARE: Final = 0.7
+
+# Another way of running is tried where what is left takes this many times as long as compiling it.
+_WORTH: Final = 10.0
+
+
+class Job(Protocol):
+    """A run as pure functions of its hyperparameters.
+
+    Attributes:
+        data: arrays that all lanes share.
+        in_loop: whether the steps may be compiled as a loop; else each is a call of its own.
+        static: names of the hyperparameters that are Python values even where they are floats.
+    """
+
+    @property
+    def data(self) -> PyTree: ...
+
+    @property
+    def in_loop(self) -> bool: ...
+
+    @property
+    def static(self) -> frozenset[str]: ...
+
+    def check(self, hparams: Mapping[str, Any], /) -> None:
+        """Refuses hyperparameters that it does not know, or the lack of one that it needs."""
+        ...
+
+    def steps(self, static: Mapping[str, Any], /) -> int:
+        """How long a run is."""
+        ...
+
+    def init(self, hparams: Mapping[str, Any], key: Key[Array, ""], data: PyTree, /) -> PyTree:
+        """The state before the first step."""
+        ...
+
+    def advance(
+        self, hparams: Mapping[str, Any], state: PyTree, steps: Int[Array, ""] | None, data: PyTree, /
+    ) -> tuple[PyTree, Mapping[str, Any]]:
+        """The state some steps later and its metrics; None for a single step outside of a loop."""
+        ...
+
+    def finish(self, hparams: Mapping[str, Any], state: PyTree, data: PyTree, /) -> Mapping[str, Any]:
+        """Metrics that are worth their cost at the end only."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A run that is one function, (hyperparameters, key) -> metrics: a job of a single step."""
+
+    run: Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
+    data: PyTree = ()
+    in_loop: bool = True
+    static: frozenset[str] = frozenset()
+
+    def check(self, hparams: Mapping[str, Any], /) -> None:
+        """Takes any: it is the user's own function."""
+        del hparams
+
+    def steps(self, static: Mapping[str, Any], /) -> int:
+        """The whole is one step."""
+        del static
+        return 1
+
+    def init(self, hparams: Mapping[str, Any], key: Key[Array, ""], data: PyTree, /) -> PyTree:
+        """The key."""
+        del hparams, data
+        return key
+
+    def advance(
+        self, hparams: Mapping[str, Any], state: PyTree, steps: Int[Array, ""] | None, data: PyTree, /
+    ) -> tuple[PyTree, Mapping[str, Any]]:
+        """Runs it."""
+        del steps, data
+        metrics = self.run(dict(hparams), state)
+        if not isinstance(metrics, Mapping):
+            raise ConfigError(
+                "run: expected it to return a mapping of metrics such as {'loss': ...}, got "
+                f"{type(metrics).__name__}."
+            )
+        return state, metrics
+
+    def finish(self, hparams: Mapping[str, Any], state: PyTree, data: PyTree, /) -> Mapping[str, Any]:
+        """Nothing more."""
+        del hparams, state, data
+        return {}
+
+
+class OutOfMemoryError(MujaxError):
+    """A program does not fit into memory; fewer lanes at once may."""
+
+
+# ---- programs --------------------------------------------------------------------------------------------
+
+
+class _Program:
+    """A function compiled ahead of time for each set of shapes that it meets.
+
+    Attributes:
+        seconds: what compiling has taken.
+        flops: operations of one lane as XLA counts them, the body of a loop once.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], donate: tuple[int, ...], fits: Callable[[Any], None]
+    ) -> None:
+        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._fits = fits
+        self._compiled: dict[Any, Any] = {}
+        self.seconds = 0.0
+        self.flops = 0.0
+
+    def prepare(self, *args: Any, lanes: int = 1, runs: float = math.inf) -> Any:
+        """The compiled program for these arguments.
+
+        Args:
+            *args: what it will be called with.
+            lanes: that it works for in one body.
+            runs: how often a lane runs its body, in all.
+        """
+        leaves, structure = jax.tree.flatten(args)
+        shapes = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        if shapes not in self._compiled:
+            begun = time.perf_counter()
+            lowered = self._jitted.lower(*args)
+            program = lowered.compile(compiler_options=effort(lowered, runs / lanes))
+            self._fits(program)
+            self._compiled[shapes] = program
+            self.seconds += time.perf_counter() - begun
+            self.flops = float((program.cost_analysis() or {}).get("flops", 0.0)) / lanes
+        return self._compiled[shapes]
+
+    def __call__(self, *args: Any, lanes: int = 1, runs: float = math.inf) -> Any:
+        program = self.prepare(*args, lanes=lanes, runs=runs)
+        try:
+            return jax.block_until_ready(program(*args))
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise OutOfMemoryError(str(error).partition("\n")[0]) from error
+            raise
+
+
+def free_memory(device: Any) -> int | None:
+    """Bytes that a device has to spare, the machine's for a CPU; None where nothing tells."""
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+@functools.cache
+def threads() -> int:
+    """Lanes to run side by side on a CPU, where small products leave all cores but one idle."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+class Group:
+    """The programs of all runs that share shapes, and what is known of how fast they are.
+
+    Args:
+        job: what is run.
+        static: the hyperparameters that the shapes depend on.
+        mode: how to run lanes; None finds out.
+        devices: where; None for all local devices.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        static: Mapping[str, Any],
+        *,
+        mode: Mode | None = None,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        self.job, self.static = job, dict(static)
+        self._mode: Mode | None = mode
+        self.devices = list(devices or jax.local_devices())
+        self.steps = job.steps(self.static)
+        self.seconds_per_step: dict[Mode, float] = {}
+        """What a step of one lane takes, by mode."""
+        self.last_mode: Mode = self.modes[0]
+        """How the last lanes were run."""
+        self.lanes_left = 1.0
+        """How many lanes are still to be run: what compiling well would serve."""
+        self._programs: dict[tuple[Mode, str], _Program] = {}
+        self._data: Any = None
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The ways of running lanes that are worth a try, the one that compiles fastest first.
+
+        An accelerator wants all lanes in one program. A CPU with a single device has its cores to share out,
+        which threads do best for small models; XLA's batched products are slow there.
+        """
+        if self._mode is not None:
+            return (self._mode,)
+        if self.devices[0].platform != "cpu":
+            return ("vmap",)
+        return ("loop", "map", "vmap") if len(self.devices) == 1 else ("map", "vmap")
+
+    def choose(self, lane_steps: int) -> Mode:
+        """How to run the next lanes, with so many steps left of all lanes together.
+
+        Every mode is measured once, on lanes that have to be run anyway; but only where it may gain more
+        than compiling it costs.
+        """
+        known = self.seconds_per_step
+        untried: list[Mode] = [mode for mode in self.modes if mode not in known]
+        if not known:
+            return untried[0]
+        best: Mode = min(known, key=known.__getitem__)
+        left = known[best] * lane_steps
+        if untried and left > _WORTH * self.compile_seconds / len(known):
+            return untried[0]
+        return best
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling has taken, all together."""
+        return sum(program.seconds for program in self._programs.values())
+
+    @property
+    def flops(self) -> float | None:
+        """Operations of one whole run, as XLA counts those of the compiled step; None where it can't be told.
+
+        A `Whole` may have loops inside, whose bodies XLA counts once.
+        """
+        if isinstance(self.job, Whole):
+            return None
+        for (_, name), program in self._programs.items():
+            if name == "advance" and program.flops:
+                return program.flops * self.steps
+        return None
+
+    def runs(self, name: str) -> float:
+        """How often the body of a program will still be run."""
+        return self.lanes_left * (self.steps if name == "advance" else 1)
+
+    @property
+    def data(self) -> PyTree:
+        """The shared arrays, on the devices."""
+        if self._data is None:
+            place = self.sharding() if len(self.devices) > 1 else self.devices[0]
+            self._data = jax.device_put(self.job.data, place)
+        return self._data
+
+    def sharding(self, *axes: str) -> NamedSharding:
+        """Lanes along the devices, or the same everywhere."""
+        return NamedSharding(jax.sharding.Mesh(np.array(self.devices), (_AXIS,)), PartitionSpec(*axes))
+
+    def program(self, mode: Mode, name: str) -> _Program:
+        """`init`, `advance` or `finish` of the job, for as many lanes as the mode takes at once."""
+        if (mode, name) not in self._programs:
+            made = getattr(self, f"_{name}")(mode)
+            # A CPU's devices share one memory.
+            on_cpu = self.devices[0].platform == "cpu"
+            at_once = (threads() if mode == "loop" else len(self.devices)) if on_cpu else 1
+            fits = functools.partial(_check_fits, device=self.devices[0], at_once=at_once)
+            self._programs[mode, name] = _Program(made, (1,) if name == "advance" else (), fits)
+        return self._programs[mode, name]
+
+    def _init(self, mode: Mode) -> Callable[..., Any]:
+        def one(traced: Mapping[str, Any], key: Any, alive: Any, data: PyTree) -> Any:
+            del alive
+            return self.job.init({**self.static, **traced}, key, data)
+
+        return self._many(mode, one)
+
+    def _advance(self, mode: Mode) -> Callable[..., Any]:
+        def one(traced: Mapping[str, Any], state: Any, alive: Any, steps: Any, data: PyTree) -> Any:
+            def go(state: Any) -> Any:
+                # One step at a time is not a loop, even where many lanes are.
+                count = steps if self.job.in_loop else None
+                state, metrics = self.job.advance({**self.static, **traced}, state, count, data)
+                return state, dict(metrics)
+
+            return self._if_alive(mode, alive, go, state)
+
+        return self._many(mode, one)
+
+    def _finish(self, mode: Mode) -> Callable[..., Any]:
+        def one(traced: Mapping[str, Any], state: Any, alive: Any, data: PyTree) -> Any:
+            def go(state: Any) -> Any:
+                return dict(self.job.finish({**self.static, **traced}, state, data))
+
+            return self._if_alive(mode, alive, go, state, whole=False)
+
+        return self._many(mode, one)
+
+    def _if_alive(
+        self, mode: Mode, alive: Any, go: Callable[[Any], Any], state: Any, whole: bool = True
+    ) -> Any:
+        if mode != "map":
+            return go(state)
+
+        def skip(state: Any) -> Any:
+            shapes = jax.eval_shape(go, state)
+            nothing = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1:] if whole else shapes
+            )
+            return (state, *nothing) if whole else nothing
+
+        return jax.lax.cond(alive, go, skip, state)
+
+    def _many(self, mode: Mode, one: Callable[..., Any]) -> Callable[..., Any]:
+        """One lane's function for the lanes of a mode: three arguments have an axis of lanes, others none."""
+        if mode == "loop":
+            return one
+
+        def many(*args: Any) -> Any:
+            lanes, shared = args[:3], args[3:]
+            if mode == "map":
+                return jax.lax.map(lambda lane: one(*lane, *shared), lanes)
+            return jax.vmap(lambda *lane: one(*lane, *shared))(*lanes)
+
+        if len(self.devices) == 1:
+            return many
+
+        def split(*args: Any) -> Any:
+            each, same = PartitionSpec(_AXIS), PartitionSpec()
+            specs = tuple(each if place < 3 else same for place in range(len(args)))
+            mesh = jax.sharding.Mesh(np.array(self.devices), (_AXIS,))
+            return jax.shard_map(many, mesh=mesh, in_specs=specs, out_specs=each, check_vma=False)(*args)
+
+        return split
+
+
+def _check_fits(program: Any, device: Any, at_once: int) -> None:
+    free, found = free_memory(device), program.memory_analysis()
+    if free is None or found is None:
+        return
+    needed = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    needed = at_once * (needed + found.temp_size_in_bytes)
+    if needed > _SHARE * free:
+        raise OutOfMemoryError(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
+
+
+# ---- lanes under way -------------------------------------------------------------------------------------
+
+
+class Lanes(Protocol):
+    """Runs somewhere between their first step and their last, each by its number."""
+
+    @property
+    def mode(self) -> Mode:
+        """How they are run."""
+        ...
+
+    def advance(self, steps: int) -> dict[int, Metrics]:
+        """Takes all that are left some steps further."""
+        ...
+
+    def finish(self) -> dict[int, Metrics]:
+        """What is measured at the end."""
+        ...
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Runs some no further."""
+        ...
+
+
+class _Looped:
+    """One program for one lane, on as many threads as there are cores."""
+
+    def __init__(self, group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+        self._group = group
+        self.mode: Mode = mode
+        # On other platforms than the CPU a thread would only wait for its turn.
+        self._threads = threads() if group.devices[0].platform == "cpu" else 1
+        self._hparams = [
+            {name: jnp.asarray(values[lane], jnp.result_type(float)) for name, values in traced.items()}
+            for lane in range(len(keys))
+        ]
+        started = self._each("init", {lane: (key,) for lane, key in enumerate(keys)})
+        self._states = started
+
+    def advance(self, steps: int) -> dict[int, Metrics]:
+        """Takes all that are left some steps further."""
+        in_loop = self._group.job.in_loop
+        out: dict[int, Metrics] = {}
+        for _ in range(1 if in_loop else steps):
+            done = self._each("advance", {lane: (state,) for lane, state in self._states.items()}, steps)
+            self._states = {lane: state for lane, (state, _) in done.items()}
+            out = {lane: metrics for lane, (_, metrics) in done.items()}
+        return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in out.items()}
+
+    def finish(self) -> dict[int, Metrics]:
+        """What is measured at the end."""
+        done = self._each("finish", {lane: (state,) for lane, state in self._states.items()})
+        return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in done.items()}
+
+    def state(self, number: int) -> PyTree:
+        """Where a run is."""
+        return self._states[number]
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Runs some no further."""
+        for lane in numbers:
+            del self._states[lane]
+
+    def _each(self, name: str, lanes: Mapping[int, tuple[Any]], *shared: Any) -> dict[int, Any]:
+        program = self._group.program("loop", name)
+        rest = (*(jnp.int32(count) for count in shared), self._group.data)
+        alive = jnp.bool_(True)
+
+        def call(lane: int) -> Any:
+            return program(self._hparams[lane], *lanes[lane], alive, *rest)
+
+        numbers = list(lanes)
+        if not numbers:
+            return {}
+        # Compiled here, so that threads do not each compile their own.
+        first = numbers[0]
+        program.prepare(self._hparams[first], *lanes[first], alive, *rest, runs=self._group.runs(name))
+        with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+            return dict(zip(numbers, pool.map(call, numbers), strict=True))
+
+
+class _Stacked:
+    """One program for all lanes, which lie along a leading axis, split over the devices."""
+
+    def __init__(self, group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+        self._group = group
+        self.mode: Mode = mode
+        count = len(keys)
+        # A copy of the first lane stands where there is none.
+        self._lanes: list[int | None] = [*range(count), *[None] * (self._padded(count) - count)]
+        order = np.array([lane or 0 for lane in self._lanes])
+        self._hparams = {
+            name: self._put(jnp.asarray(values, jnp.result_type(float))[order])
+            for name, values in traced.items()
+        }
+        self._state = self._call("init", self._put(keys[order]))
+
+    def advance(self, steps: int) -> dict[int, Metrics]:
+        """Takes all that are left some steps further."""
+        metrics: Any = {}
+        for _ in range(1 if self._group.job.in_loop else steps):
+            self._state, metrics = self._call("advance", self._state, jnp.int32(steps))
+        return self._by_lane(metrics)
+
+    def finish(self) -> dict[int, Metrics]:
+        """What is measured at the end."""
+        return self._by_lane(self._call("finish", self._state))
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Runs some no further."""
+        gone = set(numbers)
+        self._lanes = [None if lane in gone else lane for lane in self._lanes]
+        kept = [place for place, lane in enumerate(self._lanes) if lane is not None]
+        size = self._padded(len(kept))
+        # A vmapped program works for its dead lanes, too; a mapped one skips them.
+        if self.mode == "vmap" and kept and size <= len(self._lanes) // 2:
+            order = np.array([*kept, *[kept[0]] * (size - len(kept))])
+            self._lanes = [*(self._lanes[place] for place in kept), *[None] * (size - len(kept))]
+            self._hparams, self._state = jax.tree.map(
+                lambda leaf: self._put(leaf[order]), (self._hparams, self._state)
+            )
+
+    def _padded(self, count: int) -> int:
+        """A power of two of lanes for each device, so that there are few programs."""
+        devices = len(self._group.devices)
+        each = -(-count // devices)
+        return devices * (1 << (each - 1).bit_length())
+
+    def _put(self, leaf: Any) -> Any:
+        devices = self._group.devices
+        return jax.device_put(leaf, devices[0] if len(devices) == 1 else self._group.sharding(_AXIS))
+
+    def _call(self, name: str, lanes: Any, *shared: Any) -> Any:
+        alive = self._put(jnp.array([lane is not None for lane in self._lanes]))
+        if len(self._group.devices) > 1:
+            shared = jax.device_put(shared, self._group.sharding())
+        program = self._group.program(self.mode, name)
+        in_one_body = len(self._lanes) // len(self._group.devices) if self.mode == "vmap" else 1
+        runs = self._group.runs(name)
+        return program(self._hparams, lanes, alive, *shared, self._group.data, lanes=in_one_body, runs=runs)
+
+    def _by_lane(self, metrics: Any) -> dict[int, Metrics]:
+        found = jax.tree.map(np.asarray, metrics)
+        return {
+            lane: jax.tree.map(lambda leaf, place=place: leaf[place], found)
+            for place, lane in enumerate(self._lanes)
+            if lane is not None
+        }
+
+
+Watch = Callable[[int, Mapping[int, Metrics]], Iterable[int]]
+"""(steps taken, metrics by lane) -> the lanes that are to be dropped."""
+
+
+def run_lanes(
+    group: Group,
+    traced: Mapping[str, np.ndarray],
+    keys: Key[Array, " n"],
+    *,
+    rungs: Sequence[int] = (),
+    watch: Watch = lambda _, __: (),
+    left: int | None = None,
+) -> list[Metrics]:
+    """Runs lanes from their first step to their last, in halves where memory is too small for all at once.
+
+    Args:
+        group: the programs.
+        traced: the hyperparameters that are not static, each (n,).
+        keys: of each lane.
+        rungs: after how many steps to look at them; the last step is always one.
+        watch: called at each rung; a lane that had to be begun anew is shown to it again.
+        left: steps of all lanes that are still to be run, these included: what a faster way would serve.
+
+    Returns:
+        The metrics of each lane: those of its last rung and, unless it was dropped, those of the end.
+
+    Raises:
+        OutOfMemoryError: a single lane (for each device) does not fit.
+    """
+    count = len(keys)
+    stops = sorted({*(stop for stop in rungs if 0 < stop < group.steps), group.steps})
+    left = count * group.steps if left is None else left
+    group.lanes_left = left / group.steps
+    mode = group.last_mode = group.choose(left)
+    try:
+        return _through(group, mode, traced, keys, stops, watch)
+    except OutOfMemoryError as error:
+        if count <= len(group.devices):
+            raise OutOfMemoryError(
+                f"a run with {group.static or 'these shapes'} does not fit into memory: {error}; take a "
+                "smaller model or batch."
+            ) from error
+    half = -(-count // 2)
+    parts = slice(None, half), slice(half, None)
+    return [
+        metrics
+        for first, part in zip((0, half), parts, strict=True)
+        for metrics in run_lanes(
+            group,
+            {name: values[part] for name, values in traced.items()},
+            keys[part],
+            rungs=rungs,
+            watch=_shifted(watch, first),
+            left=left,
+        )
+    ]
+
+
+def _shifted(watch: Watch, first: int) -> Watch:
+    def shifted(steps: int, metrics: Mapping[int, Metrics]) -> Iterable[int]:
+        return [
+            lane - first for lane in watch(steps, {first + lane: found for lane, found in metrics.items()})
+        ]
+
+    return shifted
+
+
+def _through(
+    group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any, stops: Sequence[int], watch: Watch
+) -> list[Metrics]:
+    lanes: Lanes = (_Looped if mode == "loop" else _Stacked)(group, mode, traced, keys)
+    found: dict[int, Metrics] = {lane: {} for lane in range(len(keys))}
+    live, taken, spent, work = set(found), 0, 0.0, 0
+    for stop in stops:
+        begun, compiled = time.perf_counter(), group.compile_seconds
+        metrics = lanes.advance(stop - taken)
+        spent += time.perf_counter() - begun - (group.compile_seconds - compiled)
+        work, taken = work + len(live) * (stop - taken), stop
+        found |= metrics
+        gone = set(watch(stop, metrics)) & live
+        lanes.drop(gone)
+        live -= gone
+        if not live:
+            break
+    if live:
+        for lane, said in lanes.finish().items():
+            found[lane] = {**found[lane], **said}
+    group.seconds_per_step.setdefault(mode, spent / max(work, 1))
+    return [found[lane] for lane in range(len(keys))]
+
+
+def run_one(
+    group: Group,
+    traced: Mapping[str, Any],
+    key: Key[Array, ""],
+    *,
+    rungs: Sequence[int] = (),
+    watch: Callable[[int, Metrics], bool] = lambda _, __: True,
+) -> tuple[PyTree, Metrics]:
+    """Runs a single lane, and keeps its state.
+
+    Args:
+        group: the programs, whose mode is `"loop"`.
+        traced: the hyperparameters that are not static.
+        key: of the run.
+        rungs: after how many steps to look at it; the last step is always one.
+        watch: called at each rung with the steps taken; False ends the run.
+
+    Returns:
+        The last state, and the metrics of the last rung and, of a run that came to its end, of that.
+
+    Raises:
+        OutOfMemoryError: it does not fit.
+    """
+    lanes = _Looped(group, "loop", {name: np.array([value]) for name, value in traced.items()}, key[None])
+    taken, metrics = 0, {}
+    for stop in sorted({*(stop for stop in rungs if 0 < stop < group.steps), group.steps}):
+        metrics, taken = lanes.advance(stop - taken)[0], stop
+        if not watch(stop, metrics):
+            return lanes.state(0), metrics
+    return lanes.state(0), {**metrics, **lanes.finish()[0]}

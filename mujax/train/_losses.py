@@ -1,0 +1,87 @@
+"""The loss of a model, and the losses of a training run as a few numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from mujax.errors import ConfigError
+
+Loss = Callable[[Any, Any], Float[Array, ""]]
+"""(outputs of the model, targets) -> a scalar."""
+
+
+def as_inputs(inputs: PyTree) -> tuple[Any, ...]:
+    """The positional arguments of the model: an array stands for the only one."""
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
+    """Mean cross-entropy where the targets are integers, mean squared error where they are not.
+
+    Args:
+        outputs: of the model: logits with the classes last, or predictions.
+        targets: class indices, or values.
+
+    Raises:
+        ConfigError: shapes that do not belong together, or a model that returns more than one array.
+
+    >>> float(default_loss(jnp.zeros((2, 8)), jnp.array([3, 5]))) == float(jnp.log(8.0))
+    True
+    >>> float(default_loss(jnp.zeros(4), jnp.ones(4)))
+    1.0
+    """
+    leaves = jax.tree.leaves((outputs, targets))
+    if len(leaves) == 2:
+        logits, wanted = leaves
+        classes = jnp.issubdtype(wanted.dtype, jnp.integer)
+        if (logits.shape[:-1] if classes else logits.shape) == wanted.shape:
+            if classes:
+                return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
+            return jnp.square(logits - wanted).mean()
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (outputs, targets)]
+    raise ConfigError(
+        "loss: expected one output array, of the targets' shape or, for integer targets, with one more axis "
+        f"of classes, got outputs {shapes[0]} and targets {shapes[1]}; pass loss=, a function of both."
+    )
+
+
+class Losses(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+        mean: training loss, the mean over all steps. Every batch is scored before the model learns from it,
+            so this is the online loss; it is much less noisy than the loss of the last few batches.
+        final: the mean over the last tenth of the steps.
+        untrained: the initial model's mean on the same batches as `final`.
+    """
+
+    mean: Any
+    final: Any
+    untrained: Any
+
+    @property
+    def kept(self) -> float | None:
+        """The run's loss, `mean`; None if it diverged.
+
+        It did if a loss was not finite, if it ended worse than the untrained model, or if it came back from
+        so far away that on average it was more than twice as bad as the untrained model.
+        """
+        return self.mean if self.healthy else None
+
+    @property
+    def healthy(self) -> Any:
+        """Whether it did not diverge; traced where the losses are."""
+        learns = (self.final <= self.untrained) & (self.mean <= 2 * self.untrained)
+        return learns & (abs(self.mean) < math.inf)
+
+
+def tail(steps: int) -> int:
+    """How many steps the last tenth of a run is, one at least."""
+    return max(1, steps // 10)

@@ -1,0 +1,438 @@
+"""Training as a job: a model in µP, batches, an optimizer and a loss, as functions of hyperparameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from mujax.core import MupModel, mup_init
+from mujax.errors import ConfigError
+from mujax.optim import optimizer as optimizer_by_name
+from mujax.spec import MupSpec
+from mujax.train._batches import Batches, as_batches
+from mujax.train._compile import steps_in_python
+from mujax.train._hyperparameters import HYPERPARAMETERS
+from mujax.train._losses import Loss, Losses, as_inputs, default_loss, tail
+from mujax.train._step import TrainState, init_state, train_step
+
+# ---- what the hyperparameters do -------------------------------------------------------------------------
+
+Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
+
+
+def schedule(hparams: Mapping[str, Any], steps: int) -> Callable[[Any], Float[Array, ""]]:
+    """The learning rate at each step, from `learning_rate`, `schedule`, `warmup` and `end`.
+
+    After a linear rise over the share `warmup` of the steps it goes from the peak to the share `end` of it,
+    in a line or half a cosine, or falls as the root of the steps; only these two read `end`. All but the name
+    of the schedule may be traced.
+
+    Raises:
+        ConfigError: no schedule of that name.
+
+    >>> rate = schedule({"learning_rate": 1.0, "schedule": "linear", "warmup": 0.5}, 8)
+    >>> [float(rate(step)) for step in range(8)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    given = {name: hparams.get(name, HYPERPARAMETERS[name].default) for name in ("schedule", "warmup", "end")}
+    kind, warmup, end = given["schedule"], given["warmup"], given["end"]
+    if kind not in SCHEDULES:
+        raise ConfigError(f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {kind!r}.")
+
+    def rate(step: Any) -> Float[Array, ""]:
+        risen = warmup * steps
+        rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(risen, 1.0))
+        done = jnp.clip((step - risen) / jnp.maximum(steps - risen, 1.0), 0.0, 1.0)
+        fall = {
+            "constant": lambda: 1.0,
+            "linear": lambda: 1 - (1 - end) * done,
+            "cosine": lambda: end + (1 - end) * (1 + jnp.cos(math.pi * done)) / 2,
+            "inverse_sqrt": lambda: jnp.sqrt(jnp.maximum(risen, 1.0) / jnp.maximum(step + 1, risen)),
+        }[kind]()
+        return hparams["learning_rate"] * rise * fall
+
+    return rate
+
+
+Optimizer = Callable[[Mapping[str, Any], MupSpec], optax.GradientTransformation]
+"""(hyperparameters, some of them traced, and spec) -> the optimizer."""
+
+_OWN: Final = ("momentum", "b1", "b2", "eps", "weight_decay")
+
+
+def optimizer_from(name: str, steps: int) -> Optimizer:
+    """An optimizer by name, as a function of the hyperparameters that mujax knows.
+
+    Args:
+        name: optax's name.
+        steps: of the whole run; the schedule depends on it.
+
+    Raises:
+        ConfigError: no optimizer of that name; once it is called, a hyperparameter that it does not take.
+    """
+    make = optimizer_by_name(name)
+
+    def build(hparams: Mapping[str, Any], spec: MupSpec) -> optax.GradientTransformation:
+        given = _own_arguments(name, hparams)
+        roles = ("input", "hidden", "output")
+        mults = {role: hparams[f"lr_mult_{role}"] for role in roles if f"lr_mult_{role}" in hparams}
+        return make(schedule(hparams, steps), spec, **given, lr_mults=mults or None)
+
+    return build
+
+
+def _own_arguments(name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that are an optimizer's own arguments.
+
+    Raises:
+        ConfigError: it does not take one of them.
+    """
+    takes = inspect.signature(optimizer_by_name(name)).parameters
+    for keyword in _OWN:
+        if keyword in hparams and keyword not in takes:
+            raise ConfigError(
+                f"{keyword}: expected a hyperparameter of {name}, which takes "
+                f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}; leave it out or "
+                "take another optimizer."
+            )
+    return {keyword: hparams[keyword] for keyword in _OWN if keyword in hparams}
+
+
+# ---- the job ---------------------------------------------------------------------------------------------
+
+ModelOf = Callable[[Mapping[str, Any], tuple[Any, ...]], MupModel]
+"""(static hyperparameters, abstract inputs) -> the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """What the static hyperparameters settle."""
+
+    mup: MupModel
+    batch: int
+    steps: int
+
+
+@dataclasses.dataclass
+class Training:
+    """A job that trains a model; `training_run` makes one.
+
+    Attributes:
+        model: (static hyperparameters, abstract inputs) -> the model in µP.
+        batches: what to train on.
+        optimizer: a name, or (hyperparameters, spec) -> optax transform.
+        loss: (outputs, targets) -> scalar.
+        default_steps: steps of a run that has no hyperparameter `steps`.
+        default_batch: examples a step where there is no hyperparameter `batch`.
+        valid: held-out (inputs, targets), with leading axes (batches, batch); None for none.
+        static: names of hyperparameters that are Python values.
+    """
+
+    model: ModelOf
+    batches: Batches
+    optimizer: str | Optimizer
+    loss: Loss
+    default_steps: int
+    default_batch: int
+    valid: PyTree = None
+    static: frozenset[str] = frozenset()
+    _built: dict[Any, _Built] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def data(self) -> PyTree:
+        """Training and held-out data."""
+        return self.batches.data, self.valid
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether the steps may be compiled as a loop."""
+        first = next(iter(self._built.values()), None) or self.built({})
+        return not steps_in_python(first.mup.replay.program)
+
+    def check(self, hparams: Mapping[str, Any], /) -> None:
+        """Refuses hyperparameters that do nothing here, or the lack of a learning rate.
+
+        Args:
+            hparams: some values.
+
+        Raises:
+            ConfigError: there is one of these.
+        """
+        static = {name: value for name, value in hparams.items() if name in self.static}
+        built = self.built(static)
+        for name, places in built.mup.replay.knobs.items():
+            if name in hparams and not places:
+                raise ConfigError(
+                    f"{name}: expected a model with something for it to multiply, found none; leave it out."
+                )
+        if not isinstance(self.optimizer, str):
+            # What it reads is its own affair.
+            return
+        if "learning_rate" not in hparams:
+            raise ConfigError(
+                "learning_rate: expected it among the hyperparameters, got none; tune or fix it."
+            )
+        names = {*HYPERPARAMETERS, *self.static} - {"dropout", "depth"} | self.static
+        for name in hparams:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(names))}."
+                raise ConfigError(f"{name}: expected a hyperparameter of the training or the model{meant}")
+        _own_arguments(self.optimizer, hparams)
+
+    def steps(self, static: Mapping[str, Any], /) -> int:
+        """How many optimizer steps a run has."""
+        return self.built(static).steps
+
+    def built(self, static: Mapping[str, Any]) -> _Built:
+        """The model and sizes for some static hyperparameters; built once."""
+        static = {name: value for name, value in static.items() if not isinstance(value, jax.Array)}
+        key = tuple(sorted(static.items(), key=lambda item: item[0]))
+        if key not in self._built:
+            batch, steps = static.get("batch", self.default_batch), static.get("steps", self.default_steps)
+            for name, value in (("batch", batch), ("steps", steps)):
+                if not isinstance(value, int) or value < 1:
+                    raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+            limit = self.batches.limit
+            if limit is not None and steps > limit:
+                raise ConfigError(f"steps: expected at most {limit}, the number of batches, got {steps}.")
+            if "batch" in static and not self.batches.sized:
+                raise ConfigError(
+                    "batch: expected batches that can be of any size to tune it, got ready ones."
+                )
+            inputs, _ = jax.eval_shape(
+                functools.partial(self._first, batch=batch, steps=steps), self.batches.data
+            )
+            self._built[key] = _Built(self.model(static, as_inputs(inputs)), batch, steps)
+        return self._built[key]
+
+    def _first(self, data: PyTree, *, batch: int, steps: int) -> tuple[Any, Any]:
+        drawn = self.batches.draw(data, jax.random.key(0), batch, steps)
+        return self.batches.fetch(data, jax.tree.map(lambda leaf: leaf[0], drawn))
+
+    def init(self, hparams: Mapping[str, Any], key: Key[Array, ""], data: PyTree, /) -> PyTree:
+        """The state before the first step: of the training, the losses, and what batches there will be."""
+        built = self.built(hparams)
+        init_key, draw_key, key = jax.random.split(key, 3)
+        params, variables = built.mup.replay.init(init_key)
+        params = _scaled(params, built.mup.spec, hparams.get("init_scale", 1.0))
+        held = built.mup.replay.call.params
+        # The parameters among the variables are not read: dropped, they are not carried along.
+        state = [None if place in held else leaf for place, leaf in enumerate(variables)]
+        drawn = self.batches.draw(data[0], draw_key, built.batch, built.steps)
+        objective = self._objective(hparams, built, data)
+        last = jax.tree.map(lambda leaf: leaf[-tail(built.steps) :], drawn)
+        return {
+            "train": init_state(params, self._tx(hparams, built), model_state=state, key=key),
+            "losses": jnp.zeros(built.steps),
+            "untrained": jax.lax.map(lambda batch: objective(params, state, batch, key)[0], last).mean(),
+            "drawn": drawn,
+        }
+
+    def advance(
+        self, hparams: Mapping[str, Any], state: PyTree, steps: Int[Array, ""] | None, data: PyTree, /
+    ) -> tuple[PyTree, Mapping[str, Any]]:
+        """Trains, and says what the loss is: `loss`, over the last tenth of a run, `mean_loss`, over all."""
+        built = self.built(hparams)
+        objective = self._objective(hparams, built, data)
+        step = train_step(objective, self._tx(hparams, built), donate=False)
+
+        def one(_: Any, state: PyTree) -> PyTree:
+            train: TrainState = state["train"]
+            batch = jax.tree.map(lambda leaf: leaf[train.step], state["drawn"])
+            after, metrics = step(train, batch)
+            return {**state, "train": after, "losses": state["losses"].at[train.step].set(metrics["loss"])}
+
+        state = one(None, state) if steps is None else jax.lax.fori_loop(0, steps, one, state)
+        taken, losses = state["train"].step, state["losses"]
+        recent = taken - tail(built.steps)
+        return state, {"loss": _mean(losses, recent, taken), "mean_loss": _mean(losses, 0, taken)}
+
+    def finish(self, hparams: Mapping[str, Any], state: PyTree, data: PyTree, /) -> Mapping[str, Any]:
+        """The `curve` of losses, whether the run `diverged` and, with held-out data, the `valid_loss`."""
+        built, losses = self.built(hparams), state["losses"]
+        summary = Losses(losses.mean(), losses[-tail(built.steps) :].mean(), state["untrained"])
+        metrics: dict[str, Any] = {"curve": losses, "diverged": ~summary.healthy}
+        if self.valid is not None:
+            replay = self._with_multipliers(hparams, built)
+            train: TrainState = state["train"]
+
+            def score(batch: Any) -> Float[Array, ""]:
+                inputs, targets = batch
+                outputs, _ = replay.apply(train.params, train.model_state, as_inputs(inputs), key=train.key)
+                return self.loss(outputs, targets)
+
+            metrics["valid_loss"] = jax.lax.map(score, data[1]).mean()
+        return metrics
+
+    def _tx(self, hparams: Mapping[str, Any], built: _Built) -> optax.GradientTransformation:
+        make = (
+            optimizer_from(self.optimizer, built.steps) if isinstance(self.optimizer, str) else self.optimizer
+        )
+        return make(hparams, built.mup.spec)
+
+    def _with_multipliers(self, hparams: Mapping[str, Any], built: _Built) -> Any:
+        names = ("output_mult", "attention_mult", "input_mult")
+        given = {name: hparams[name] for name in names if name in hparams}
+        return (built.mup.with_multipliers(**given) if given else built.mup).replay
+
+    def _objective(self, hparams: Mapping[str, Any], built: _Built, data: PyTree) -> Any:
+        replay = self._with_multipliers(hparams, built)
+
+        def objective(params: PyTree, model_state: Any, drawn: Any, key: Any) -> Any:
+            inputs, targets = self.batches.fetch(data[0], drawn)
+            outputs, _ = replay.apply(params, model_state, as_inputs(inputs), key=key)
+            return self.loss(outputs, targets), (model_state, {})
+
+        return objective
+
+
+def _mean(losses: Float[Array, " steps"], start: Any, end: Any) -> Float[Array, ""]:
+    places = jnp.arange(len(losses))
+    inside: Bool[Array, " steps"] = (places >= start) & (places < end)
+    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1)
+
+
+def _scaled(params: PyTree, spec: MupSpec, multiple: Any) -> PyTree:
+    """Initial values times σ, for all that is contracted or looked up: not for biases and gains."""
+    if isinstance(multiple, int | float) and multiple == 1.0:
+        return params
+
+    def scale(path: Any, leaf: Any) -> Any:
+        weight = spec["/".join(entry.key for entry in path)].fan_in
+        return leaf * jnp.asarray(multiple, leaf.dtype) if weight else leaf
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def model_of(
+    factory: Callable[..., Any],
+    *,
+    width: int,
+    base_width: int,
+    parametrization: Any = "mup",
+    **mup_kwargs: Any,
+) -> ModelOf:
+    """A factory of modules as a function of the static hyperparameters.
+
+    Args:
+        factory: width -> a Linen module, an NNX factory or a `Functional`; hyperparameters that it has
+            keyword arguments for are passed to it.
+        width: of the model.
+        base_width: where hyperparameters are tuned.
+        parametrization: as for `mup_init`, as is all that follows.
+    """
+    takes = _keywords(factory)
+
+    def make(static: Mapping[str, Any], inputs: tuple[Any, ...]) -> MupModel:
+        given = {name: value for name, value in static.items() if name in takes}
+        # The model itself can't tell which axes are infinite where it has the base's own widths.
+        delta = factory(2 * base_width, **given) if width == base_width else None
+        return mup_init(
+            factory(width, **given),
+            factory(base_width, **given),
+            *inputs,
+            delta=delta,
+            parametrization=parametrization,
+            **mup_kwargs,
+        )
+
+    return make
+
+
+def _keywords(factory: Callable[..., Any]) -> frozenset[str]:
+    """What a factory takes besides the width."""
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
+
+
+def training_run(
+    model: Callable[..., Any] | MupModel,
+    batches: Any,
+    optimizer: str | Optimizer = "adam",
+    *,
+    steps: int,
+    width: int | None = None,
+    base_width: int | None = None,
+    batch: int = 1,
+    loss: Loss = default_loss,
+    valid: Iterable[tuple[Any, Any]] | None = None,
+    **mup_kwargs: Any,
+) -> Training:
+    """What `mujax.sweep` runs: a training of a model in µP, as a pure function of its hyperparameters.
+
+    It needs the hyperparameter `learning_rate`, and knows `lr_mult_input`, `lr_mult_hidden`,
+    `lr_mult_output`, `schedule`, `warmup`, `end`, `momentum`, `b1`, `b2`, `eps`, `weight_decay`,
+    `init_scale`, `output_mult`, `attention_mult`, `input_mult`, `batch`, `steps`, and whatever `model` takes
+    by keyword.
+
+    Args:
+        model: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`, perhaps with
+            further keyword arguments (`depth`, `dropout`) that can be tuned; or a ready `MupModel`.
+        batches: an iterable of `(inputs, targets)`, of which every run sees the first `steps`; a pure
+            function `(key, step) -> (inputs, targets)`; or `mujax.Batches`.
+        optimizer: a name, or `(hparams, spec) -> optax transform` with values that may be traced.
+        steps: of a run.
+        width: of the model; the proxy's, where it is tuned.
+        base_width: µP's base; `width` itself by default.
+        batch: examples a step, for batches of any size.
+        loss: `(outputs, targets) -> scalar`. By default mean cross-entropy for integer targets and mean
+            squared error for others.
+        valid: held-out batches of the same shapes, for the metric `valid_loss`.
+        **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `zero_init`, ...
+
+    Returns:
+        A job; its metrics are `loss`, the mean over the last tenth of the steps, `mean_loss`, over all steps,
+        and `valid_loss`.
+
+    Raises:
+        ConfigError: arguments that make no sense together.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> def net(width):
+        ...     return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(1)])
+        >>> x = jax.random.normal(jax.random.key(0), (8, 32, 4))
+        >>> run = training_run(net, [(x, jnp.sin(x[:, :1])) for x in x], steps=8, width=16)
+        >>> run.steps({})
+        8
+    """
+    if isinstance(model, MupModel):
+        if width is not None or base_width is not None or mup_kwargs:
+            raise ConfigError(
+                "training_run: expected a ready MupModel alone, got arguments of mup_init beside it; pass "
+                "the factory of the modules instead."
+            )
+        ready = model
+        make: ModelOf = lambda _, __: ready  # noqa: E731
+        static: frozenset[str] = frozenset()
+    else:
+        if width is None:
+            raise ConfigError("width: expected the width of the model, got none.")
+        make = model_of(
+            model, width=width, base_width=width if base_width is None else base_width, **mup_kwargs
+        )
+        static = _keywords(model)
+    held_out = None if valid is None else as_batches(valid)
+    return Training(
+        model=make,
+        batches=as_batches(batches),
+        optimizer=optimizer,
+        loss=loss,
+        default_steps=steps,
+        default_batch=batch,
+        valid=None if held_out is None else held_out.data,
+        static=static | {"batch", "steps", "schedule"},
+    )

@@ -1,0 +1,286 @@
+"""The training loop's inside: a jitted step and a jitted scan over many steps.
+
+Both work on plain pytrees, so the variables of a Linen module, the state of an NNX module and the
+parameters of a pure function train alike. Both donate the state: its buffers are updated in place. Both
+run wherever the state is: parameters sharded over a mesh stay sharded as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Float, Key, PyTree
+
+from mujax.errors import MujaxError
+from mujax.spec import leaf_path
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What to minimise: (params, model_state, batch, key) -> (loss, (model_state, metrics)).
+
+    `model_state` is handed in and must come back with the same structure, shapes and dtypes, updated or as
+    it was. `metrics` is a mapping of whatever else to report, by any name but `"loss"`. `key` is another
+    one at every step.
+    """
+
+    def __call__(
+        self, params: PyTree, model_state: PyTree, batch: PyTree, key: Key[Array, ""], /
+    ) -> tuple[Float[Array, ""], tuple[PyTree, Mapping[str, Any]]]: ...
+
+
+# The fields are trees of anything and not only of arrays: JAX puts shardings and axes in their place.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "opt_state", "model_state", "key", "step"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes.
+
+    Attributes:
+        params: what the gradient is taken of.
+        opt_state: state of the optimizer.
+        model_state: the model's other collections (batch statistics, an NNX module's rng counts); may be
+            empty.
+        key: the key that each step's own is derived from; stays as it is.
+        step: number of steps taken.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    model_state: PyTree
+    key: PyTree
+    step: PyTree
+
+
+def init_state(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    *,
+    model_state: PyTree = None,
+    key: Key[Array, ""] | None = None,
+) -> TrainState:
+    """The state before the first step.
+
+    All arrays are copied, so that `params` and `model_state` outlive the donation of the state; drop
+    them to have their memory back. What is not yet placed on particular devices (the step count, the key,
+    a count of the optimizer's) is replicated over the parameters' mesh, if they have one.
+
+    Args:
+        params: parameters, on the devices and with the shardings to train in.
+        tx: the optimizer.
+        model_state: the model's other collections; none by default.
+        key: for dropout and the like; `jax.random.key(0)` by default.
+
+    >>> state = init_state({"w": jnp.ones(3)}, optax.sgd(0.1))
+    >>> int(state.step), state.model_state
+    (0, {})
+    """
+    params = jax.device_put(params, may_alias=False)
+    state = TrainState(
+        params=params,
+        opt_state=tx.init(params),
+        model_state=jax.device_put({} if model_state is None else model_state, may_alias=False),
+        key=jax.device_put(jax.random.key(0) if key is None else key, may_alias=False),
+        step=jnp.zeros((), jnp.int32),
+    )
+    return _place(_unshare(state), _replicated(params))
+
+
+def _unshare(state: TrainState) -> TrainState:
+    # Some optimizers keep the parameters themselves in their first state; no buffer can be donated twice.
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen:
+            return jax.device_put(leaf, may_alias=False)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)
+
+
+def _sharding(leaf: Any) -> Sharding | None:
+    """Where a leaf has been put on purpose; `None` for a tracer and for what JAX may move freely."""
+    if isinstance(leaf, Tracer) or not getattr(leaf, "committed", True):
+        return None
+    return getattr(leaf, "sharding", None)
+
+
+def _replicated(params: PyTree) -> NamedSharding | None:
+    for sharding in map(_sharding, jax.tree.leaves(params)):
+        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+            return NamedSharding(sharding.mesh, PartitionSpec())
+    return None
+
+
+def _place(state: TrainState, sharding: NamedSharding | None) -> TrainState:
+    if sharding is None:
+        return state
+    return jax.tree.map(lambda leaf: leaf if _sharding(leaf) else jax.device_put(leaf, sharding), state)
+
+
+Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class JittedStep:
+    """A jitted (state, batch) -> (state, metrics) whose state comes out where it went in.
+
+    Left to itself the compiler may put an updated parameter elsewhere than the parameter was (a replicated
+    bias next to a sharded kernel comes back sharded): the buffer could then not be reused and the next
+    call would compile again. So the shardings of the state that comes in are asked of the state that goes
+    out, and there is one compiled function for each set of them.
+    """
+
+    _compiled: Callable[[Any, tuple[Sharding | None, ...]], Any]
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        """Runs it.
+
+        Args:
+            state: donated; use the returned one from here on.
+            batch: as the loss takes it, with a leading step axis for `train_scan`.
+        """
+        return self._jit(state)(state, batch)
+
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
+        """What `jax.jit(...).lower` gives, for arrays or `jax.ShapeDtypeStruct`s with shardings."""
+        return self._jit(state).lower(state, batch)
+
+    def _jit(self, state: TrainState) -> Any:
+        leaves, treedef = jax.tree.flatten(state)
+        return self._compiled(treedef, tuple(map(_sharding, leaves)))
+
+
+def _jitted(step: Step, donate: bool) -> JittedStep:
+    @functools.cache
+    def compiled(treedef: Any, shardings: tuple[Sharding | None, ...]) -> Any:
+        return jax.jit(
+            step,
+            donate_argnums=0 if donate else (),
+            out_shardings=(jax.tree.unflatten(treedef, shardings), None),
+        )
+
+    return JittedStep(compiled)
+
+
+def _check_unchanged(before: PyTree, after: PyTree) -> None:
+    def described(tree: PyTree) -> dict[str, str]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {leaf_path(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for path, leaf in leaves}
+
+    old, new = described(before), described(after)
+    remedy = "return the collections that the loss was handed, updated or as they were"
+    for path in (*old, *new):
+        if old.get(path) != new.get(path):
+            raise MujaxError(
+                f"model_state at {path}: expected {old.get(path, 'nothing')} back from the loss, "
+                f"got {new.get(path, 'nothing')}; {remedy}."
+            )
+    structures = jax.tree.structure(before), jax.tree.structure(after)
+    if structures[0] != structures[1]:
+        raise MujaxError(
+            f"model_state: expected the structure {structures[0]} back from the loss, "
+            f"got {structures[1]}; {remedy}."
+        )
+
+
+def _pure_step(loss: Loss, tx: optax.GradientTransformation) -> Step:
+    update = optax.with_extra_args_support(tx).update
+
+    def own_loss(params: PyTree, model_state: PyTree, batch: PyTree, key: Key[Array, ""]) -> Any:
+        # An NNX variable can be written only in the trace that it was made in, so each is made again here.
+        return loss(params, jax.tree.map(lambda leaf: leaf, model_state), batch, key)
+
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(state.key, state.step)
+        (value, (model_state, metrics)), gradient = jax.value_and_grad(own_loss, has_aux=True)(
+            state.params, state.model_state, batch, key
+        )
+        _check_unchanged(state.model_state, model_state)
+        updates, opt_state = update(gradient, state.opt_state, state.params, value=value)
+        after = dataclasses.replace(
+            state,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            model_state=model_state,
+            step=state.step + 1,
+        )
+        return after, {**metrics, "loss": value}
+
+    return step
+
+
+def train_step(loss: Loss, tx: optax.GradientTransformation, *, donate: bool = True) -> JittedStep:
+    """One optimizer step, jitted.
+
+    The loss and its gradient are taken at the parameters that come in. A loss that is not finite comes
+    back as it is and so do the parameters that follow from it: wrap `tx` in `optax.apply_if_finite` to
+    skip such steps. The loss is passed to `tx` as `value=`, for transforms that want it.
+
+    Args:
+        loss: what to minimise; see `Loss`.
+        tx: the optimizer that `init_state` was given.
+        donate: update the state in place; the state that was passed in is deleted.
+
+    Returns:
+        (state, batch) -> (state, metrics), where metrics are the loss's own and `"loss"`.
+
+    Raises:
+        MujaxError: at the first call, if `loss` returns a model state unlike the one it got.
+
+    >>> def loss(params, model_state, batch, key):
+    ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
+    >>> tx = optax.sgd(0.5)
+    >>> step = train_step(loss, tx)
+    >>> state, metrics = step(init_state({"w": jnp.zeros(())}, tx), jnp.ones(4))
+    >>> float(metrics["loss"]), float(state.params["w"])
+    (1.0, 1.0)
+    """
+    return _jitted(_pure_step(loss, tx), donate)
+
+
+def train_scan(
+    loss: Loss, tx: optax.GradientTransformation, *, donate: bool = True, unroll: int = 1
+) -> JittedStep:
+    """Many optimizer steps as one jitted `lax.scan`; otherwise as `train_step`.
+
+    On CPU, XLA runs convolutions inside a loop tens of times slower than outside of one (jax-ml/jax#12868):
+    there, train a convolutional network with `train_step`, or set `unroll` to the number of steps.
+
+    Args:
+        loss: what to minimise; see `Loss`.
+        tx: the optimizer that `init_state` was given.
+        donate: update the state in place; the state that was passed in is deleted.
+        unroll: steps to lay out in one iteration of the compiled loop.
+
+    Returns:
+        (state, batches) -> (state, metrics), where batches and metrics have a leading step axis.
+
+    Raises:
+        MujaxError: at the first call, if `loss` returns a model state unlike the one it got.
+
+    >>> def loss(params, model_state, batch, key):
+    ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
+    >>> tx = optax.sgd(0.25)
+    >>> state, metrics = train_scan(loss, tx)(init_state({"w": jnp.zeros(())}, tx), jnp.ones((3, 4)))
+    >>> metrics["loss"].tolist(), int(state.step)
+    ([1.0, 0.25, 0.0625], 3)
+    """
+    step = _pure_step(loss, tx)
+
+    def scan(state: TrainState, batches: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        return jax.lax.scan(step, state, batches, unroll=unroll)
+
+    return _jitted(scan, donate)

@@ -1,0 +1,75 @@
+"""Trials as runs of TensorBoard: a folder of event files for each, written without TensorFlow."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from mujax.errors import ConfigError
+from mujax.tune._sweep import Trial
+
+
+def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
+    """What `mujax.sweep` and `mujax.tune` take as `finished`: writes each trial into a folder of its own.
+
+    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each look
+    before the end, and `final/...`, all metrics of the end, with its hyperparameters for the tab HParams. Its
+    files are whole when the function returns: there is nothing to close.
+
+    Args:
+        folder: for `tensorboard --logdir`; it is made.
+
+    Raises:
+        ConfigError: the package tensorboardX is missing, or the folder can't be made.
+
+    Example:
+        >>> tune(config, finished=writer("logs"))  # doctest: +SKIP
+    """
+    try:
+        import tensorboardX
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tensorboard: expected the package tensorboardX, but {error.name} is not installed; "
+            'pip install "mujax-mup[tensorboard]".'
+        ) from error
+    path = pathlib.Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"tensorboard: expected a folder to write to, found that {path} is not ({error}); take another."
+        ) from error
+    # A loss that is no number is what diverging means, and worth no line on stderr.
+    logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+
+    def write(trial: Trial) -> None:
+        run = str(path / f"trial-{trial.number:04d}")
+        # The hyperparameters are in a file beside, which may be made in the same second.
+        with tensorboardX.SummaryWriter(run, filename_suffix=".curve") as events:
+            # Here, and not in a folder within, which would be a run of its own.
+            events.add_hparams(_hparams(trial), _metrics(trial), name=".")
+            for step, loss in enumerate(() if trial.curve is None else trial.curve):
+                events.add_scalar("loss", float(loss), step)
+            for step, value in sorted(trial.rungs.items()):
+                events.add_scalar("rungs", value, step)
+
+    return write
+
+
+def _hparams(trial: Trial) -> dict[str, bool | int | float | str]:
+    kinds = (bool, int, float, str)
+    return {name: value if isinstance(value, kinds) else str(value) for name, value in trial.hparams.items()}
+
+
+def _metrics(trial: Trial) -> dict[str, float]:
+    """The objective first, of every trial: TensorBoard takes the columns from one of them."""
+    loss = math.nan if trial.loss is None else trial.loss
+    return {"final/objective": loss, **{f"final/{name}": value for name, value in _finite(trial).items()}}
+
+
+def _finite(trial: Trial) -> dict[str, Any]:
+    return {name: value for name, value in trial.metrics.items() if math.isfinite(value)}

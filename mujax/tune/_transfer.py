@@ -1,0 +1,301 @@
+"""`transfer`: trains the target once with the best hyperparameters of a study, and says what that has saved.
+
+Reference:
+    Yang et al., Tensor Programs V, arXiv 2203.03466, Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
+
+import jax
+import numpy as np
+
+from mujax.errors import ConfigError
+from mujax.train import Group, refuse_untransferable, run_one, transfers
+from mujax.tune._cost import Front, front
+from mujax.tune._sweep import Sweep, Trial
+from mujax.tune._tune import TuneConfig, read_study
+from mujax.tune._width_sweep import Progress, Report, TransferConfig, sweep_widths
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetRun:
+    """One training of the target.
+
+    Attributes:
+        seed: what it depends on.
+        loss: the objective; None where it diverged.
+        metrics: all scalars.
+        curve: loss of every step, as far as it went.
+    """
+
+    seed: int
+    loss: float | None
+    metrics: dict[str, float]
+    curve: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transferred:
+    """The target, trained with the proxy's best.
+
+    Attributes:
+        task: what was trained.
+        study: where the hyperparameters come from.
+        width: the target's.
+        proxy: the proxy's.
+        trial: the study's best trial.
+        hparams: what the target was trained with.
+        not_transferred: hyperparameters that do not transfer by the paper's Table 1, and what was done:
+            `"set"` by the user, or `"taken"` from the proxy all the same, as asked.
+        objective: the metric.
+        runs: one for each seed.
+        steps: of each run.
+        tuning_flops: operations of all trials of the study; None where they can't be told.
+        run_flops: operations of one run of the target.
+        direct_flops: operations of the same search at the target.
+        proxy_front: what the search would have found with fewer trials, at the proxy; None where nothing was
+            found or operations can't be told.
+        params: the parameters of the first seed after training, a tree of dicts by path.
+    """
+
+    task: str
+    study: str | None
+    width: int
+    proxy: int
+    trial: Trial
+    hparams: dict[str, Any]
+    not_transferred: dict[str, str]
+    objective: str
+    runs: tuple[TargetRun, ...]
+    steps: int
+    tuning_flops: float | None
+    run_flops: float | None
+    direct_flops: float | None
+    proxy_front: Front | None
+    params: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def loss(self) -> float | None:
+        """The objective, the mean over seeds; None where one diverged."""
+        losses = [run.loss for run in self.runs]
+        known = [loss for loss in losses if loss is not None]
+        return statistics.fmean(known) if len(known) == len(losses) else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of that mean; None with a single seed or where one diverged."""
+        losses = [run.loss for run in self.runs if run.loss is not None]
+        if len(losses) < max(2, len(self.runs)):
+            return None
+        return statistics.stdev(losses) / math.sqrt(len(losses))
+
+    @property
+    def saved(self) -> float | None:
+        """How many times less the tuning has cost than at the target."""
+        if not self.tuning_flops or self.direct_flops is None:
+            return None
+        return self.direct_flops / self.tuning_flops
+
+    def to_json(self) -> str:
+        """As strict JSON text: null, never NaN."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del fields["params"], fields["trial"], fields["runs"], fields["proxy_front"]
+        runs = [dataclasses.asdict(run) for run in self.runs]
+        for run in runs:
+            run["curve"] = [loss if math.isfinite(loss) else None for loss in run["curve"]]
+            run["metrics"] = {name: value for name, value in run["metrics"].items() if math.isfinite(value)}
+        text = {
+            **fields,
+            "trial": self.trial.number,
+            "proxy_loss": self.trial.loss,
+            "loss": self.loss,
+            "standard_error": self.standard_error,
+            "saved": self.saved,
+            "runs": runs,
+            "proxy_front": None if self.proxy_front is None else dataclasses.asdict(self.proxy_front),
+        }
+        return json.dumps(text, indent=1, allow_nan=False) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetProgress:
+    """How far the target's training is.
+
+    Attributes:
+        seed: of the run under way.
+        step: steps taken of it.
+        steps: of each run.
+        work_done: of all runs, from 0 to 1.
+        loss: the latest; None before the first look.
+    """
+
+    seed: int
+    step: int
+    steps: int
+    work_done: float
+    loss: float | None
+
+
+@overload
+def transfer(
+    config: TransferConfig | None = None, *, progress: Callable[[Progress], None] | None = None
+) -> Report: ...
+
+
+@overload
+def transfer(
+    config: TuneConfig,
+    *,
+    width: int | None = None,
+    seeds: int = 1,
+    steps: int | None = None,
+    batch: int | None = None,
+    also: Sequence[str] = (),
+    fixed: Mapping[str, Any] | None = None,
+    progress: Callable[[TargetProgress], None] | None = None,
+) -> Transferred: ...
+
+
+def transfer(
+    config: TransferConfig | TuneConfig | None = None,
+    *,
+    width: int | None = None,
+    seeds: int = 1,
+    steps: int | None = None,
+    batch: int | None = None,
+    also: Sequence[str] = (),
+    fixed: Mapping[str, Any] | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> Report | Transferred:
+    """Trains the target once with the best hyperparameters of the proxy's study.
+
+    With a `TransferConfig`, or nothing, it shows µTransfer instead: one grid of learning rates at several
+    widths in two parametrizations; see `mujax.tune.sweep_widths`.
+
+    Hyperparameters of the optimizer, initial values and multipliers transfer across width. Regularisation
+    does not, nor do batch size, steps and depth, which are scales themselves, nor does what nothing is known
+    of: where the study has tuned one of these it has to be named in `also` or `fixed`.
+
+    Args:
+        config: what was tuned, with the study's name and storage.
+        width: of the target; the task's own by default.
+        seeds: trainings of the target, to tell how much chance is in it.
+        steps: of a training; the proxy's by default.
+        batch: examples a step; the proxy's by default.
+        also: hyperparameters that do not transfer and are to be taken from the proxy all the same.
+        fixed: hyperparameters with values of the target's own.
+        progress: called at each rung.
+
+    Raises:
+        ConfigError: no such study, a study with other settings, or a hyperparameter that does not transfer.
+        StudyError: a database that can't be used.
+        MujaxError: as `mup_init` does.
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Algorithm 1, Tables 1 and 2.
+    """
+    if config is None or isinstance(config, TransferConfig):
+        return sweep_widths(config, progress=progress)
+    return _train_target(
+        config, width, seeds, steps, batch, tuple(also), dict(fixed or {}), progress or (lambda _: None)
+    )
+
+
+def _train_target(
+    config: TuneConfig,
+    width: int | None,
+    seeds: int,
+    steps: int | None,
+    batch: int | None,
+    also: tuple[str, ...],
+    fixed: dict[str, Any],
+    progress: Callable[[TargetProgress], None],
+) -> Transferred:
+    target = config.target if width is None else width
+    if target is None or target < 1:
+        raise ConfigError(f"width: expected the target's width, got {target}; pass --width, or width=.")
+    if seeds < 1:
+        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+    study = read_study(config)
+    best = study.best
+    if best is None:
+        raise ConfigError(
+            f"study: expected a trial in {config.study!r} that came to its end, found {len(study.trials)} "
+            "that did not; run mujax tune with lower learning rates."
+        )
+    tuned = set(best.hparams)
+    for name in also:
+        if name not in tuned:
+            raise ConfigError(f"also: expected hyperparameters that the study tuned, got {name!r}.")
+    refuse_untransferable(best.hparams, (*also, *fixed))
+    settled = {name: "set" if name in fixed else "taken" for name in best.hparams if not transfers(name)}
+    hparams = {**config.all_fixed, **best.hparams, **fixed}
+    job = config.training(target, steps=steps, batch=batch)
+    floats = {name for name, value in hparams.items() if isinstance(value, float) and name not in job.static}
+    static = {name: value for name, value in hparams.items() if name not in floats}
+    # A single lane is a loop of one.
+    group = Group(job, static, mode="loop", devices=jax.local_devices()[:1])
+    traced = {name: hparams[name] for name in sorted(floats)}
+    runs: list[TargetRun] = []
+    params: Any = None
+    for number, seed in enumerate(range(config.seed, config.seed + seeds)):
+
+        def look(step: int, metrics: Mapping[str, Any], number: int = number, seed: int = seed) -> bool:
+            done = (number + step / group.steps) / seeds
+            loss = float(metrics["loss"]) if "loss" in metrics else None
+            progress(TargetProgress(seed, step, group.steps, done, loss))
+            return loss is None or math.isfinite(loss)
+
+        look(0, {})
+        rungs = [round(group.steps * rung / config.rungs) for rung in range(1, config.rungs)]
+        state, metrics = run_one(group, traced, jax.random.key(seed), rungs=rungs, watch=look)
+        runs.append(_target_run(seed, metrics, config.objective))
+        if number == 0:
+            params = jax.tree.map(np.asarray, state["train"].params)
+    direct = None
+    if group.flops is not None and study.flops is not None and best.flops:
+        # Trials that were given up half way, or were smaller than the best, would be so at the target.
+        direct = study.flops / (best.flops / study.seeds) * group.flops
+    return Transferred(
+        task=config.name,
+        study=config.study,
+        width=target,
+        proxy=config.proxy,
+        trial=best,
+        hparams=hparams,
+        not_transferred=settled,
+        objective=config.objective,
+        runs=tuple(runs),
+        steps=group.steps,
+        tuning_flops=study.flops,
+        run_flops=group.flops,
+        direct_flops=direct,
+        proxy_front=_proxy_front(study),
+        params=params,
+    )
+
+
+def _target_run(seed: int, metrics: Mapping[str, Any], objective: str) -> TargetRun:
+    scalars = {
+        name: float(value) for name, value in metrics.items() if np.shape(value) == () and name != "diverged"
+    }
+    value = scalars.get(objective, math.nan)
+    diverged = bool(metrics.get("diverged", True)) or not math.isfinite(value)
+    curve = tuple(map(float, metrics.get("curve", ())))
+    return TargetRun(seed, None if diverged else value, scalars, curve)
+
+
+def _proxy_front(study: Sweep) -> Front | None:
+    flops = [trial.flops for trial in study.trials]
+    known = [spent for spent in flops if spent is not None]
+    losses = [None if trial.pruned else trial.loss for trial in study.trials]
+    if len(known) < len(flops) or all(loss is None for loss in losses):
+        return None
+    return front(losses, known)
