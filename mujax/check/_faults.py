@@ -17,7 +17,7 @@ from typing import Final, Literal
 import numpy as np
 
 from mujax import rules
-from mujax.check._measure import Measured, Subject, hook_factor, inserted_factor, site_factor
+from mujax.check._measure import Measured, Subject, inserted_factor, insertion_factor, site_factor
 from mujax.check._optimizer_response import Response
 from mujax.check._taps import Tap, chain
 from mujax.core import MupModel
@@ -283,7 +283,7 @@ def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: floa
     out = []
     for site, corrections in replay.corrections.items():
         wanted = math.prod(one.factor for one in corrections if one.kind == "scale")
-        applied = hook_factor(wide, site) / hook_factor(narrow, site)
+        applied = insertion_factor(wide, site) / insertion_factor(narrow, site)
         off = math.log2(applied / wanted) / octaves
         if site not in counted and wanted != 1 and abs(off) > _EXACT:
             out.append(fault(corrections[0].where, "constant", off, 0.0, corrections[0].where))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from mujax.check._taps import Tap, downstream
 from mujax.core import Replay
-from mujax.core.program import EqnPath, _evaluate as forward
+from mujax.core.program import EqnPath, Insertion, Record
 from mujax.spec import leaf_path
 from mujax.train import effort
 
@@ -236,29 +236,29 @@ def _later_factor(replay: Replay, tap: Tap) -> float:
     """What the constants behind a tap, inserted and the user's own, multiply it with."""
     if tap.site is None:
         return 1.0
-    inserted = {site: _constant(hook) for site, hook in replay.hooks.items()}
+    inserted = {site: _constant(insertion) for site, insertion in replay.insertions.items()}
     return downstream(replay.program, replay.analysis, inserted, tap.site)
 
 
-def _constant(hook: forward.Hook | None) -> float:
-    factors = hook.factors if isinstance(hook, forward.Multiply) else ()
+def _constant(insertion: Insertion | None) -> float:
+    factors = insertion.factors if insertion else ()
     return float(np.prod([float(factor) for factor in factors]))
 
 
 def site_factor(subject: Subject, tap: Tap) -> float:
     """All constants between the product at a tap and what is done with it: inserted and the user's own."""
-    own = 1.0 if tap.site is None else hook_factor(subject, tap.site)
+    own = 1.0 if tap.site is None else insertion_factor(subject, tap.site)
     return own * _later_factor(subject.replay, tap)
 
 
-def hook_factor(subject: Subject, site: EqnPath) -> float:
+def insertion_factor(subject: Subject, site: EqnPath) -> float:
     """The constant that is inserted at a place."""
-    return _constant(subject.replay.hooks.get(site))
+    return _constant(subject.replay.insertions.get(site))
 
 
 def inserted_factor(subject: Subject, tap: Tap) -> float:
     """The inserted constants alone."""
-    bare = subject._replace(replay=dataclasses.replace(subject.replay, hooks={}))
+    bare = subject._replace(replay=dataclasses.replace(subject.replay, insertions={}))
     return site_factor(subject, tap) / site_factor(bare, tap)
 
 
@@ -277,7 +277,7 @@ def _mean(x: Any) -> Any:
     return jnp.mean(jnp.abs(x), dtype=jnp.float32)
 
 
-def _by_weights(replay: Replay, tap: Tap, old: forward.Record, new: forward.Record) -> Any:
+def _by_weights(replay: Replay, tap: Tap, old: Record, new: Record) -> Any:
     """The equation once more, with the change of its parameters in their place: (W - W_0) x."""
     assert tap.site is not None
     eqn = replay.equation(tap.site)
@@ -293,8 +293,8 @@ def _by_weights(replay: Replay, tap: Tap, old: forward.Record, new: forward.Reco
     for _ in range(replay.loops(tap.site)):
         run = jax.vmap(run)
     out = run(*operands)
-    hook = replay.hooks.get(tap.site)
-    return out if hook is None else hook(out)
+    insertion = replay.insertions.get(tap.site)
+    return out if insertion is None else insertion.times_factors(out)
 
 
 def _of_leaves(tree: PyTree) -> Float[Array, " leaves"]:

@@ -15,7 +15,23 @@ from typing import Any, Literal, NamedTuple
 
 from jax.extend import core as jex
 
-from mujax.core.program import SUBPROGRAMS, EqnPath, _evaluate as forward, scope, where
+from mujax.core.program import (
+    IDENTITIES,
+    PRODUCTS,
+    RESHAPES,
+    ClosedJaxpr,
+    EqnPath,
+    Jaxpr,
+    JaxprEqn,
+    Var,
+    equation_at,
+    equations,
+    program_at,
+    scope,
+    subprograms,
+    tappable,
+    where,
+)
 from mujax.core.trace import Analysis, Operand, Use, read
 from mujax.spec import ParamSpec
 
@@ -61,18 +77,18 @@ class Tap:
 
 
 def find_taps(
-    program: Any, analysis: Analysis, params: Mapping[str, ParamSpec], outputs: Sequence[str]
+    program: ClosedJaxpr, analysis: Analysis, params: Mapping[str, ParamSpec], outputs: Sequence[str]
 ) -> tuple[Tap, ...]:
     """The taps of a program, in its order.
 
     Args:
-        program: the target's `ClosedJaxpr`.
+        program: the target's program.
         analysis: what base and target say; they must differ in width, so that growing axes are known.
         params: the parameters, whose shapes tell which axes of them grow.
         outputs: names of the outputs to read.
     """
     found: dict[EqnPath, Tap] = {}
-    eqns = dict(_equations(program))
+    eqns = dict(equations(program))
     uses: dict[EqnPath, list[Use]] = collections.defaultdict(list)
     for of_param in analysis.uses.values():
         for use in of_param:
@@ -96,7 +112,7 @@ def find_taps(
     taps = [
         found[site]
         for site in sorted(found, key=order.__getitem__)
-        if forward.tappable(program, site) and not isinstance(eqns[site].outvars[0], jex.DropVar)
+        if tappable(program, site) and not isinstance(eqns[site].outvars[0], jex.DropVar)
     ]
     taps += [
         Tap(name, "output", None, "the model's output", output=number) for number, name in enumerate(outputs)
@@ -104,11 +120,11 @@ def find_taps(
     return tuple(_with_unique_names(taps))
 
 
-_BILINEAR = frozenset({"dot_general", "conv_general_dilated", "mul"})
+_BILINEAR = PRODUCTS | {"mul"}
 _LINEAR = frozenset({"add", "sub", "gather", "dynamic_slice", *_BILINEAR})
 
 
-def _module(eqn: Any) -> str:
+def _module(eqn: JaxprEqn) -> str:
     """The module path, without the model's own name in front and an einsum's formula behind."""
     _, *parts = scope(eqn).split("/")
     return "/".join(part for part in parts if "->" not in part and "jit(" not in part)
@@ -127,7 +143,7 @@ def _kind(uses: Sequence[Use], params: Mapping[str, ParamSpec]) -> TapKind | Non
     return None
 
 
-def _param_operand(eqn: Any, operands: Sequence[Operand]) -> int:
+def _param_operand(eqn: JaxprEqn, operands: Sequence[Operand]) -> int:
     """Which operand is made of parameters, where the output is linear in it; else -1."""
     mine = [number for number, operand in enumerate(operands) if operand.kind == "param"]
     if eqn.primitive.name not in _LINEAR or len(mine) != 1:
@@ -146,43 +162,22 @@ def _with_unique_names(taps: Sequence[Tap]) -> Iterator[Tap]:
             yield dataclasses.replace(tap, name=f"{tap.name} #{seen[tap.name]}")
 
 
-def _equations(program: Any, site: EqnPath = ()) -> Iterator[tuple[EqnPath, Any]]:
-    """Every equation of a program and of the programs inside of it, with its place."""
-    jaxpr = getattr(program, "jaxpr", program)
-    for index, eqn in enumerate(jaxpr.eqns):
-        here = (*site, index)
-        yield here, eqn
-        for name, inner in _inside(eqn):
-            yield from _equations(inner, (*here, name))
-
-
-def _inside(eqn: Any) -> Iterator[tuple[str, Any]]:
-    """The programs that an equation runs, by the name under which it holds them."""
-    for name in SUBPROGRAMS:
-        inner = eqn.params.get(name)
-        if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-            yield name, inner
-
-
 # ---- norms -----------------------------------------------------------------------------------------
 
-_RELAYS = frozenset(
-    {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type", "copy", "transpose"}
-)
+_RELAYS = RESHAPES | IDENTITIES | {"convert_element_type"}
 
 
-def _norms(program: Any, analysis: Analysis, site: EqnPath = ()) -> Iterator[tuple[EqnPath, int]]:
+def _norms(program: ClosedJaxpr, analysis: Analysis, site: EqnPath = ()) -> Iterator[tuple[EqnPath, int]]:
     """Where an activation is multiplied by the reciprocal root of a statistic, or divided by the root.
 
     Yields:
         The place, and which operand is the activation.
     """
-    jaxpr = getattr(program, "jaxpr", program)
-    roots: dict[Any, str] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
+    roots: dict[Var, str] = {}
+    for index, eqn in enumerate(program.jaxpr.eqns):
         here = (*site, index)
-        for name, inner in _inside(eqn):
-            yield from _norms(inner, analysis, (*here, name))
+        for inner in subprograms(eqn):
+            yield from _norms(inner.program, analysis, (*here, inner.step))
         operands = analysis.operands.get(here, ())
         name, atoms = eqn.primitive.name, eqn.invars
         from_root = [None if isinstance(atom, jex.Literal) else roots.get(atom) for atom in atoms]
@@ -205,7 +200,9 @@ def _norms(program: Any, analysis: Analysis, site: EqnPath = ()) -> Iterator[tup
 # ---- the user's own constants ----------------------------------------------------------------------
 
 
-def downstream(program: Any, analysis: Analysis, factors: Mapping[EqnPath, float], site: EqnPath) -> float:
+def downstream(
+    program: ClosedJaxpr, analysis: Analysis, factors: Mapping[EqnPath, float], site: EqnPath
+) -> float:
     """The constants that the output of an equation is multiplied with before anything else is done to it.
 
     A µP written by hand divides logits after the readout's product, and after its bias: what counts is
@@ -240,7 +237,7 @@ class Step(NamedTuple):
     product: bool = False
 
 
-def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
+def chain(program: ClosedJaxpr, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
     """The equations that an output goes through one after the other, for as long as they only scale it.
 
     The last one is the product that it goes into, if that is what ends the chain.
@@ -251,7 +248,7 @@ def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
         site: the place of the equation.
     """
     products = {product.site for product in analysis.products}
-    jaxpr = forward.around(program, site)
+    jaxpr = program_at(program, site).jaxpr
     out = jaxpr.eqns[int(site[-1])].outvars[0]
     while True:
         readers = _readers(jaxpr).get(out, [])
@@ -260,10 +257,9 @@ def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
         (index,) = readers
         if index == _OUTPUT:
             site = site[:-2]
-            if not site or forward.at(program, site).primitive.name not in _CALLS:
+            if not site or subprograms(caller := equation_at(program, site))[0].kind != "call":
                 return
-            caller = forward.at(program, site)
-            out, jaxpr = caller.outvars[jaxpr.outvars.index(out)], forward.around(program, site)
+            out, jaxpr = caller.outvars[jaxpr.outvars.index(out)], program_at(program, site).jaxpr
             continue
         site = (*site[:-1], index)
         if site in products:
@@ -278,11 +274,10 @@ def chain(program: Any, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
 
 
 _OUTPUT = -1
-_CALLS = frozenset({"jit", "remat2", "custom_jvp_call", "closed_call", "core_call"})
 
 
 @functools.lru_cache(maxsize=64)
-def _readers(jaxpr: Any) -> Mapping[Any, Sequence[int]]:
+def _readers(jaxpr: Jaxpr) -> Mapping[Var, Sequence[int]]:
     """Which equations read each variable, by index; `_OUTPUT` for the program's own outputs."""
     readers: dict[Any, list[int]] = collections.defaultdict(list)
     for index, atoms in [*enumerate(eqn.invars for eqn in jaxpr.eqns), (_OUTPUT, jaxpr.outvars)]:
@@ -292,7 +287,7 @@ def _readers(jaxpr: Any) -> Mapping[Any, Sequence[int]]:
     return readers
 
 
-def _constant_step(eqn: Any, position: int, operands: Sequence[Operand]) -> float | None:
+def _constant_step(eqn: JaxprEqn, position: int, operands: Sequence[Operand]) -> float | None:
     name = eqn.primitive.name
     if name in _RELAYS or name == "neg":
         return 1.0

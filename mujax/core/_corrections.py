@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from mujax import rules
 from mujax.core.depth import Branches, Depth, find_branches, power_of_fix
 from mujax.core.frontends import Call
-from mujax.core.program import EqnPath, _evaluate as forward
+from mujax.core.program import ClosedJaxpr, EqnPath, blocked, loses_derivative
 from mujax.core.trace import Analysis, Finding, Use, analyse, read, telling
 from mujax.errors import DepthError, MujaxError, RoleError
 from mujax.spec import MupSpec, Parametrization, ParamSpec
@@ -77,8 +77,8 @@ def read_call(
     spec: MupSpec,
     off: frozenset[Kind],
     stored: Mapping[str, float],
-    base: Any,
-    program: Any,
+    base: ClosedJaxpr,
+    program: ClosedJaxpr,
     call: Call,
     depth: Depth | None = None,
 ) -> Reading:
@@ -123,7 +123,7 @@ def read_call(
     out: dict[EqnPath, tuple[Correction, ...]] = {}
     for site, corrections in found.items():
         kept = tuple(correction for correction in corrections if correction.kind not in off)
-        block = forward.blocked(program, site) if kept else None
+        block = blocked(program, site) if kept else None
         if block is not None:
             findings.append(
                 Finding(
@@ -135,7 +135,7 @@ def read_call(
                 )
             )
             continue
-        if kept and forward.loses_derivative(program, site):
+        if kept and loses_derivative(program, site):
             findings.append(
                 Finding(
                     "own derivative",

@@ -26,7 +26,7 @@ from mujax.core.depth import (
     scanned_layers,
 )
 from mujax.core.frontends import Call, Frontend, Initial, frontend, shrink
-from mujax.core.program import EqnPath, _evaluate as forward
+from mujax.core.program import ClosedJaxpr, EqnPath, Insertion, evaluate
 from mujax.core.trace import Analysis, Finding, Use, analyse, read, read_constants, read_scales, resolve
 from mujax.errors import (
     AuditError,
@@ -281,20 +281,20 @@ class MupModel:
         if not self._may_correct:
             if not entry:
                 return self._target.finish(variables, call.function(*call.leaves))
-            hooks: dict[EqnPath, forward.Hook] = {}
+            insertions: dict[EqnPath, Insertion] = {}
             program, shape = _trace(call)
         else:
             twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
             base, _ = _trace(twin)
             program, shape = _trace(call)
-            hooks = self._hooks(
+            insertions = self._insertions(
                 read_call(self.spec, self._off, self._stored, base, program, call, self._depth)
             )
         leaves = [
             leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
             for position, leaf in enumerate(call.leaves)
         ]
-        outs = forward.evaluate(program, leaves, hooks)
+        outs = evaluate(program, leaves, insertions)
         return self._target.finish(variables, jax.tree.unflatten(jax.tree.structure(shape), outs))
 
     def with_multipliers(
@@ -340,7 +340,7 @@ class MupModel:
             program=program,
             call=call,
             result=self._result,
-            hooks=self._hooks(self._reading),
+            insertions=self._insertions(self._reading),
             entry=self._entry(call),
             variables=lambda key: self._target.leaves(self.init(key)),
             inputs=self._inputs,
@@ -391,7 +391,7 @@ class MupModel:
         grows = any(param.shape != param.base_shape or param.depth != 1 for param in self.spec.values())
         return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
 
-    def _hooks(self, reading: Reading) -> dict[EqnPath, forward.Hook]:
+    def _insertions(self, reading: Reading) -> dict[EqnPath, Insertion]:
         factors: dict[EqnPath, list[Any]] = {}
         branches: dict[EqnPath, tuple[int, float]] = {}
         for site, corrections in reading.corrections.items():
@@ -406,7 +406,7 @@ class MupModel:
             for site in reading.knobs[name]:
                 factors.setdefault(site, []).append(value)
         return {
-            site: forward.Multiply(
+            site: Insertion(
                 tuple(factors.get(site, ())), reading.analysis.activations.get(site), branches.get(site)
             )
             for site in dict.fromkeys((*factors, *branches))
@@ -564,7 +564,7 @@ def _concrete(tree: Any) -> Any:
     )
 
 
-def _trace(call: Call) -> tuple[Any, Any]:
+def _trace(call: Call) -> tuple[ClosedJaxpr, Any]:
     return jax.make_jaxpr(call.function, return_shape=True)(*call.leaves)
 
 

@@ -15,7 +15,16 @@ from jaxtyping import Array, Key, PyTree
 
 from mujax.core._corrections import Correction
 from mujax.core.frontends import Call
-from mujax.core.program import EqnPath, _evaluate as forward
+from mujax.core.program import (
+    ClosedJaxpr,
+    EqnPath,
+    Insertions,
+    JaxprEqn,
+    Records,
+    enclosing_primitives,
+    equation_at,
+    evaluate_and_record,
+)
 from mujax.core.trace import Analysis
 from mujax.errors import ShapeMismatchError
 
@@ -28,22 +37,22 @@ class Replay:
     call makes of it is dropped.
 
     Attributes:
-        program: the call's `ClosedJaxpr`.
+        program: the traced call.
         call: what its flat inputs are.
         result: what the call's function returns, as shapes.
-        hooks: the factors of the forward pass.
+        insertions: the factors of the forward pass.
         entry: factors of parameters, by position.
         variables: key -> flat variables.
         inputs: the example inputs.
         analysis: what is known of the program.
-        corrections: what the hooks are for, by place.
+        corrections: what the insertions are for, by place.
         knobs: the places that the multipliers turn, by the multiplier's name.
     """
 
-    program: Any
+    program: ClosedJaxpr
     call: Call
     result: Any
-    hooks: forward.Hooks
+    insertions: Insertions
     entry: Mapping[int, float]
     variables: Callable[[Key[Array, ""]], list[Any]]
     inputs: tuple[Any, ...]
@@ -71,7 +80,7 @@ class Replay:
         *,
         key: Key[Array, ""] | None = None,
         taps: Collection[EqnPath] = (),
-    ) -> tuple[Any, forward.Records]:
+    ) -> tuple[Any, Records]:
         """The model's output.
 
         Args:
@@ -98,16 +107,16 @@ class Replay:
             leaf = _at(params, path)
             factor = self.entry.get(position)
             leaves[position] = leaf if factor is None else leaf * jnp.asarray(factor, leaf.dtype)
-        outs, records = forward.evaluate_and_record(self.program, leaves, self.hooks, taps)
+        outs, records = evaluate_and_record(self.program, leaves, self.insertions, taps)
         return self.call.output(jax.tree.unflatten(jax.tree.structure(self.result), outs)), records
 
-    def equation(self, site: EqnPath) -> Any:
+    def equation(self, site: EqnPath) -> JaxprEqn:
         """The equation at a place."""
-        return forward.at(self.program, site)
+        return equation_at(self.program, site)
 
     def loops(self, site: EqnPath) -> int:
         """How many scans are around a place."""
-        return forward.enclosing(self.program, site).count("scan")
+        return enclosing_primitives(self.program, site).count("scan")
 
     def output(self) -> Any:
         """The shapes of what the model returns."""

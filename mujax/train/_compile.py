@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Final
 
 import jax
+
+from mujax.core.program import ClosedJaxpr, equations
 
 # On a CPU, a program that runs fewer operations than this in all takes longer to optimise than to run:
 # measured for MLPs and Transformers of 64 to 2048 units on two cores.
@@ -21,18 +22,11 @@ def effort(lowered: jax.stages.Lowered, runs: float) -> dict[str, str | bool]:
     return {"xla_backend_optimization_level": "0"} if little else {}
 
 
-def steps_in_python(program: Any) -> bool:
+def steps_in_python(program: ClosedJaxpr) -> bool:
     """Whether a step is compiled and not the whole run: XLA on CPU is slow at convolutions inside of a loop.
 
     Reference: jax-ml/jax#12868.
     """
-    return jax.default_backend() == "cpu" and "conv_general_dilated" in _primitives(program)
-
-
-def _primitives(program: Any) -> Iterator[str]:
-    jaxpr = getattr(program, "jaxpr", program)
-    for eqn in jaxpr.eqns:
-        yield eqn.primitive.name
-        for inner in jax.tree.leaves(dict(eqn.params), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
-                yield from _primitives(inner)
+    return jax.default_backend() == "cpu" and any(
+        eqn.primitive.name == "conv_general_dilated" for _, eqn in equations(program)
+    )

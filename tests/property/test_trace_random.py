@@ -16,7 +16,7 @@ import numpy as np
 from hypothesis import HealthCheck, event, given, settings, strategies as st
 from jax import lax
 
-from mujax.core.program import _evaluate as forward
+from mujax.core.program import Insertion, evaluate
 from mujax.core.trace import analyse
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._primitives import PRIMITIVES
@@ -212,8 +212,8 @@ def test_what_is_put_right_is_of_one_size_at_every_width(steps):
             params = dict(enumerate(PARAMS, start=1))
             analysis = analyse(base, target, params)
             found.append(bool(analysis.findings))
-            hooks = {fix.site: lambda out, f=fix.factor: out * f for fix in analysis.fixes}
-            (out,) = forward.evaluate(target, arguments(width), hooks)
+            insertions = {fix.site: Insertion((fix.factor,)) for fix in analysis.fixes}
+            (out,) = evaluate(target, arguments(width), insertions)
             values.append(float(jnp.mean(out)))
         event(f"findings: {found[-1]}")
         if not any(found):

@@ -7,7 +7,7 @@ identity there and hooked at the product, it must equal the function with the fa
 import collections
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +16,17 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
-from jax.extend import core as jex
 
 import mujax
-from mujax.core.program import _evaluate as forward
+from mujax.core.program import (
+    ClosedJaxpr,
+    EqnPath,
+    Insertion,
+    blocked,
+    equation_at,
+    equations,
+    evaluate,
+)
 
 FACTOR = 2.5
 X = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
@@ -36,30 +43,22 @@ def times(out):
     return out * jnp.asarray(FACTOR, out.dtype)
 
 
-def sites(
-    program: Any, primitive: str = "dot_general", prefix: forward.EqnPath = ()
-) -> Iterator[forward.EqnPath]:
+TIMES = Insertion((FACTOR,))
+
+
+def sites(program: ClosedJaxpr, primitive: str = "dot_general") -> list[EqnPath]:
     """Where a program has a primitive, at any depth, as the evaluator addresses it."""
-    jaxpr = getattr(program, "jaxpr", program)
-    for index, eqn in enumerate(jaxpr.eqns):
-        if eqn.primitive.name == primitive:
-            yield (*prefix, index)
-        for name, inner in eqn.params.items():
-            many = inner if isinstance(inner, tuple | list) else [inner]
-            for number, one in enumerate(many):
-                if isinstance(one, jex.Jaxpr | jex.ClosedJaxpr):
-                    step = f"{name}:{number}" if isinstance(inner, tuple | list) else name
-                    yield from sites(one, primitive, (*prefix, index, step))
+    return [site for site, eqn in equations(program) if eqn.primitive.name == primitive]
 
 
 def hooked(function: Callable, *args: Any, primitive: str = "dot_general") -> Callable:
     """The function evaluated from its trace, with the factor after each of its products."""
     program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    hooks = dict.fromkeys(sites(program, primitive), times)
-    assert hooks
+    insertions = dict.fromkeys(sites(program, primitive), TIMES)
+    assert insertions
 
     def run(*args):
-        flat = forward.evaluate(program, jax.tree.leaves(args), hooks)
+        flat = evaluate(program, jax.tree.leaves(args), insertions)
         return jax.tree.unflatten(jax.tree.structure(shape), flat)
 
     return run
@@ -238,8 +237,8 @@ def test_only_the_equations_that_are_named_are_changed():
 
     program = jax.make_jaxpr(functools.partial(function, identity, identity))(X, K)
     first, second = sites(program)
-    (only_first,) = forward.evaluate(program, [X, K], {first: times})
-    (only_second,) = forward.evaluate(program, [X, K], {second: times})
+    (only_first,) = evaluate(program, [X, K], {first: TIMES})
+    (only_second,) = evaluate(program, [X, K], {second: TIMES})
     _same(only_first, function(times, identity, X, K))
     _same(only_second, function(identity, times, X, K))
     assert _differ(only_first, only_second)
@@ -247,7 +246,7 @@ def test_only_the_equations_that_are_named_are_changed():
 
 def test_no_hooks_is_the_program_itself():
     program = jax.make_jaxpr(functools.partial(_nested, identity))(X, K)
-    ours = jax.tree.leaves(jax.jit(lambda x, k: forward.evaluate(program, [x, k], {}))(X, K))
+    ours = jax.tree.leaves(jax.jit(lambda x, k: evaluate(program, [x, k], {}))(X, K))
     _same(ours, jax.tree.leaves(jax.jit(functools.partial(_nested, identity))(X, K)))
 
 
@@ -259,7 +258,7 @@ def test_hooks_may_hold_traced_values():
     @jax.jit
     @jax.vmap
     def sweep(factor):
-        return forward.evaluate(program, [X, K], {site: lambda out: out * factor})[0]
+        return evaluate(program, [X, K], {site: Insertion((factor,))})[0]
 
     outs = sweep(jnp.array([1.0, FACTOR]))
     _same(outs[0], _scan(identity, X, K)[0])
@@ -392,10 +391,7 @@ def test_precision_and_accumulation_are_kept():
         found = [(program, site) for site in sites(program)]
         out = []
         for program, site in found:
-            jaxpr, *steps = program.jaxpr, *site
-            while len(steps) > 1:
-                jaxpr = jaxpr.eqns[steps.pop(0)].params[steps.pop(0)].jaxpr
-            eqn = jaxpr.eqns[steps[0]]
+            eqn = equation_at(program, site)
             out.append((eqn.params["precision"], eqn.params["preferred_element_type"]))
         return out
 
@@ -419,16 +415,16 @@ _own_derivative.defvjp(
 def test_a_hook_inside_of_a_custom_vjp_is_an_error():
     program = jax.make_jaxpr(lambda x, k: _own_derivative(x, k))(X, K)
     (site,) = sites(program)
-    assert forward.blocked(program, site) == "custom_vjp_call"
+    assert blocked(program, site) == "custom_vjp_call"
     with pytest.raises(mujax.MujaxError) as caught:
-        forward.evaluate(program, [X, K], {site: times})
+        evaluate(program, [X, K], {site: TIMES})
     text = str(caught.value)
     assert re.match(
         r"tests/unit/test_forward\.py:\d+: expected the correction to stand outside of custom_vjp_call", text
     )
     assert "move the product out of it" in text
     # On its result, a hook is fine.
-    (out,) = forward.evaluate(program, [X, K], {site[:1]: times})
+    (out,) = evaluate(program, [X, K], {site[:1]: TIMES})
     _same(out, times(X @ K))
 
 
@@ -440,7 +436,7 @@ def test_a_derivative_of_the_users_own_beside_a_hook_is_kept():
     site = next(site for site in sites(program) if len(site) == 1)
 
     def ours(x):
-        return 9 * forward.evaluate(program, [x, K], {site: times})[0].sum()
+        return 9 * evaluate(program, [x, K], {site: TIMES})[0].sum()
 
     def by_hand(x):
         return 9 * (_own_derivative(x, K) + jnp.sin(times(x @ K))).sum()

@@ -12,14 +12,14 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Shaped
 
-from mujax.core.depth._graph import Graph, Node, bits, shape_of
-from mujax.core.program import EqnPath, where
+from mujax.core.depth._graph import Graph, Node, bits
+from mujax.core.program import ClosedJaxpr, EqnPath, JaxprEqn, checkpoint_label, dtype_of, shape_of, where
 from mujax.errors import DepthError
 
 MARK: Final = "mujax.residual_branch"
@@ -87,7 +87,7 @@ class Branch:
     repeats: int
     constants: tuple[float, ...]
     nodes: int
-    eqn: Any
+    eqn: JaxprEqn
     tolerance: float
 
     @property
@@ -125,23 +125,23 @@ class Branches:
         return sum(branch.repeats for branch in self.found)
 
 
-def scanned_layers(program: Any, params: Mapping[int, str]) -> dict[str, frozenset[int]]:
+def scanned_layers(program: ClosedJaxpr, params: Mapping[int, str]) -> dict[str, frozenset[int]]:
     """Axes of parameters that a scan over layers strips: it carries an activation through their products.
 
     Args:
-        program: a `ClosedJaxpr`.
+        program: the traced call.
         params: which of its inputs are parameters: position -> path.
     """
     return Graph.of(program, params).layers()
 
 
 def find_branches(
-    program: Any, params: Mapping[int, str], residual: Sequence[str] = (), *, part: bool = False
+    program: ClosedJaxpr, params: Mapping[int, str], residual: Sequence[str] = (), *, part: bool = False
 ) -> Branches:
     """Finds the residual branches of a program.
 
     Args:
-        program: a `ClosedJaxpr`.
+        program: the traced call.
         params: which of its inputs are parameters: position -> path.
         residual: globs of module scopes or of parameters that make up the branches; all others are none then.
         part: whether the program may be a part of the model, which some globs do not match.
@@ -390,7 +390,7 @@ class _Search:
 
     def _projected(self, total: _Sum) -> int | None:
         """The branch of a sum whose other side is a projection shortcut: one product and no way around."""
-        if len(total.splits) != 1 or self.graph.nodes[total.node].eqn.primitive.name not in _ADDS:
+        if len(total.splits) != 1 or self._addition(total.node).primitive.name not in _ADDS:
             return None
         (split,) = total.splits
         counts = [(self._region(total, side) & self.products).bit_count() for side in (0, 1)]
@@ -463,6 +463,12 @@ class _Search:
 
     # ---- what is said of them ----------------------------------------------------------------------
 
+    def _addition(self, number: int) -> JaxprEqn:
+        """The equation of an addition that was found."""
+        eqn = self.graph.nodes[number].eqn
+        assert eqn is not None
+        return eqn
+
     def _branch(self, number: int) -> Branch:
         operand, past, inside = self.branches[number]
         node = self.graph.nodes[number]
@@ -476,8 +482,9 @@ class _Search:
                 stream.remove(constant)
             else:
                 constants.append(constant)
-        tolerance = max(1e-5, float(jnp.finfo(node.eqn.outvars[0].aval.dtype).eps))
-        return Branch(node.site, operand, params, repeats, tuple(constants), inside, node.eqn, tolerance)
+        eqn = self._addition(number)
+        tolerance = max(1e-5, float(jnp.finfo(dtype_of(eqn.outvars[0])).eps))
+        return Branch(node.site, operand, params, repeats, tuple(constants), inside, eqn, tolerance)
 
     def _sites(self) -> frozenset[EqnPath]:
         sites: set[EqnPath] = set()
@@ -530,8 +537,7 @@ class _Search:
 
 
 def _is_mark(node: Node) -> bool:
-    eqn = node.eqn
-    return node.data and eqn is not None and eqn.primitive.name == "name" and eqn.params["name"] == MARK
+    return node.data and node.eqn is not None and checkpoint_label(node.eqn) == MARK
 
 
 def _matches(name: str, glob: str) -> bool:

@@ -12,19 +12,24 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
 
-from mujax.core.program import SUBPROGRAMS, EqnPath, scope
+from mujax.core.program import (
+    LAYOUT,
+    PARTS,
+    PRODUCTS,
+    ClosedJaxpr,
+    EqnPath,
+    JaxprEqn,
+    Subprogram,
+    Var,
+    dtype_of,
+    holds_programs,
+    scope,
+    shape_of,
+    subprograms,
+)
 
 Kind = Literal["const", "param", "data"]
 _ORDER: Final[Mapping[Kind, int]] = {"const": 0, "param": 1, "data": 2}
-_LAYOUT: Final = frozenset(
-    [
-        *["reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "rev", "slice", "split"],
-        *["dynamic_slice", "gather", "convert_element_type", "copy", "name", "sharding_constraint"],
-        "optimization_barrier",
-    ]
-)
-_PARTS: Final = frozenset(["slice", "dynamic_slice", "gather", "split", "unstack"])
-PRODUCTS: Final = frozenset(["dot_general", "conv_general_dilated", "ragged_dot_general"])
 _FOLD: Final[Mapping[str, Callable[..., float]]] = {
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
@@ -36,7 +41,7 @@ _FOLD: Final[Mapping[str, Callable[..., float]]] = {
     "neg": lambda a: -a,
     "square": lambda a: a * a,
 }
-_KEEPS: Final = frozenset([*_LAYOUT, "neg", "reduce_precision", "select_n", "device_put"])
+_KEEPS: Final = LAYOUT | {"neg", "reduce_precision", "select_n"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Node:
         whole: those of the uses that are of a whole parameter, and not of one layer's part of it.
     """
 
-    eqn: Any
+    eqn: JaxprEqn | None
     site: EqnPath
     operands: tuple[Atom, ...]
     parents: tuple[int, ...]
@@ -111,8 +116,8 @@ class Graph:
         self.outs: list[Atom] = []
 
     @classmethod
-    def of(cls, program: Any, params: Mapping[int, str]) -> Graph:
-        """Reads a `ClosedJaxpr`."""
+    def of(cls, program: ClosedJaxpr, params: Mapping[int, str]) -> Graph:
+        """Reads a traced program."""
         graph = cls()
         inputs = []
         for position, var in enumerate(program.jaxpr.invars):
@@ -122,8 +127,7 @@ class Graph:
             axes = tuple(range(len(shape_of(var)))) if path is not None else None
             node = graph._add(None, (), (), kind == "data", (), "") if is_float(var) else None
             inputs.append(Atom(kind, node, roots, None, axes, path is not None))
-        consts = [_closed_over(array) for array in program.consts]
-        graph.outs = graph._walk(program.jaxpr, consts, inputs, (), (), "")
+        graph.outs = graph._walk(program, inputs, (), (), "")
         return graph
 
     def layers(self) -> dict[str, frozenset[int]]:
@@ -185,7 +189,7 @@ class Graph:
 
     def _add(
         self,
-        eqn: Any,
+        eqn: JaxprEqn | None,
         site: EqnPath,
         operands: Sequence[Atom],
         data: bool,
@@ -201,52 +205,43 @@ class Graph:
 
     def _walk(
         self,
-        program: Any,
-        consts: Sequence[Atom],
+        program: ClosedJaxpr,
         inputs: Sequence[Atom],
         site: EqnPath,
         loops: tuple[EqnPath, ...],
         name: str,
     ) -> list[Atom]:
-        env: dict[Any, Atom] = dict(zip(program.constvars, consts, strict=True))
-        env.update(zip(program.invars, inputs, strict=True))
+        jaxpr = program.jaxpr
+        consts = [_closed_over(array) for array in program.consts]
+        env: dict[Any, Atom] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom: Any) -> Atom:
             return _literal(atom) if isinstance(atom, jex.Literal) else env[atom]
 
-        for index, eqn in enumerate(program.eqns):
+        for index, eqn in enumerate(jaxpr.eqns):
             ins = [read(atom) for atom in eqn.invars]
             inner = "/".join(part for part in (name, scope(eqn)) if part)
             outs = self._equation(eqn, ins, (*site, index), loops, inner)
             env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(atom) for atom in program.outvars]
-
-    def _sub(
-        self, program: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
-    ) -> list[Atom]:
-        if isinstance(program, jex.ClosedJaxpr):
-            consts = [_closed_over(array) for array in program.consts]
-            return self._walk(program.jaxpr, consts, ins, site, loops, name)
-        return self._walk(program, (), ins, site, loops, name)
+        return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(
-        self, eqn: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
+        self, eqn: JaxprEqn, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
     ) -> Sequence[Atom]:
-        primitive = eqn.primitive.name
-        if primitive == "scan":
-            return self._scan(eqn, ins, site, loops, name)
-        if primitive == "while":
-            return self._while(eqn, ins, site, loops, name)
-        if primitive == "cond":
-            return self._cond(eqn, ins, site, loops, name)
-        for key in SUBPROGRAMS:
-            inner = eqn.params.get(key)
-            if len(getattr(getattr(inner, "jaxpr", inner), "invars", ())) == len(ins) and inner is not None:
-                return self._sub(inner, ins, (*site, key), loops, name)
-        return self._plain(eqn, ins, site, loops, name)
+        inner = subprograms(eqn)
+        match [one.kind for one in inner]:
+            case []:
+                return self._plain(eqn, ins, site, loops, name)
+            case ["call"]:
+                return self._walk(inner[0].program, ins, (*site, inner[0].step), loops, name)
+            case ["branch", *_]:
+                return self._branches(eqn, inner, ins, site, loops, name)
+            case _:
+                return self._loop(inner[-1], ins, site, loops, name)
 
     def _plain(
-        self, eqn: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
+        self, eqn: JaxprEqn, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
     ) -> list[Atom]:
         primitive = eqn.primitive.name
         kind = _widest(ins)
@@ -267,58 +262,45 @@ class Graph:
                     if any(size != 1 for size in shape_of(var)) or atom.axes is not None
                 )
             )
-        opaque = any(isinstance(value, jex.Jaxpr | jex.ClosedJaxpr) for value in eqn.params.values())
         product = data and (
-            (opaque and bool(uses))
+            (bool(uses) and holds_programs(eqn))
             or (primitive in PRODUCTS and all(atom.kind != "const" for atom in ins[:2]))
         )
         node = self._add(eqn, site, ins, data, loops, name, uses, product)
         axes = _axes_after(eqn, ins)
         kept = frozenset[str]() if data else roots
-        whole = primitive not in _PARTS and all(atom.whole for atom in ins if atom.roots)
+        whole = primitive not in PARTS and all(atom.whole for atom in ins if atom.roots)
         return [Atom(kind, node if is_float(var) else None, kept, None, axes, whole) for var in eqn.outvars]
 
-    def _scan(
-        self, eqn: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
+    def _loop(
+        self, body: Subprogram, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
     ) -> list[Atom]:
-        consts, count = eqn.params["num_consts"], eqn.params["num_carry"]
-        body, length = eqn.params["jaxpr"], eqn.params["length"]
         inside = (*loops, site)
-        carry = self._carry(
-            ins[consts : consts + count], body.jaxpr.invars[consts : consts + count], inside, name
-        )
-        slices, stripped = [], []
-        for atom, var in zip(ins[consts + count :], body.jaxpr.invars[consts + count :], strict=True):
+        variables = body.program.jaxpr.invars
+        carried = {number: ins[body.operands[number]] for number, _ in body.carried}
+        carry = self._carry(list(carried.values()), [variables[number] for number in carried], inside, name)
+        given = [ins[operand] for operand in body.operands]
+        for number, atom in zip(carried, carry, strict=True):
+            given[number] = atom
+        stripped = []
+        for number in sorted(body.sliced):
+            atom = given[number]
             if atom.kind == "param" and atom.axes and len(atom.roots) == 1:
                 stripped.append((next(iter(atom.roots)), atom.axes[0]))
             node = atom.node
-            if node is not None and is_float(var):
+            if node is not None and is_float(variables[number]):
                 node = self._add(None, site, [atom], atom.kind == "data", inside, name)
-            slices.append(
-                dataclasses.replace(
-                    atom, node=node, number=None, axes=atom.axes[1:] if atom.axes else None, whole=False
-                )
-            )
-        nodes = tuple(atom.node for atom in carry if atom.node is not None)
-        self.scans[site] = Scan(nodes, length, tuple(stripped))
-        outs = self._sub(body, [*ins[:consts], *carry, *slices], (*site, "jaxpr"), inside, name)
-        self._close(carry, outs[:count])
-        return [dataclasses.replace(atom, number=None, axes=None) for atom in outs]
-
-    def _while(
-        self, eqn: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
-    ) -> list[Atom]:
-        first = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
-        body = eqn.params["body_jaxpr"]
-        inside = (*loops, site)
-        carry = self._carry(ins[first:], body.jaxpr.invars[eqn.params["body_nconsts"] :], inside, name)
-        given = [*ins[eqn.params["cond_nconsts"] : first], *carry]
-        outs = self._sub(body, given, (*site, "body_jaxpr"), inside, name)
-        self._close(carry, outs)
+            axes = atom.axes[1:] if atom.axes else None
+            given[number] = dataclasses.replace(atom, node=node, number=None, axes=axes, whole=False)
+        if body.length is not None:
+            nodes = tuple(atom.node for atom in carry if atom.node is not None)
+            self.scans[site] = Scan(nodes, body.length, tuple(stripped))
+        outs = self._walk(body.program, given, (*site, body.step), inside, name)
+        self._close(carry, [outs[result] for _, result in body.carried])
         return [dataclasses.replace(atom, number=None, axes=None) for atom in outs]
 
     def _carry(
-        self, atoms: Sequence[Atom], variables: Sequence[Any], loops: tuple[EqnPath, ...], name: str
+        self, atoms: Sequence[Atom], variables: Sequence[Var], loops: tuple[EqnPath, ...], name: str
     ) -> list[Atom]:
         """What a loop carries as its body sees it: data, whatever it starts from."""
         return [
@@ -334,12 +316,20 @@ class Graph:
             )
         )
 
-    def _cond(
-        self, eqn: Any, ins: Sequence[Atom], site: EqnPath, loops: tuple[EqnPath, ...], name: str
+    def _branches(
+        self,
+        eqn: JaxprEqn,
+        inner: Sequence[Subprogram],
+        ins: Sequence[Atom],
+        site: EqnPath,
+        loops: tuple[EqnPath, ...],
+        name: str,
     ) -> list[Atom]:
         branches = [
-            self._sub(program, ins[1:], (*site, f"branches:{number}"), loops, name)
-            for number, program in enumerate(eqn.params["branches"])
+            self._walk(
+                one.program, [ins[operand] for operand in one.operands], (*site, one.step), loops, name
+            )
+            for one in inner
         ]
         outs = []
         for values, var in zip(zip(*branches, strict=True), eqn.outvars, strict=True):
@@ -350,12 +340,8 @@ class Graph:
         return outs
 
 
-def shape_of(var: Any) -> tuple[int, ...]:
-    return tuple(getattr(var.aval, "shape", ()))
-
-
 def is_float(var: Any) -> bool:
-    dtype = getattr(var.aval, "dtype", None)
+    dtype = dtype_of(var)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
@@ -377,7 +363,7 @@ def _number(value: Any) -> float | None:
     return float(np.asarray(value).reshape(())) if floating and np.size(value) == 1 else None
 
 
-def _folded(eqn: Any, ins: Sequence[Atom]) -> float | None:
+def _folded(eqn: JaxprEqn, ins: Sequence[Atom]) -> float | None:
     """The number that a constant's equation makes."""
     numbers = [atom.number for atom in ins]
     if not numbers or any(number is None for number in numbers):
@@ -395,7 +381,7 @@ def _folded(eqn: Any, ins: Sequence[Atom]) -> float | None:
         return None
 
 
-def _axes_after(eqn: Any, ins: Sequence[Atom]) -> tuple[int, ...] | None:
+def _axes_after(eqn: JaxprEqn, ins: Sequence[Atom]) -> tuple[int, ...] | None:
     """The axes of a parameter that was only transposed or cast."""
     if not ins or ins[0].kind != "param" or ins[0].axes is None or len(ins) != 1:
         return None

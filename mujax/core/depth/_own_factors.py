@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 from mujax.core.depth._branches import Branch, Branches, Depth
 from mujax.core.depth._graph import Graph
+from mujax.core.program import ClosedJaxpr
 from mujax.core.trace import Fix
 from mujax.errors import DepthError
 from mujax.spec import ParamSpec
@@ -113,7 +114,7 @@ def refuse_scaled_init(
     branches: Branches,
     depth: Depth,
     own: Mapping[str, float],
-    program: Any,
+    program: ClosedJaxpr,
     outputs: Mapping[int, str],
 ) -> None:
     """Refuses a model that initialises what is inside of its branches by the depth.
@@ -123,7 +124,7 @@ def refuse_scaled_init(
         branches: the target's branches.
         depth: how deep base and target are.
         own: std of the model's own initial values at the target over that at the base, by path.
-        program: the target's initialiser, a `ClosedJaxpr`.
+        program: the target's traced initialiser.
         outputs: which of its outputs are parameters: position -> path.
 
     Raises:
@@ -185,7 +186,7 @@ def _width_laws(param: ParamSpec) -> list[float]:
     return [1.0, param.r_in**-0.5, param.r_out**-0.5, mean, 1 / param.r_in, 1 / param.r_out]
 
 
-def _init_constants(program: Any, outputs: Mapping[int, str]) -> dict[str, float]:
+def _init_constants(program: ClosedJaxpr, outputs: Mapping[int, str]) -> dict[str, float]:
     """What random numbers of a fixed scale are multiplied with, by path."""
     graph = Graph.of(program, {})
     found = {}

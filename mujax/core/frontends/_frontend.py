@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn, nnx
 from flax.core import DenyList
+from jax.extend.core import ClosedJaxpr
 
 from mujax.errors import MujaxError, ShapeMismatchError, SpecMismatchError
 from mujax.spec import leaf_path
@@ -63,13 +64,13 @@ class Initial:
     """An initialiser, traced.
 
     Attributes:
-        program: its `ClosedJaxpr`; the first input is the key.
+        program: what it runs; the first input is the key.
         variables: the pytree that it returns, with `jax.ShapeDtypeStruct` leaves.
         params: which of its outputs are parameters: position -> path.
         state: which hold other state of the model: position -> path.
     """
 
-    program: Any
+    program: ClosedJaxpr
     variables: Any
     params: Mapping[int, str]
     state: Mapping[int, str]
@@ -196,7 +197,9 @@ def _paths(tree: Any, prefix: str = "") -> list[str]:
     return [prefix + leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _trace(function: Callable[..., Any], key: Any, inputs: Sequence[Any], kwargs: Static) -> tuple[Any, Any]:
+def _trace(
+    function: Callable[..., Any], key: Any, inputs: Sequence[Any], kwargs: Static
+) -> tuple[ClosedJaxpr, Any]:
     arguments = _split((inputs, kwargs))
 
     def flat(key: Any, *arrays: Any) -> Any:

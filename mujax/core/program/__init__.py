@@ -1,4 +1,56 @@
-"""JAX's traced programs, and nothing of µP: the one place that knows how JAX represents them."""
+"""JAX's traced programs, and nothing of µP: the one place that knows how JAX represents them.
 
-from mujax.core.program._sites import SUBPROGRAMS as SUBPROGRAMS, EqnPath as EqnPath
-from mujax.core.program._source import scope as scope, where as where
+`_jax.py` has what differs between JAX releases, `_primitives.py` the classes of primitives, `_sites.py`
+places and the programs inside of equations, `_source.py` lines of the user's code, `_evaluate.py` runs a
+program with factors inserted.
+"""
+
+from mujax.core.program._evaluate import (
+    Insertion as Insertion,
+    Insertions as Insertions,
+    Record as Record,
+    Records as Records,
+    blocked as blocked,
+    evaluate as evaluate,
+    evaluate_and_record as evaluate_and_record,
+    loses_derivative as loses_derivative,
+    tappable as tappable,
+)
+from mujax.core.program._jax import (
+    CONTROL as CONTROL,
+    Atom as Atom,
+    ClosedJaxpr as ClosedJaxpr,
+    Jaxpr as Jaxpr,
+    JaxprEqn as JaxprEqn,
+    Var as Var,
+    as_closed as as_closed,
+    checkpoint_label as checkpoint_label,
+    dtype_of as dtype_of,
+    holds_programs as holds_programs,
+    primitive_name as primitive_name,
+    rebuilt as rebuilt,
+    shape_of as shape_of,
+)
+from mujax.core.program._primitives import (
+    IDENTITIES as IDENTITIES,
+    LAYOUT as LAYOUT,
+    PARTS as PARTS,
+    PRODUCTS as PRODUCTS,
+    RESHAPES as RESHAPES,
+)
+from mujax.core.program._sites import (
+    EqnPath as EqnPath,
+    Subprogram as Subprogram,
+    enclosing_equations as enclosing_equations,
+    enclosing_primitives as enclosing_primitives,
+    equation_at as equation_at,
+    equations as equations,
+    program_at as program_at,
+    subprograms as subprograms,
+)
+from mujax.core.program._source import (
+    is_library_function as is_library_function,
+    is_of_user as is_of_user,
+    scope as scope,
+    where as where,
+)

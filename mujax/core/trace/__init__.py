@@ -4,11 +4,10 @@
 `read_constants` tell how the outputs of an initialiser scale; `resolve` turns uses into axis roles.
 Nothing is run.
 
-`values.py` is the abstract domain, `interpret.py` the walk, `primitives.py` the table of what each
-primitive does, `roles.py` the verdict, `source.py` the place in the user's code.
+`_values.py` is the abstract domain, `_interpreter.py` the walk, `_primitives.py` the table of what each
+primitive does, `_roles.py` the verdict.
 """
 
-from mujax.core.program import SUBPROGRAMS as SUBPROGRAMS, EqnPath as EqnPath
 from mujax.core.trace._analyse import (
     Analysis as Analysis,
     analyse as analyse,

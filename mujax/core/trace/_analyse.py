@@ -5,11 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from jax.extend import core as jex
 
-from mujax.core.program import EqnPath
+from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Finding, Fix, Interpreter, Operand, Product, Use
 from mujax.core.trace._primitives import PRIMITIVES
 from mujax.core.trace._values import Size, Value, fit, whole
@@ -40,8 +39,8 @@ class Analysis:
 
 
 def analyse(
-    base: Any,
-    target: Any,
+    base: ClosedJaxpr,
+    target: ClosedJaxpr,
     params: Mapping[int, str],
     state: Mapping[int, float] | None = None,
     prescribed: Mapping[str, float] | None = None,
@@ -49,8 +48,8 @@ def analyse(
     """Follows every parameter through the forward programs of base and target.
 
     Args:
-        base: the base's `ClosedJaxpr`.
-        target: the target's `ClosedJaxpr`.
+        base: the base's program.
+        target: the target's program.
         params: which inputs are parameters, by position, and their paths.
         state: which inputs are other state of the model (batch statistics, stored constants), by position,
             and how their entries scale, target over base.
@@ -110,7 +109,7 @@ def analyse(
     )
 
 
-def read_scales(base: Any, target: Any) -> list[float | None]:
+def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How the outputs of two initialisers scale: entries of the target over those of the base.
 
     Returns:
@@ -127,7 +126,7 @@ def read_scales(base: Any, target: Any) -> list[float | None]:
         return [scale for half in halves for scale in read_scales(_only(base, half), _only(target, half))]
 
 
-def read_constants(base: Any, target: Any) -> list[float | None]:
+def read_constants(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How those outputs of two initialisers scale that are one known number; None for the others."""
     try:
         return [value.size.total if value.const else None for value in _initial(base, target)]
@@ -135,7 +134,7 @@ def read_constants(base: Any, target: Any) -> list[float | None]:
         return [None] * len(target.jaxpr.outvars)
 
 
-def _initial(base: Any, target: Any) -> list[Value]:
+def _initial(base: ClosedJaxpr, target: ClosedJaxpr) -> list[Value]:
     """The outputs of two initialisers."""
     inputs = [
         Value(shape := _shape(big), fit(_shape(small), shape), "data")
@@ -144,7 +143,7 @@ def _initial(base: Any, target: Any) -> list[Value]:
     return Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
 
 
-def _only(program: Any, which: slice) -> Any:
+def _only(program: ClosedJaxpr, which: slice) -> ClosedJaxpr:
     """The program with some of its outputs, and nothing that they do not need."""
     jaxpr = program.jaxpr
     outs = jaxpr.outvars[which]
@@ -154,9 +153,15 @@ def _only(program: Any, which: slice) -> Any:
         if not needed.isdisjoint(eqn.outvars):
             eqns.append(eqn)
             needed.update(atom for atom in eqn.invars if not isinstance(atom, jex.Literal))
-    info = jaxpr.debug_info._replace(result_paths=("",) * len(outs)) if jaxpr.debug_info else None
-    return program.replace(jaxpr=jaxpr.replace(eqns=eqns[::-1], outvars=outs, debug_info=info))
+    return rebuilt(
+        jaxpr,
+        constvars=jaxpr.constvars,
+        consts=program.consts,
+        invars=jaxpr.invars,
+        outvars=outs,
+        eqns=eqns[::-1],
+    )
 
 
-def _shape(var: Any) -> tuple[int, ...]:
+def _shape(var: Var) -> tuple[int, ...]:
     return tuple(getattr(var.aval, "shape", ()))

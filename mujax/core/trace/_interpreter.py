@@ -18,7 +18,21 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
 
-from mujax.core.program import SUBPROGRAMS, EqnPath, _source as source
+from mujax.core.program import (
+    IDENTITIES,
+    RESHAPES,
+    Atom,
+    ClosedJaxpr,
+    EqnPath,
+    Jaxpr,
+    JaxprEqn,
+    Subprogram,
+    is_library_function,
+    is_of_user,
+    primitive_name,
+    subprograms,
+    where,
+)
 from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
@@ -66,12 +80,12 @@ class Use:
     axes: tuple[tuple[int, AxisRole, int, int], ...]
     site: EqnPath
     contracted: tuple[int, int]
-    eqn: Any
+    eqn: JaxprEqn
 
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return source.where(self.eqn)
+        return where(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +103,13 @@ class Product:
     site: EqnPath
     contracted: tuple[int, int]
     left: frozenset[str]
-    eqn: Any
+    eqn: JaxprEqn
     logits: bool = False
 
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return source.where(self.eqn)
+        return where(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +126,12 @@ class Fix:
     site: EqnPath
     factor: float
     attention: bool
-    eqn: Any
+    eqn: JaxprEqn
 
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return source.where(self.eqn)
+        return where(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,18 +172,18 @@ class Pair:
         caller: the call of a library's function that it is inside of, if it is, and that function.
     """
 
-    base: Any
-    target: Any
+    base: JaxprEqn
+    target: JaxprEqn
     site: EqnPath
-    caller: tuple[Any, Any] | None = None
+    caller: tuple[JaxprEqn, Jaxpr] | None = None
 
     @property
-    def place(self) -> Any:
+    def place(self) -> JaxprEqn:
         """The equation that stands in the user's code: the caller's, inside a library's own code."""
         if self.caller is None:
             return self.target
         eqn, function = self.caller
-        return self.target if source.is_of_user(self.target, function) else eqn
+        return self.target if is_of_user(self.target, function) else eqn
 
     @property
     def name(self) -> str:
@@ -247,9 +261,9 @@ class Interpreter:
         self._rules = rules
         self._param_shapes = shapes
         self._prescribed = prescribed or {}
-        self._caller: tuple[Any, Any] | None = None
+        self._caller: tuple[JaxprEqn, Jaxpr] | None = None
         self._heads: dict[str, None] = {}
-        self._places: dict[EqnPath, Any] = {}
+        self._places: dict[EqnPath, JaxprEqn] = {}
         self._fixes: dict[EqnPath, Fix] = dict(self._fixed)
         self._disputed: set[EqnPath] = set()
         self._unfixed: set[EqnPath] = set()
@@ -487,7 +501,7 @@ class Interpreter:
         size = Size(value.size.total / (scales.pop() if scales else 1.0))
         return ONE if size.is_one else size
 
-    def settle(self, pair: Pair, value: Value, report: bool = True) -> Size:
+    def settle(self, place: JaxprEqn | None, value: Value, report: bool = True) -> Size:
         """The value goes where only entries of one size at every width will do: put it right, or say so.
 
         Constants that scale with width are held at the base's value. A coherent sum that is divided by
@@ -495,7 +509,7 @@ class Interpreter:
         norm gets back its size. Anything else is reported.
 
         Args:
-            pair: the equation that consumes it.
+            place: the equation that consumes it; None at the end of a program without equations.
             value: the value.
             report: whether to log what can't be put right; else it may still cancel further on.
 
@@ -529,10 +543,9 @@ class Interpreter:
                     eqn,
                     f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {size.total:.4g} "
                     "times from base to target where "
-                    f"it is used at {source.where(pair.place)}, and its factor fits no known pattern (a "
-                    "mean, "
-                    "1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with width "
-                    "(for attention logits with_multipliers(attention_mult=...) will do)",
+                    f"it is used at {where(place) if place else 'the end'}, and its factor fits no known "
+                    "pattern (a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow "
+                    "with width (for attention logits with_multipliers(attention_mult=...) will do)",
                 )
         return ONE
 
@@ -551,18 +564,18 @@ class Interpreter:
                 "compute the two uses from separate products",
             )
 
-    def find(self, kind: str, site: EqnPath, eqn: Any, message: str) -> None:
+    def find(self, kind: str, site: EqnPath, eqn: JaxprEqn, message: str) -> None:
         """Logs something that can't be put right."""
-        self._findings[kind, site] = Finding(kind, message, source.where(eqn))
+        self._findings[kind, site] = Finding(kind, message, where(eqn))
 
     # ---- the walk ----------------------------------------------------------------------------------
 
-    def run(self, base: Any, target: Any, inputs: Sequence[Value]) -> list[Value]:
-        """Walks two closed programs on the given inputs.
+    def run(self, base: ClosedJaxpr, target: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """Walks two programs on the given inputs.
 
         Args:
-            base: the base's `ClosedJaxpr`.
-            target: the target's `ClosedJaxpr`.
+            base: the base's program.
+            target: the target's program.
             inputs: the values of the inputs, in order.
 
         Returns:
@@ -571,46 +584,38 @@ class Interpreter:
         Raises:
             TraceMismatchError: the programs differ in more than sizes.
         """
-        outs = self._closed(base, target, inputs, ())
-        end = Pair(base.jaxpr, _End(target.jaxpr), ())
+        outs = self._program(base, target, inputs, ())
         for value in outs:
             self.decide(value)
             # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
             if not value.size.normalised:
-                self.settle(end, value)
+                self.settle(_last_line(target), value)
             self._heads.update(dict.fromkeys(sorted(value.heads)))
         return outs
 
-    def _closed(self, base: Any, target: Any, inputs: Sequence[Value], site: EqnPath) -> list[Value]:
-        consts = [
-            _closed_over(small, big, self.exact)
-            for small, big in zip(base.consts, target.consts, strict=False)
-        ]
+    def _program(
+        self, base: ClosedJaxpr, target: ClosedJaxpr, inputs: Sequence[Value], site: EqnPath
+    ) -> list[Value]:
         if len(base.consts) != len(target.consts):
             raise TraceMismatchError(
                 f"the traced programs of base and target must close over the same arrays; found "
                 f"{len(base.consts)} in the base and {len(target.consts)} in the target. Use a larger base, "
                 "so that the model's Python code takes the same path at both widths."
             )
-        return self._open(base.jaxpr, target.jaxpr, consts, inputs, site)
-
-    def _sub(self, base: Any, target: Any, inputs: Sequence[Value], site: EqnPath) -> list[Value]:
-        if isinstance(target, jex.ClosedJaxpr):
-            return self._closed(base, target, inputs, site)
-        return self._open(base, target, (), inputs, site)
-
-    def _open(
-        self, base: Any, target: Any, consts: Sequence[Value], inputs: Sequence[Value], site: EqnPath
-    ) -> list[Value]:
+        consts = [
+            _closed_over(small, big, self.exact)
+            for small, big in zip(base.consts, target.consts, strict=True)
+        ]
         small: dict[Any, Value] = {}
         big: dict[Any, Value] = {}
-        for env, program in ((small, base), (big, target)):
+        for env, program in ((small, base.jaxpr), (big, target.jaxpr)):
             env.update(zip(program.constvars, consts, strict=True))
             env.update(zip(program.invars, inputs, strict=True))
+        eqns, others = base.jaxpr.eqns, target.jaxpr.eqns
         i = j = 0
-        while i < len(base.eqns) or j < len(target.eqns):
-            b = base.eqns[i] if i < len(base.eqns) else None
-            t = target.eqns[j] if j < len(target.eqns) else None
+        while i < len(eqns) or j < len(others):
+            b = eqns[i] if i < len(eqns) else None
+            t = others[j] if j < len(others) else None
             if b is not None and t is not None and (ins := _match(b, t, small, big)) is not None:
                 outs = self._eqn(Pair(b, t, (*site, j), self._caller), ins)
                 for env, eqn in ((small, b), (big, t)):
@@ -625,7 +630,9 @@ class Interpreter:
                 j += 1
             else:
                 raise _mismatch(b, t)
-        return [_read(b, t, small, big) for b, t in zip(base.outvars, target.outvars, strict=True)]
+        return [
+            _read(b, t, small, big) for b, t in zip(base.jaxpr.outvars, target.jaxpr.outvars, strict=True)
+        ]
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
         outs = self._apply(pair, ins)
@@ -641,15 +648,16 @@ class Interpreter:
         rule = self._rules.get(pair.name)
         if rule is not None:
             return rule(self, pair, ins)
-        control = _CONTROL.get(pair.name)
-        if control is not None:
-            return control(self, pair, ins)
-        for name in SUBPROGRAMS:
-            program = pair.params.get(name)
-            inner = getattr(program, "jaxpr", program)
-            if inner is not None and len(getattr(inner, "invars", ())) == len(ins):
-                return self._call(pair, name, ins)
-        return self.unknown(pair, ins)
+        inner = list(zip(subprograms(pair.base), subprograms(pair.target), strict=True))
+        match [big.kind for _, big in inner]:
+            case []:
+                return self.unknown(pair, ins)
+            case ["call"]:
+                return self._call(pair, *inner[0], ins)
+            case ["branch", *_]:
+                return self._branches(pair, inner, ins)
+            case _:
+                return self._loop(pair, inner, ins)
 
     def unknown(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
         """The outputs of a primitive without a rule: data without facts."""
@@ -661,9 +669,9 @@ class Interpreter:
                 "opaque",
                 pair.site,
                 pair.place,
-                f"{pair.name} can't be looked into: products inside it get no factor, and how its results "
-                "scale with "
-                "width is not known; check that nothing in it depends on the width",
+                f"{primitive_name(pair.target)} can't be looked into: products inside it get no factor, "
+                "and how its results scale with width is not known; check that nothing in it depends on the "
+                "width",
             )
         return [
             Value(shape, base, "const" if kind == "const" else "data", size=UNKNOWN)
@@ -672,65 +680,50 @@ class Interpreter:
 
     # ---- control flow ------------------------------------------------------------------------------
 
-    def _call(self, pair: Pair, name: str, ins: Sequence[Value]) -> list[Value]:
+    def _inside(self, pair: Pair, base: Subprogram, target: Subprogram, ins: Sequence[Value]) -> list[Value]:
+        """Walks a program inside of an equation."""
+        return self._program(base.program, target.program, ins, (*pair.site, target.step))
+
+    def _call(self, pair: Pair, base: Subprogram, target: Subprogram, ins: Sequence[Value]) -> list[Value]:
         """`jit`, `remat`, `custom_jvp`, …: a program that is run once."""
-        inner = getattr(pair.params[name], "jaxpr", pair.params[name])
+        inner = target.program.jaxpr
         fitted = [
-            resized(value, *_shapes(b.aval, t.aval))
-            for value, b, t in zip(
-                ins,
-                getattr(pair.base.params[name], "jaxpr", pair.base.params[name]).invars,
-                inner.invars,
-                strict=True,
-            )
+            # A shard has other sizes.
+            resized(ins[operand], *_shapes(b.aval, t.aval))
+            for operand, b, t in zip(target.operands, base.program.jaxpr.invars, inner.invars, strict=True)
         ]
         # The inside of a library's function is traced once and shared: its source lines may be those of
         # another call.
         caller = self._caller
         if pair.place is pair.target:
-            self._caller = (pair.target, inner) if source.is_library_function(inner) else None
-        outs = self._sub(pair.base.params[name], pair.params[name], fitted, (*pair.site, name))
+            self._caller = (pair.target, inner) if is_library_function(inner) else None
+        outs = self._inside(pair, base, target, fitted)
         self._caller = caller
         return [resized(value, shape, base) for value, (shape, base) in zip(outs, pair.shapes(), strict=True)]
 
-    def _scan(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
-        consts, carry = pair.params["num_consts"], pair.params["num_carry"]
-        slices = [_strip(value) for value in ins[consts + carry :]]
+    def _loop(
+        self, pair: Pair, inner: Sequence[tuple[Subprogram, Subprogram]], ins: Sequence[Value]
+    ) -> list[Value]:
+        """`scan` and `while`: the last program is the body, one before it the condition."""
+        _, body = inner[-1]
+        carries = [body.operands[number] for number, _ in body.carried]
 
-        def body(state: Sequence[Value]) -> list[Value]:
-            return self._sub(
-                pair.base.params["jaxpr"],
-                pair.params["jaxpr"],
-                [*ins[:consts], *state, *slices],
-                (*pair.site, "jaxpr"),
-            )
+        def iteration(state: Sequence[Value]) -> list[Value]:
+            current = dict(enumerate(ins)) | dict(zip(carries, state, strict=True))
+            outs: list[Value] = []
+            for small, big in inner:
+                given = [
+                    _strip(current[operand]) if number in big.sliced else current[operand]
+                    for number, operand in enumerate(big.operands)
+                ]
+                outs = self._inside(pair, small, big, given)
+            return outs
 
-        outs = self._fixpoint(pair, ins[consts : consts + carry], body, carry)
-        stacked = [
-            _unstrip(value, shape, base)
-            for value, (shape, base) in zip(outs[carry:], pair.shapes()[carry:], strict=True)
+        outs = self._fixpoint(pair, [ins[operand] for operand in carries], iteration, len(carries))
+        return [
+            _unstrip(value, *pair.shapes()[result]) if number in body.stacked else value
+            for number, (value, result) in enumerate(zip(outs, body.results, strict=True))
         ]
-        return [*outs[:carry], *stacked]
-
-    def _while(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
-        cond_consts, body_consts = pair.params["cond_nconsts"], pair.params["body_nconsts"]
-        first = cond_consts + body_consts
-
-        def body(state: Sequence[Value]) -> list[Value]:
-            self._sub(
-                pair.base.params["cond_jaxpr"],
-                pair.params["cond_jaxpr"],
-                [*ins[:cond_consts], *state],
-                (*pair.site, "cond_jaxpr"),
-            )
-            return self._sub(
-                pair.base.params["body_jaxpr"],
-                pair.params["body_jaxpr"],
-                [*ins[cond_consts:first], *state],
-                (*pair.site, "body_jaxpr"),
-            )
-
-        return self._fixpoint(pair, ins[first:], body, len(ins) - first)
 
     def _fixpoint(
         self,
@@ -787,12 +780,12 @@ class Interpreter:
             entered.append(value.replace(pending=(), products=frozenset(), **const))
         return entered
 
-    def _cond(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    def _branches(
+        self, pair: Pair, inner: Sequence[tuple[Subprogram, Subprogram]], ins: Sequence[Value]
+    ) -> list[Value]:
+        """`cond` and `switch`: one of several programs."""
         branches = [
-            self._sub(base, target, ins[1:], (*pair.site, f"branches:{number}"))
-            for number, (base, target) in enumerate(
-                zip(pair.base.params["branches"], pair.params["branches"], strict=True)
-            )
+            self._inside(pair, small, big, [ins[operand] for operand in big.operands]) for small, big in inner
         ]
         joined = []
         for values in zip(*branches, strict=True):
@@ -817,26 +810,12 @@ class Interpreter:
         return Value(first.shape, first.base, kind, const, views if kind == "param" else (), size)
 
     def _settled(self, pair: Pair, value: Value) -> Value:
-        return dataclasses.replace(value, size=self.settle(pair, value))
+        return dataclasses.replace(value, size=self.settle(pair.place, value))
 
 
-@dataclasses.dataclass(frozen=True)
-class _End:
-    """The end of the program, as a place."""
-
-    program: Any
-
-    @property
-    def source_info(self) -> Any:
-        """That of the last equation."""
-        return self.program.eqns[-1].source_info
-
-
-_CONTROL: dict[str, Rule] = {
-    "scan": Interpreter._scan,
-    "while": Interpreter._while,
-    "cond": Interpreter._cond,
-}
+def _last_line(program: ClosedJaxpr) -> JaxprEqn | None:
+    """Where the program's outputs are made."""
+    return program.jaxpr.eqns[-1] if program.jaxpr.eqns else None
 
 
 def _same_facts(a: Value, b: Value) -> bool:
@@ -878,7 +857,7 @@ def _number(array: Any) -> float | None:
     return float(first) if (entries == first).all() and np.isrealobj(entries) else None
 
 
-def _literal(base: Any, target: Any) -> Value:
+def _literal(base: jex.Literal, target: jex.Literal) -> Value:
     if np.iscomplexobj(base.val) or np.iscomplexobj(target.val):
         return Value((), (), "const", size=Size(ratio(abs(base.val), abs(target.val))))
     try:
@@ -887,11 +866,11 @@ def _literal(base: Any, target: Any) -> Value:
         return Value((), (), "const")
 
 
-def _read_one(atom: Any, env: dict[Any, Value]) -> Value:
+def _read_one(atom: Atom, env: dict[Any, Value]) -> Value:
     return _literal(atom, atom) if isinstance(atom, jex.Literal) else env[atom]
 
 
-def _read(b: Any, t: Any, small: dict[Any, Value], big: dict[Any, Value]) -> Value:
+def _read(b: Atom, t: Atom, small: dict[Any, Value], big: dict[Any, Value]) -> Value:
     if isinstance(b, jex.Literal) and isinstance(t, jex.Literal):
         return _literal(b, t)
     one, other = _read_one(b, small), _read_one(t, big)
@@ -902,7 +881,7 @@ def _read(b: Any, t: Any, small: dict[Any, Value], big: dict[Any, Value]) -> Val
     return other
 
 
-def _match(b: Any, t: Any, small: dict[Any, Value], big: dict[Any, Value]) -> list[Value] | None:
+def _match(b: JaxprEqn, t: JaxprEqn, small: dict[Any, Value], big: dict[Any, Value]) -> list[Value] | None:
     """The operands of two equations if these play the same part, else None."""
     if b.primitive.name != t.primitive.name or len(b.invars) != len(t.invars):
         return None
@@ -915,29 +894,29 @@ def _match(b: Any, t: Any, small: dict[Any, Value], big: dict[Any, Value]) -> li
         if not (known or one.root == other.root or (one.kind == other.kind == "const")):
             return None
         ins.append(_read(x, y, small, big))
+    if _wiring(b) != _wiring(t):
+        return None
     if _same_rank(b, t) and any(b.params.get(k) != t.params.get(k) for k in _STRUCTURE):
         return None
     return ins
 
 
-_STRUCTURE = ("dimension_numbers", "permutation", "axes", "dimension", "num_carry", "num_consts")
+_STRUCTURE = ("dimension_numbers", "permutation", "axes", "dimension")
 """Parameters of equations that hold axes, not sizes."""
 
 
-def _same_rank(b: Any, t: Any) -> bool:
+def _wiring(eqn: JaxprEqn) -> list[tuple[Any, ...]]:
+    """How the programs in an equation are wired to it."""
+    return [(one.kind, one.operands, one.results, one.carried, one.sliced) for one in subprograms(eqn)]
+
+
+def _same_rank(b: JaxprEqn, t: JaxprEqn) -> bool:
     return all(len(_shape(x.aval)) == len(_shape(y.aval)) for x, y in zip(b.invars, t.invars, strict=True))
 
 
-def _is_trivial(eqn: Any) -> bool:
+def _is_trivial(eqn: JaxprEqn) -> bool:
     """Whether an equation only adds or removes axes of size 1."""
-    if eqn.primitive.name not in (
-        "reshape",
-        "squeeze",
-        "broadcast_in_dim",
-        "expand_dims",
-        "copy",
-        "transpose",
-    ):
+    if eqn.primitive.name not in RESHAPES | IDENTITIES or len(eqn.invars) != 1:
         return False
     before, after = _shape(eqn.invars[0].aval), _shape(eqn.outvars[0].aval)
     if eqn.primitive.name == "transpose":
@@ -1023,12 +1002,12 @@ def _unstrip(value: Value, shape: Shape, base: Shape) -> Value:
     )
 
 
-def _mismatch(b: Any | None, t: Any | None) -> TraceMismatchError:
-    def name(eqn: Any | None) -> str:
+def _mismatch(b: JaxprEqn | None, t: JaxprEqn | None) -> TraceMismatchError:
+    def name(eqn: JaxprEqn | None) -> str:
         if eqn is None:
             return "the end of the program"
         shapes = ", ".join(str(_shape(v.aval)) for v in eqn.invars)
-        return f"{eqn.primitive.name} on {shapes} at {source.where(eqn)}"
+        return f"{eqn.primitive.name} on {shapes} at {where(eqn)}"
 
     return TraceMismatchError(
         f"the programs of base and target must differ in sizes only; the base has {name(b)}, the target "

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from mujax.core.program import EqnPath, _source as source
+from mujax.core.program import IDENTITIES, EqnPath, dtype_of, where
 from mujax.core.trace._interpreter import Interpreter, Pair, Rule, resized
 from mujax.core.trace._values import (
     ONE,
@@ -100,7 +100,7 @@ def _agree(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequenc
     if interp.exact or any(size.total is None for size in moving) or all(v.kind != "data" for v in ins):
         return UNKNOWN
     for value in ins:
-        interp.settle(pair, value)
+        interp.settle(pair.place, value)
     return ONE
 
 
@@ -109,7 +109,7 @@ def _of_order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: 
     if interp.exact:
         return ONE if all(size.is_one for size in sizes) else UNKNOWN
     for value in ins:
-        interp.settle(pair, value)
+        interp.settle(pair.place, value)
     return ONE
 
 
@@ -153,6 +153,13 @@ def _pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[
     return _of_order_one(interp, pair, ins, sizes)
 
 
+def _one_minus_square(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """`1 - x * x`, one primitive since JAX 0.11: as the difference of a constant and a square."""
+    if interp.exact:
+        return ONE if sizes[0].is_one else UNKNOWN
+    return interp.sized(pair, sizes[0].power(2))
+
+
 def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
     both = (sizes[0], sizes[1].power(-1))
     return interp.sized(pair, product(both), *both)
@@ -163,12 +170,12 @@ def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Seque
 
 
 def _cast(pair: Pair, numbers: Sequence[float]) -> float:
-    dtype = np.dtype(pair.target.outvars[0].aval.dtype)
+    dtype = np.dtype(dtype_of(pair.target.outvars[0]))
     return float(int(numbers[0])) if np.issubdtype(dtype, np.integer) else float(numbers[0])
 
 
 def _divide(pair: Pair, numbers: Sequence[float]) -> float:
-    dtype = np.dtype(pair.target.outvars[0].aval.dtype)
+    dtype = np.dtype(dtype_of(pair.target.outvars[0]))
     exact = numbers[0] / numbers[1]
     return float(math.trunc(exact)) if np.issubdtype(dtype, np.integer) else exact
 
@@ -205,6 +212,7 @@ FOLD: Final[Mapping[str, Callable[[Pair, Sequence[float]], float]]] = {
             "le": lambda a, b: a <= b,
             "log": math.log,
             "log1p": math.log1p,
+            "log2": math.log2,
             "logistic": lambda a: 1 / (1 + math.exp(-a)),
             "lt": lambda a, b: a < b,
             "max": max,
@@ -213,9 +221,14 @@ FOLD: Final[Mapping[str, Callable[[Pair, Sequence[float]], float]]] = {
             "ne": lambda a, b: a != b,
             "neg": lambda a: -a,
             "nextafter": lambda a, b: math.nextafter(a, b),
+            "one_minus_square": lambda a: 1 - a * a,
             "or": lambda a, b: int(a) | int(b),
+            "polynomial": lambda x, *coefficients: functools.reduce(
+                lambda value, coefficient: value * x + coefficient, reversed(coefficients), 0.0
+            ),
             "pow": lambda a, b: a**b,
             "reduce_precision": lambda a: a,
+            "reciprocal": lambda a: 1 / a,
             "rem": math.fmod,
             "rsqrt": lambda a: 1 / math.sqrt(a),
             "sign": lambda a: (a > 0) - (a < 0),
@@ -291,7 +304,7 @@ _IDENTITY: Final = Elementwise(_agree, linear=(0,))
 
 ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     **dict.fromkeys(
-        ["convert_element_type", "copy", "copy_p", "neg", "real", "imag", "reduce_precision", "conj"],
+        ["convert_element_type", "neg", "real", "imag", "reduce_precision", "conj"],
         _IDENTITY,
     ),
     "stop_gradient": Elementwise(_agree),
@@ -304,6 +317,8 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     "abs": Elementwise(_agree, logits=False),
     "square": Elementwise(_power_of(2), logits=False),
     "sqrt": Elementwise(_power_of(0.5), logits=False),
+    "one_minus_square": Elementwise(_one_minus_square, logits=False),
+    "reciprocal": Elementwise(_power_of(-1), logits=False),
     "cbrt": Elementwise(_power_of(1 / 3), logits=False),
     "rsqrt": Elementwise(_power_of(-0.5), logits=False),
     "integer_pow": Elementwise(_integer_pow, logits=False),
@@ -315,6 +330,8 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     **dict.fromkeys(["sign", "is_finite", "atan2"], Elementwise(_always_one, logits=False)),
     **dict.fromkeys(["exp", "exp2"], Elementwise(_exponential, logits=False)),
     "tanh": Elementwise(),
+    # Linear in its coefficients, which stand behind the variable.
+    "polynomial": Elementwise(linear=tuple(range(1, 256)), logits=False),
     **dict.fromkeys(
         [
             *["acos", "acosh", "and", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "ceil"],
@@ -327,7 +344,9 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
                 "lgamma",
                 "log",
                 "log1p",
+                "log2",
                 "logistic",
+                "mulhi",
                 "not",
                 "or",
             ],
@@ -647,7 +666,7 @@ def _size_of_product(
             return UNKNOWN
         # Put right what can be before the product, so that each layer's own entries keep their size.
         settled = [
-            interp.settle(pair, value, report=False) if value.kind == "data" else size
+            interp.settle(pair.place, value, report=False) if value.kind == "data" else size
             for value, size in zip((left, right), sizes, strict=True)
         ]
         return interp.sized(pair, product(settled), *settled)
@@ -891,7 +910,7 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
             else:
                 if any(f.size != f.base for f in factors if f.axis is not None):
                     raise ShapeMismatchError(
-                        f"{view.path}: axis {axis} is looked up by index at {source.where(pair.place)}, so "
+                        f"{view.path}: axis {axis} is looked up by index at {where(pair.place)}, so "
                         "its "
                         f"size is a vocabulary and not a width; expected {operand.base[axis]} as in the "
                         "base, "
@@ -980,22 +999,12 @@ def _random(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
 
 PRIMITIVES: Final[dict[str, Rule]] = {
     **ELEMENTWISE,
-    **dict.fromkeys(
-        [
-            "sharding_constraint",
-            "optimization_barrier",
-            "name",
-            "device_put",
-            "reshard",
-            "mesh_cast",
-            "pvary",
-        ],
-        _identity,
-    ),
+    **dict.fromkeys(IDENTITIES, _identity),
     **dict.fromkeys(
         [
             *["psum", "psum_invariant", "pmax", "pmin", "ppermute", "pbroadcast", "all_to_all", "all_gather"],
-            *["all_gather_invariant", "reduce_scatter"],
+            *["all_gather_invariant", "all_gather_reduced", "reduce_scatter", "pbroadcast_dynamic"],
+            *["unreduced_psum", "unreduced_pmax", "unreduced_pmin", "unreduced_reduce_scatter"],
         ],
         _collective,
     ),

@@ -1,0 +1,309 @@
+"""What differs between JAX releases in how a traced program is represented, and nothing else.
+
+Every equation that holds programs is read here, into one of the classes below; no other module looks at the
+parameters of such an equation. A difference names the release that made it. Tested on JAX 0.10.2 to 0.12.0.1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import jax
+from jax.extend import core as jex
+
+from mujax.core.program._source import where
+from mujax.errors import MujaxError
+
+Jaxpr: TypeAlias = jex.Jaxpr
+ClosedJaxpr: TypeAlias = jex.ClosedJaxpr
+JaxprEqn: TypeAlias = jex.JaxprEqn
+Var: TypeAlias = jex.Var
+Atom: TypeAlias = jex.Var | jex.Literal
+
+
+def shape_of(atom: Atom) -> tuple[int, ...]:
+    """The shape of a value; empty for what is no array."""
+    return tuple(getattr(atom.aval, "shape", ()))
+
+
+def dtype_of(atom: Atom) -> Any:
+    """The dtype of a value; None for what is no array."""
+    return getattr(atom.aval, "dtype", None)
+
+
+# ---- programs --------------------------------------------------------------------------------------
+
+
+def as_closed(program: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
+    """A program with its constants.
+
+    Until 0.10 `remat2` and `shard_map` held an open `Jaxpr` and all others a `ClosedJaxpr`; 0.11.0 made the
+    two one type.
+    """
+    return program if isinstance(program, jex.ClosedJaxpr) else jex.ClosedJaxpr(program, ())
+
+
+def rebuilt(
+    program: Jaxpr,
+    *,
+    constvars: Sequence[Var],
+    consts: Sequence[Any],
+    invars: Sequence[Var],
+    outvars: Sequence[Atom],
+    eqns: Sequence[JaxprEqn],
+) -> ClosedJaxpr:
+    """A program made of equations of another one."""
+    info = program.debug_info
+    if info is not None:
+        info = info._replace(arg_names=("",) * len(invars), result_paths=("",) * len(outvars))
+    changed = program.replace(
+        constvars=list(constvars),
+        invars=list(invars),
+        outvars=list(outvars),
+        eqns=list(eqns),
+        debug_info=info,
+    )
+    return jex.ClosedJaxpr(changed, list(consts))
+
+
+# ---- equations that hold programs ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Runs its program once, on the equation's operands. A change inside changes nothing else.
+
+    Attributes:
+        program: what it runs.
+    """
+
+    program: ClosedJaxpr
+
+
+@dataclasses.dataclass(frozen=True)
+class Jit(Call):
+    """`jax.jit`, with the arguments to call it with."""
+
+    name: str
+    inline: Any
+    in_shardings: tuple[Any, ...]
+    out_shardings: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Call):
+    """`jax.checkpoint`, with the arguments to call it with."""
+
+    policy: Any
+    prevent_cse: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardMap(Call):
+    """`jax.shard_map`, with the arguments to call it with; the program sees shards."""
+
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    axis_names: Any
+    check_vma: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomJvp(Call):
+    """`jax.custom_jvp`: a change inside is differentiated as it stands, without the function's own rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomRule(Call):
+    """A function with a rule of its own (a derivative, a batching rule) that a change inside would lose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """`jax.lax.scan`: operands are constants, then the carry, then what is scanned over."""
+
+    body: ClosedJaxpr
+    consts: int
+    carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class While:
+    """`jax.lax.while_loop`: operands are the condition's constants, the body's, then the carry."""
+
+    cond: ClosedJaxpr
+    body: ClosedJaxpr
+    cond_consts: int
+    body_consts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cond:
+    """`jax.lax.cond` and `switch`: operands are the index, then those of every branch."""
+
+    branches: tuple[ClosedJaxpr, ...]
+
+
+Control: TypeAlias = Call | Scan | While | Cond
+
+
+def control(eqn: JaxprEqn) -> Control | None:
+    """What an equation that holds programs does with them; None for any other equation.
+
+    A primitive that holds programs and is not listed here is as any unknown one: it can't be looked into.
+
+    Raises:
+        MujaxError: this JAX release represents the primitive in a way that is not known here.
+    """
+    reader = _READERS.get(eqn.primitive.name)
+    return None if reader is None else reader(eqn)
+
+
+def holds_programs(eqn: JaxprEqn) -> bool:
+    """Whether an equation holds a program of any kind, known here or not."""
+    return next(iter(jex.jaxprs_in_params(eqn.params)), None) is not None
+
+
+def primitive_name(eqn: JaxprEqn) -> str:
+    """The name of an equation's primitive, for the user to read.
+
+    Since 0.11 many functions are one primitive `call_hi_primitive`, which holds the one that is meant.
+    """
+    held = eqn.params.get("_prim")
+    return eqn.primitive.name if held is None else type(held).__name__
+
+
+def checkpoint_label(eqn: JaxprEqn) -> str | None:
+    """The name that `jax.ad_checkpoint.checkpoint_name` gives a value; None for any other equation."""
+    # With `jax_remat3`, off by default, it is a `call_hi_primitive`.
+    if eqn.primitive.name == "name":
+        return _parameter(eqn, "name")
+    held: Any = eqn.params.get("_prim")
+    return held.name if type(held).__name__ == "CheckpointName" else None
+
+
+def _parameter(eqn: JaxprEqn, *names: str) -> Any:
+    """A parameter of an equation, under the first of the names that it was given by some release."""
+    for name in names:
+        if name in eqn.params:
+            return eqn.params[name]
+    raise MujaxError(
+        f"{where(eqn)}: expected the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the "
+        f"parameter {' or '.join(map(repr, names))}, found {', '.join(map(repr, sorted(eqn.params)))}; this "
+        "JAX release is newer than this mujax: report it to mujax with this sentence, and use JAX 0.12.0.1 "
+        "until then."
+    )
+
+
+def _call_named(kind: Callable[[ClosedJaxpr], Call], *names: str) -> Callable[[JaxprEqn], Call]:
+    return lambda eqn: kind(as_closed(_parameter(eqn, *names)))
+
+
+def _jit(eqn: JaxprEqn) -> Jit:
+    return Jit(
+        as_closed(_parameter(eqn, "jaxpr")),
+        *(_parameter(eqn, name) for name in ("name", "inline", "in_shardings", "out_shardings")),
+    )
+
+
+def _checkpoint(eqn: JaxprEqn) -> Checkpoint:
+    program = as_closed(_parameter(eqn, "jaxpr"))
+    return Checkpoint(program, _parameter(eqn, "policy"), _parameter(eqn, "prevent_cse"))
+
+
+def _shard_map(eqn: JaxprEqn) -> ShardMap:
+    return ShardMap(
+        as_closed(_parameter(eqn, "jaxpr")),
+        _parameter(eqn, "mesh"),
+        tuple(_parameter(eqn, "in_specs")),
+        tuple(_parameter(eqn, "out_specs")),
+        _parameter(eqn, "newly_manual_axes"),
+        _parameter(eqn, "check_vma"),
+    )
+
+
+def _scan(eqn: JaxprEqn) -> Scan:
+    # 0.11.0 replaced the numbers of constants and carries by a tree of the flat operands.
+    operands = _parameter(eqn, "ft_in", "num_consts")
+    if isinstance(operands, int):
+        consts, carry = operands, _parameter(eqn, "num_carry")
+    else:
+        consts, carry, _ = map(len, operands.unpack())
+    return Scan(
+        as_closed(_parameter(eqn, "jaxpr")),
+        consts,
+        carry,
+        _parameter(eqn, "length"),
+        _parameter(eqn, "reverse"),
+        _parameter(eqn, "unroll"),
+    )
+
+
+def _while(eqn: JaxprEqn) -> While:
+    return While(
+        as_closed(_parameter(eqn, "cond_jaxpr")),
+        as_closed(_parameter(eqn, "body_jaxpr")),
+        _parameter(eqn, "cond_nconsts"),
+        _parameter(eqn, "body_nconsts"),
+    )
+
+
+def _cond(eqn: JaxprEqn) -> Cond:
+    return Cond(tuple(map(as_closed, _parameter(eqn, "branches"))))
+
+
+@functools.lru_cache(maxsize=1024)
+def _hi_primitive(eqn: JaxprEqn) -> Call:
+    """A primitive of JAX's newer kind: a class that says what it does in terms of other functions."""
+    held = _parameter(eqn, "_prim")
+
+    def expanded(*operands: Any) -> Any:
+        return jax.tree.leaves(held.expand(*jax.tree.unflatten(held.in_tree, operands)))
+
+    program = as_closed(jax.make_jaxpr(expanded)(*(_like(atom.aval) for atom in eqn.invars)))
+    # With `jax_remat3` and `jax_custom_jvp3`, off by default: what are `remat2` and `custom_jvp_call` without.
+    match type(held).__name__:
+        case "RematTraced":
+            return Checkpoint(program, held.policy, getattr(held, "prevent_cse", True))
+        case "CustomJVPTraced":
+            return CustomJvp(program)
+        case _:
+            return CustomRule(program)
+
+
+def _like(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(
+        aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=getattr(aval, "sharding", None)
+    )
+
+
+_READERS: Final[Mapping[str, Callable[[JaxprEqn], Control]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "jit": _jit,
+    "remat2": _checkpoint,
+    "shard_map": _shard_map,
+    "closed_call": _call_named(Call, "call_jaxpr"),
+    "core_call": _call_named(Call, "call_jaxpr"),
+    "call": _call_named(Call, "call_jaxpr"),
+    # New in 0.12.
+    "eval_jaxpr": _call_named(Call, "call_jaxpr"),
+    # 0.11.1 renamed the parameter of `composite`.
+    "composite": _call_named(Call, "call_jaxpr", "jaxpr"),
+    "xla_metadata_call": _call_named(Call, "jaxpr"),
+    "custom_jvp_call": _call_named(CustomJvp, "call_jaxpr"),
+    "custom_vjp_call": _call_named(CustomRule, "call_jaxpr"),
+    "custom_vmap_call": _call_named(CustomRule, "call"),
+    "call_hi_primitive": _hi_primitive,
+}
+
+CONTROL: Final = frozenset(_READERS)
+"""The primitives whose programs are known."""
