@@ -268,7 +268,7 @@ def _hi_primitive(eqn: JaxprEqn) -> Call:
         return jax.tree.leaves(held.expand(*jax.tree.unflatten(held.in_tree, operands)))
 
     program = as_closed(jax.make_jaxpr(expanded)(*(_like(atom.aval) for atom in eqn.invars)))
-    # With `jax_remat3` and `jax_custom_jvp3`, off by default: what are `remat2` and `custom_jvp_call` without.
+    # With `jax_remat3` and `jax_custom_jvp3`, off by default, in place of `remat2` and `custom_jvp_call`.
     match type(held).__name__:
         case "RematTraced":
             return Checkpoint(program, held.policy, getattr(held, "prevent_cse", True))
