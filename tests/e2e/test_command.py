@@ -1,26 +1,76 @@
-"""The installed command in processes of its own, on real data: killed and resumed, and fed nonsense."""
+"""The command on real data: interrupted and resumed, and given wrong arguments.
+
+In a process of its own where that matters, elsewhere in this one, which has imported JAX.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 
-COMMAND = (sys.executable, "-m", "mujax.cli")
-SWEEP = (*COMMAND, "transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
+from mujax import cli
+
+PROCESS = (sys.executable, "-m", "mujax.cli")
+SWEEP = ("transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
 RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 
+Done = subprocess.CompletedProcess[str]
 
-def run(*command: str, cwd: pathlib.Path) -> subprocess.CompletedProcess[str]:
+
+def run_process(*command: str, cwd: pathlib.Path) -> Done:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run(*arguments: str, cwd: pathlib.Path) -> Done:
+    """The command in this process."""
+    modules = set(sys.modules)
+    with (
+        contextlib.chdir(cwd),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        patch.setattr(sys, "path", list(sys.path))
+        code = cli.main(list(arguments))
+    # The user's module, which another test has under the same name.
+    for name in set(sys.modules) - modules:
+        if pathlib.Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(cwd):
+            del sys.modules[name]
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def interrupted_when(ready: Callable[[], bool]) -> Iterator[None]:
+    """Sends Ctrl-C to this process as soon as something is the case."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            if ready():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def finished(folder: pathlib.Path) -> list[str]:
@@ -30,22 +80,16 @@ def finished(folder: pathlib.Path) -> list[str]:
 
 def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pathlib.Path) -> None:
     results = tmp_path / "results"
-    with subprocess.Popen(
-        SWEEP, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as sweep:
-        deadline = time.monotonic() + 240
-        while len(finished(results)) < 3 and sweep.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        sweep.send_signal(signal.SIGINT)
-        _, err = sweep.communicate(timeout=120)
-    assert sweep.returncode == 130, err
+    with interrupted_when(lambda: len(finished(results)) >= 3):
+        sweep = run(*SWEEP, cwd=tmp_path)
+    assert sweep.returncode == 130, sweep.stderr
     stored = finished(results)
     assert 3 <= len(stored) < RUNS
-    assert err.splitlines()[-1] == (
+    assert sweep.stderr.splitlines()[-1] == (
         f"mujax: interrupted; {len(stored)} runs are stored in results/runs.csv, "
         "the same command goes on there."
     )
-    assert "Traceback" not in err
+    assert "Traceback" not in sweep.stderr
     assert not (results / "report.json").exists()
 
     done = run(*SWEEP, cwd=tmp_path)
@@ -91,8 +135,8 @@ def test_explain_reads_a_model_from_the_current_directory(tmp_path: pathlib.Path
         "    return model, (jax.ShapeDtypeStruct((2, 4), 'float32'),)\n"
     )
     script = pathlib.Path(sys.executable).with_name("mujax")
-    command = (str(script),) if os.access(script, os.X_OK) else COMMAND
-    done = run(*command, "explain", "mine:net", "--width", "64", "--base-width", "16", cwd=tmp_path)
+    command = (str(script),) if os.access(script, os.X_OK) else PROCESS
+    done = run_process(*command, "explain", "mine:net", "--width", "64", "--base-width", "16", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (readout,) = [line for line in done.stdout.splitlines() if line.startswith("layers_2/kernel")]
     assert readout.split()[1:4] == ["64x3", "16x3", "output"]
@@ -100,7 +144,7 @@ def test_explain_reads_a_model_from_the_current_directory(tmp_path: pathlib.Path
 
 def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib.Path) -> None:
     small = ["--widths", "16,64", "--steps", "1", "--seeds", "2", "--alone", "--parametrization", "sp"]
-    done = run(*COMMAND, "coord-check", "mlp", *small, cwd=tmp_path)
+    done = run("coord-check", "mlp", *small, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     report = json.loads((tmp_path / "coord-check-mlp" / "coord_check.json").read_text())
     (checked,) = report["checks"].values()
@@ -117,7 +161,7 @@ def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib
 
 
 def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
-    done = run(*COMMAND, "transfer", "--steps", "many", cwd=tmp_path)
+    done = run_process(*PROCESS, "transfer", "--steps", "many", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
@@ -128,8 +172,8 @@ def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
 
 # ---- tune, then transfer --------------------------------------------------------------------------------
 
-TUNE = (*COMMAND, "tune", "mnist-mlp", "--width", "16", "--steps", "10", "--study", "s")
-OF_STUDY = (*COMMAND, "transfer", "--study", "s", "--width", "32")
+TUNE = ("tune", "mnist-mlp", "--width", "16", "--steps", "10", "--study", "s")
+OF_STUDY = ("transfer", "--study", "s", "--width", "32")
 
 
 def tuned(folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -171,7 +215,7 @@ def test_a_search_is_followed_by_the_training_of_the_target(tmp_path: pathlib.Pa
     assert other.returncode == 2
     assert other.stderr.startswith("mujax: batch: expected 64, with which study 's' was begun, got 32")
     assert other.stderr.count("\n") == 1
-    missing = run(*COMMAND, "transfer", "--study", "t", cwd=tmp_path)
+    missing = run("transfer", "--study", "t", cwd=tmp_path)
     assert missing.returncode == 2
     assert "mujax: study: expected one of 's' in " in missing.stderr
 
@@ -184,7 +228,7 @@ def test_an_interrupted_search_goes_on_and_has_every_trial_once(tmp_path: pathli
     log = stopped / "log"
     with (
         log.open("w") as file,
-        subprocess.Popen(command, cwd=stopped, stderr=file, stdout=subprocess.DEVNULL) as search,
+        subprocess.Popen((*PROCESS, *command), cwd=stopped, stderr=file, stdout=subprocess.DEVNULL) as search,
     ):
         deadline = time.monotonic() + 240
         while "2 of 12 trials" not in log.read_text() and search.poll() is None:
@@ -273,15 +317,15 @@ def test_a_model_and_data_of_the_users_own_are_tuned_and_transferred(tmp_path: p
     random = np.random.default_rng(0)
     x = random.normal(size=(200, 5)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x, y=x[:, :3].argmax(axis=1))
-    search = run(*COMMAND, "tune", "--config", "tune.yaml", "--study", "s", cwd=tmp_path)
+    search = run("tune", "--config", "tune.yaml", "--study", "s", cwd=tmp_path)
     assert search.returncode == 0, search.stderr
     assert "mujax transfer --study s --config tune.yaml --width N" in search.stdout
     assert {one["hparams"]["output_mult"] for one in tuned(tmp_path)} <= {0.5, 1, 2}
-    without = run(*COMMAND, "transfer", "--study", "s", cwd=tmp_path)
+    without = run("transfer", "--study", "s", cwd=tmp_path)
     assert without.returncode == 2
     assert without.stderr.startswith("mujax: width: expected the target's width, got None")
     # The study knows the model and where the data is.
-    done = run(*COMMAND, "transfer", "--study", "s", "--width", "64", cwd=tmp_path)
+    done = run("transfer", "--study", "s", "--width", "64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "transfer-s" / "target.json").read_text())
     assert (report["task"], report["objective"], report["hparams"]["depth"]) == ("mine:net", "valid_loss", 2)
@@ -292,6 +336,6 @@ def test_a_model_and_data_of_the_users_own_are_tuned_and_transferred(tmp_path: p
 
     # With other data under the same name it would be another experiment.
     np.savez(tmp_path / "data.npz", x=-x, y=x[:, :3].argmax(axis=1))
-    other = run(*COMMAND, "transfer", "--study", "s", "--width", "64", cwd=tmp_path)
+    other = run("transfer", "--study", "s", "--width", "64", cwd=tmp_path)
     assert other.returncode == 2
     assert "with data " in other.stderr
