@@ -73,9 +73,12 @@ PROGRAMS: dict[str, tuple[Program, Program]] = {
 def test_every_use_is_of_order_one(name: str) -> None:
     program, expected = PROGRAMS[name]
     mup = mujax.mup_init(model(program, WIDTH), model(program, BASE), X)
-    params = mup.init(jax.random.key(0))
-    ours = jax.jit(mup.apply)(params, X)
-    theirs = jax.jit(model(expected, WIDTH).apply)(params, X)
+    with jax.enable_x64(True):
+        params, x = jax.tree.map(
+            lambda leaf: jnp.asarray(leaf, jnp.float64), (mup.init(jax.random.key(0)), X)
+        )
+        ours = jax.jit(mup.apply)(params, x)
+        theirs = jax.jit(model(expected, WIDTH).apply)(params, x)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), ours, theirs)
     assert mup.findings == ()
 
