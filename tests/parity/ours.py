@@ -18,9 +18,6 @@ import mujax
 
 DOUBLE: Final = jnp.float64
 
-# A run is 20 steps of tiny products, over long before a careful compilation of it is.
-_COMPILE_FAST: Final = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 class FlaxMlp(nn.Module):
     """`problems.Mlp`."""
@@ -82,11 +79,31 @@ def build(size: Architecture) -> nn.Module:
     return FlaxMlp(size) if isinstance(size, Mlp) else FlaxTransformer(size)
 
 
-def transform(case: Case, parametrization: str = "mup") -> mujax.MupModel:
-    """The case's model under mujax."""
-    x, _ = batches(case.target)
+@functools.cache
+def _transform(target: Architecture, base: Architecture, parametrization: str) -> mujax.MupModel:
+    x, _ = batches(target)
     inputs = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return mujax.mup_init(build(case.target), build(case.base), inputs, parametrization=parametrization)
+    return mujax.mup_init(build(target), build(base), inputs, parametrization=parametrization)
+
+
+def transform(case: Case, parametrization: str = "mup") -> mujax.MupModel:
+    """The case's model under mujax; cases that differ in their optimizer have one."""
+    return _transform(case.target, case.base, parametrization)
+
+
+_Gradient = Callable[[Any, Array, Array], tuple[Array, Any]]
+_gradients: dict[int, tuple[mujax.MupModel, _Gradient]] = {}
+
+
+def _gradient(model: mujax.MupModel) -> _Gradient:
+    """Loss and gradient, compiled once for all optimizers of a model."""
+
+    def loss_fn(params: Any, x: Array, labels: Array) -> Array:
+        logits = model.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    _, found = _gradients.setdefault(id(model), (model, jax.jit(jax.value_and_grad(loss_fn))))
+    return found
 
 
 _MAKERS: Final[Mapping[str, Callable[..., optax.GradientTransformation]]] = {
@@ -133,18 +150,17 @@ def losses(
     mup = transform(case) if model is None else model
     trainer = optimizer(case, mup.spec) if tx is None else tx
 
-    def loss_fn(params: Any, x: Array, labels: Array) -> Array:
-        logits = mup.apply({"params": params}, x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    gradient = _gradient(mup)
 
-    def step(carry: tuple[Any, Any], batch: tuple[Array, Array]) -> tuple[tuple[Any, Any], Array]:
-        params, state = carry
-        loss, gradients = jax.value_and_grad(loss_fn)(params, *batch)
+    @jax.jit
+    def update(gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
         updates, state = trainer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), loss
+        return optax.apply_updates(params, updates), state
 
-    @functools.partial(jax.jit, compiler_options=_COMPILE_FAST)
-    def run(params: Any, stacked: tuple[Array, Array]) -> Array:
-        return jax.lax.scan(step, (params, trainer.init(params)), stacked)[1]
-
-    return run(tree(weights(case.target)), batches(case.target))
+    params = tree(weights(case.target))
+    state, found = jax.jit(trainer.init)(params), []
+    for x, labels in zip(*batches(case.target), strict=True):
+        loss, gradients = gradient(params, x, labels)
+        params, state = update(gradients, state, params)
+        found.append(loss)
+    return jnp.stack(found)

@@ -34,28 +34,48 @@ def test_roles_and_multipliers(name):
     )
 
 
+def applied(case: Case):
+    """The corrected model and the user's, as functions of a key and of variables."""
+    mup, model = wrap(case), case.build(WIDTH)
+    inputs = [jnp.ones(i.shape, i.dtype) for i in case.inputs]
+    kwargs = {"rngs": {"dropout": jax.random.key(1)}}
+    if "batch_stats" in jax.eval_shape(model.init, jax.random.key(0), *inputs):
+        kwargs["mutable"] = ["batch_stats"]
+    return [
+        (lambda key, m=m: m.init(key, *inputs), lambda variables, m=m: m.apply(variables, *inputs, **kwargs))
+        for m in (mup, model)
+    ]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_corrected_model_runs(name):
-    """Same variables and outputs in shape as the user's model; the readout's factor is in the numbers."""
+    """Same variables and outputs in shape and type as the user's model."""
+    (init, apply), (their_init, their_apply) = applied(CASES[name])
+    variables = jax.eval_shape(init, jax.random.key(0))
+    assert variables == jax.eval_shape(their_init, jax.random.key(0))
+    assert jax.eval_shape(apply, variables) == jax.eval_shape(their_apply, variables)
+
+
+# Biases start at zero, so the factor of the only readout is the factor on the output.
+ONE_READOUT = [
+    name for name, case in CASES.items() if len(case.corrections) == 1 and "out/bias" in case.params
+]
+
+
+@pytest.mark.parametrize("name", ONE_READOUT)
+def test_the_readouts_factor_is_in_the_numbers(name):
     case = CASES[name]
-    mup = wrap(case)
-    model = case.build(WIDTH)
-    inputs = [jnp.ones(i.shape, i.dtype) for i in case.inputs]
-    variables = mup.init(jax.random.key(0), *inputs)
-    theirs = model.init(jax.random.key(0), *inputs)
-    assert jax.tree.structure(variables) == jax.tree.structure(theirs)
-    kwargs = {"rngs": {"dropout": jax.random.key(1)}}
-    if "batch_stats" in variables:
-        kwargs["mutable"] = ["batch_stats"]
-    ours = mup.apply(variables, *inputs, **kwargs)
-    plain = model.apply(variables, *inputs, **kwargs)
-    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, plain)
-    if len(case.corrections) == 1 and "out/bias" in case.params:
-        # Biases start at zero, so the factor of the only readout is the factor on the output.
-        ours, plain = (out[0] if "mutable" in kwargs else out for out in (ours, plain))
-        np.testing.assert_allclose(
-            np.asarray(ours, np.float32), np.asarray(plain, np.float32) * case.corrections[0][1], rtol=1e-2
-        )
+    (init, apply), (_, their_apply) = applied(case)
+
+    @jax.jit
+    def both(key):
+        variables = init(key)
+        return [jax.tree.leaves(run(variables))[0] for run in (apply, their_apply)]
+
+    ours, plain = both(jax.random.key(0))
+    ((_, factor, _),) = case.corrections
+    rtol = 1e-2 if ours.dtype == jnp.bfloat16 else 1e-5
+    np.testing.assert_allclose(np.float32(ours), np.float32(plain) * factor, rtol=rtol)
 
 
 def test_transposing_a_kernel_transposes_its_roles_and_nothing_else():
