@@ -33,8 +33,9 @@ import optax
 
 import mujax
 from mujax import train
-from mujax.check import _optimum as fit
+from mujax.check import best_index, fitted_optimum, mean
 from mujax.optim import OPTIMIZERS as REGISTRY
+from mujax.train import Losses, tail
 from mujax.tune import TASKS
 
 TASK: Final = TASKS["mnist-mlp"]
@@ -100,7 +101,7 @@ class Effort:
     batch: int
 
 
-def program(candidate: Candidate, side: str, width: int, effort: Effort) -> Callable[..., fit.Losses]:
+def program(candidate: Candidate, side: str, width: int, effort: Effort) -> Callable[..., Losses]:
     """One compiled program for all learning rates and seeds: training data, rate, seed -> losses."""
     (model, inputs), (base, _), (delta, _) = (
         TASK.build(size) for size in (width, effort.widths[0], 2 * effort.widths[0])
@@ -113,7 +114,7 @@ def program(candidate: Candidate, side: str, width: int, effort: Effort) -> Call
         return optax.softmax_cross_entropy_with_integer_labels(logits, examples.targets).mean()
 
     @jax.jit
-    def run(examples: Any, rate: Any, seed: Any) -> fit.Losses:
+    def run(examples: Any, rate: Any, seed: Any) -> Losses:
         init_key, draw_key = jax.random.split(jax.random.key(seed))
         params = mup.init(init_key)["params"]
         drawn = TASK.draw(examples, draw_key, effort.batch, effort.steps)
@@ -123,10 +124,10 @@ def program(candidate: Candidate, side: str, width: int, effort: Effort) -> Call
 
         tx = candidate.ours(rate, spec=mup.spec) if side == "mujax" else candidate.plain(rate)
         _, metrics = train.train_scan(loss, tx, donate=False)(train.init_state(params, tx), drawn)
-        last = drawn[-fit.tail(effort.steps) :]
+        last = drawn[-tail(effort.steps) :]
         untrained = jax.lax.map(lambda batch: cross_entropy(params, TASK.fetch(examples, batch)), last)
         losses = metrics["loss"]
-        return fit.Losses(losses.mean(), losses[-fit.tail(effort.steps) :].mean(), untrained.mean())
+        return Losses(losses.mean(), losses[-tail(effort.steps) :].mean(), untrained.mean())
 
     return run
 
@@ -171,9 +172,9 @@ def sweep(candidate: Candidate, side: str, width: int, effort: Effort, examples:
     """The loss at each learning rate, the mean over seeds; None where a seed diverged."""
     run = program(candidate, side, width, effort)
     return [
-        fit.mean(
+        mean(
             [
-                fit.Losses(*map(float, run(examples, jnp.float32(2.0**rate), jnp.int32(seed)))).kept
+                Losses(*map(float, run(examples, jnp.float32(2.0**rate), jnp.int32(seed)))).kept
                 for seed in range(effort.seeds)
             ]
         )
@@ -183,11 +184,11 @@ def sweep(candidate: Candidate, side: str, width: int, effort: Effort, examples:
 
 def summary(grid: Sequence[float], curves: Mapping[int, Sequence[float | None]]) -> dict[str, Any]:
     """What the curves of one optimizer on one side come to."""
-    optima = {width: fit.fitted_optimum(grid, curve) for width, curve in curves.items()}
+    optima = {width: fitted_optimum(grid, curve) for width, curve in curves.items()}
     best = [optimum.log2_lr for optimum in optima.values()]
     known = [rate for rate in best if rate is not None]
     narrowest = next(iter(curves.values()))
-    tuned = fit.best_index(narrowest)
+    tuned = best_index(narrowest)
     regrets = [None if tuned is None else _regret(curve, tuned) for curve in curves.values()]
     measured = [regret for regret in regrets if regret is not None]
     return {
@@ -201,7 +202,7 @@ def summary(grid: Sequence[float], curves: Mapping[int, Sequence[float | None]])
 
 def _regret(curve: Sequence[float | None], tuned: int) -> float | None:
     """Loss at the tuned learning rate minus the best; None where it diverges."""
-    best, there = fit.best_index(curve), curve[tuned]
+    best, there = best_index(curve), curve[tuned]
     if best is None or there is None:
         return None
     return there - min(loss for loss in curve if loss is not None)

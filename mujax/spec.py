@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, get_args
 
 import jax
 
-from mujax.errors import MujaxError, ParametrizationError, ShapeMismatchError
+from mujax.errors import MujaxError, ParametrizationError, RoleError, ShapeMismatchError
 
 Role = Literal["input", "hidden", "output", "finite"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
@@ -234,6 +234,27 @@ class MupSpec(Mapping[str, ParamSpec]):
 
     def __repr__(self) -> str:
         return f"MupSpec({len(self)} parameters, parametrization={str(self.parametrization)!r})"
+
+    @property
+    def grows(self) -> bool:
+        """Whether any axis grows with width; else every factor is 1 and every role `"finite"`."""
+        return any(param.infinite for param in self.values())
+
+    def require_roles(self, option: str) -> None:
+        """Refuses a spec of a model that has its base's own widths: roles need to be known.
+
+        Args:
+            option: what asks for the roles.
+
+        Raises:
+            RoleError: nothing grows with width.
+        """
+        if self and not self.grows:
+            raise RoleError(
+                f"{option}: expected a spec with roles, found one whose target has the widths of its base, "
+                "where no axis grows and every parameter counts as finite; pass delta= to mup_init, the "
+                "same model at other widths."
+            )
 
     def to_json(self) -> str:
         """The spec as JSON text; `from_json` reads it back."""

@@ -34,7 +34,7 @@ from mujax.check._taps import find_taps
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import OPTIMIZERS
-from mujax.train import Loss, as_inputs, default_loss
+from mujax.train import OutputLoss, as_inputs, default_loss
 
 # Large, as the guide of microsoft/mup recommends, and a second one further up: what a small rate hides
 # behind the initial values a large one shows.
@@ -240,7 +240,7 @@ def coord_check(
     optimizer: str | Optimizer = "adam",
     *,
     batches: Sequence[tuple[Any, Any]] | None = None,
-    loss: Loss | None = None,
+    loss: OutputLoss | None = None,
     learning_rates: Sequence[float] | None = None,
     steps: int = 6,
     seeds: int = 4,
@@ -390,7 +390,7 @@ def _default_rates(optimizer: Any) -> tuple[float, ...]:
 
 def measure(
     checked: Mapping[int, Subject],
-    loss: Loss,
+    loss: OutputLoss,
     batches: Sequence[Batch],
     rates: Sequence[float],
     steps: int,

@@ -13,7 +13,16 @@ from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from mujax.check._models import Optimizer
 from mujax.core import MupModel
-from mujax.train import Loss, Losses, as_inputs, init_state, steps_in_python, tail, train_scan, train_step
+from mujax.train import (
+    Losses,
+    OutputLoss,
+    as_inputs,
+    init_state,
+    steps_in_python,
+    tail,
+    train_scan,
+    train_step,
+)
 
 
 class Run(NamedTuple):
@@ -46,7 +55,7 @@ def train_curves(
     mup: MupModel,
     batches: Sequence[Any],
     optimizer: Optimizer,
-    loss: Loss,
+    loss: OutputLoss,
     runs: Sequence[Run],
 ) -> dict[Run, Curve | None]:
     """Trains a model once for each learning rate and seed.
@@ -78,7 +87,7 @@ def train_curves(
 Program = Callable[[Float32[Array, ""], Int[Array, ""], PyTree], tuple[Float[Array, " steps"], Any]]
 
 
-def _program(mup: MupModel, optimizer: Optimizer, loss: Loss, steps: int) -> Program:
+def _program(mup: MupModel, optimizer: Optimizer, loss: OutputLoss, steps: int) -> Program:
     """Learning rate, seed and batches -> losses of all steps, and the initial model's on the last ones."""
     replay = mup.replay
 

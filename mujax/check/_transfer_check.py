@@ -23,7 +23,7 @@ from mujax.check._curves import Curve, Run, train_curves
 from mujax.check._models import Optimizer, optimizer_of, subjects
 from mujax.check._optimum import Optimum, Status, best_index, fitted_optimum, student
 from mujax.errors import ConfigError
-from mujax.train import Loss, check_batches, default_loss
+from mujax.train import OutputLoss, check_batches, default_loss
 
 MAX_DRIFT: Final = 0.2
 """How far the best learning rate may move each time that the width doubles, in powers of two.
@@ -119,7 +119,7 @@ def transfer_check(
     log2_lrs: Sequence[float],
     seeds: int = 5,
     seed: int = 0,
-    loss: Loss | None = None,
+    loss: OutputLoss | None = None,
     base: Callable[[int], Any] | None = None,
     base_width: int | None = None,
     kwargs: Mapping[str, Any] | None = None,
@@ -269,7 +269,7 @@ def judge_transfer(
 
 
 Fitted = tuple[tuple[float | None, ...], Optimum]
-"""Loss at each learning rate, and where it is lowest."""
+"""OutputLoss at each learning rate, and where it is lowest."""
 
 
 @dataclasses.dataclass(frozen=True)

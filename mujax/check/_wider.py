@@ -22,7 +22,7 @@ from mujax.check._curves import Run, train_curves
 from mujax.check._models import Optimizer, optimizer_of, subjects
 from mujax.check._optimum import Status, student
 from mujax.errors import ConfigError
-from mujax.train import Loss, check_batches, default_loss
+from mujax.train import OutputLoss, check_batches, default_loss
 
 MAX_RISE: Final = 0.02
 """By how much a wider model may be worse, as a share of what training gains the narrower one.
@@ -128,7 +128,7 @@ def wider_is_better(
     learning_rate: float,
     seeds: int = 5,
     seed: int = 0,
-    loss: Loss | None = None,
+    loss: OutputLoss | None = None,
     base: Callable[[int], Any] | None = None,
     base_width: int | None = None,
     kwargs: Mapping[str, Any] | None = None,

@@ -54,6 +54,7 @@ def explain(
         "to the base; "
         "init is what the user's own initial values are multiplied with.",
         *_of_depth(spec),
+        *([] if spec.grows else [_SAME_WIDTHS]),
         "",
     ]
     for number, row in enumerate(rows):
@@ -73,6 +74,12 @@ def explain(
         for f, n in counts.items()
     ] or ["  nothing"]
     return "\n".join(lines)
+
+
+_SAME_WIDTHS = (
+    "Target and base have the same widths: nothing is infinite, and every factor of width is 1. Pass delta=, "
+    "the same model at other widths, to see roles."
+)
 
 
 def _of_depth(spec: MupSpec) -> list[str]:

@@ -47,6 +47,7 @@ def decay_multiples(
     Raises:
         ParametrizationError: unknown mode or role.
         ConfigError: `"coupled"` without a rule to follow.
+        RoleError: `decay_roles`, and the spec's target has its base's own widths.
     """
     check_spec(spec)
     _check_mode(decay)
@@ -61,6 +62,8 @@ def decay_multiples(
         raise ParametrizationError(
             f"decay_roles: expected a tuple out of {', '.join(map(repr, ROLES))}, got {unknown[0]!r}."
         )
+    if decay_roles is not None:
+        spec.require_roles("decay_roles")
     rule = lr if decay == "coupled" and lr is not None else rules.decay_factor
     multiples = factors(spec, rule)
     return {path: multiple if spec[path].role in roles else 0.0 for path, multiple in multiples.items()}

@@ -155,6 +155,8 @@ class _Matrices:
 
     def __init__(self, spec: MupSpec, told: DimensionNumbersOrFn | None) -> None:
         self.chosen = check_spec(spec)
+        if told is None:
+            spec.require_roles("muon")
         self._spec, self._told = spec, told
 
     def of(self, tree: Any) -> list[_Matrix | None]:

@@ -127,6 +127,7 @@ def lr_multiples(spec: MupSpec, lr_mults: LrMults | None) -> Factors:
 
     Raises:
         ParametrizationError: neither a role nor a glob that matches a parameter; a multiple below 0.
+        RoleError: a role, and the spec's target has its base's own widths.
     """
     if lr_mults is None:
         return _NO_FACTORS
@@ -142,6 +143,7 @@ def lr_multiples(spec: MupSpec, lr_mults: LrMults | None) -> Factors:
                 f"lr_mults: expected multiples of at least 0, got {multiple} for {name!r}."
             )
         if name in ROLES:
+            spec.require_roles(f"lr_mults {name!r}")
             chosen = [path for path, param in spec.items() if param.role == name]
         else:
             chosen = [path for path in spec if fnmatch.fnmatchcase(path, name)]

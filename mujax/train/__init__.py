@@ -20,11 +20,19 @@ from mujax.train._lanes import (
     run_one as run_one,
 )
 from mujax.train._losses import (
-    Loss as Loss,
     Losses as Losses,
+    OutputLoss as OutputLoss,
     as_inputs as as_inputs,
     default_loss as default_loss,
     tail as tail,
 )
 from mujax.train._run import Training as Training, training_run as training_run
-from mujax.train._step import init_state as init_state, train_scan as train_scan, train_step as train_step
+from mujax.train._step import (
+    JittedStep as JittedStep,
+    Loss as Loss,
+    Step as Step,
+    TrainState as TrainState,
+    init_state as init_state,
+    train_scan as train_scan,
+    train_step as train_step,
+)

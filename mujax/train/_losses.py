@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mujax.errors import ConfigError
 
-Loss = Callable[[Any, Any], Float[Array, ""]]
+OutputLoss = Callable[[Any, Any], Float[Array, ""]]
 """(outputs of the model, targets) -> a scalar."""
 
 

@@ -22,7 +22,7 @@ from mujax.spec import MupSpec
 from mujax.train._batches import Batches, as_batches
 from mujax.train._compile import steps_in_python
 from mujax.train._hyperparameters import HYPERPARAMETERS
-from mujax.train._losses import Loss, Losses, as_inputs, default_loss, tail
+from mujax.train._losses import Losses, OutputLoss, as_inputs, default_loss, tail
 from mujax.train._step import TrainState, init_state, train_step
 
 # ---- what the hyperparameters do -------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Training:
     model: ModelOf
     batches: Batches
     optimizer: str | Optimizer
-    loss: Loss
+    loss: OutputLoss
     default_steps: int
     default_batch: int
     valid: PyTree = None
@@ -367,7 +367,7 @@ def training_run(
     width: int | None = None,
     base_width: int | None = None,
     batch: int = 1,
-    loss: Loss = default_loss,
+    loss: OutputLoss = default_loss,
     valid: Iterable[tuple[Any, Any]] | None = None,
     **mup_kwargs: Any,
 ) -> Training:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn, nnx
 from flax.core import freeze
@@ -130,17 +131,61 @@ def test_a_vocabulary_that_differs():
     assert mujax.mup_init(Net(WIDTH, 11), Net(BASE, 11), tokens).spec["Embed_0/embedding"].role == "input"
 
 
-def test_equal_widths_need_a_delta():
-    with refused(
-        mujax.ShapeMismatchError, "the target has the same widths as the base, so nothing tells which axes "
-        "are infinite; pass delta=",
-    ):  # fmt: skip
-        mujax.mup_init(MLP(BASE), MLP(BASE), X)
+def test_one_script_at_every_width():
+    """The proxy itself: nothing is infinite, everything is 1, and the model is the user's own."""
+    mup = mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"out/kernel": "output"}, strict=True)
+    assert mup.corrections == mup.findings == ()
+    assert {param.role for param in mup.spec.values()} == {"finite"}
+    assert set(mup.init_scales.values()) == {1.0}
+    variables = mup.init(jax.random.key(0), X)
+    jax.tree.map(np.testing.assert_array_equal, variables, MLP(BASE).init(jax.random.key(0), X))
+    np.testing.assert_array_equal(mup.apply(variables, X), MLP(BASE).apply(variables, X))
+    grads = jax.tree.map(jnp.ones_like, variables["params"])
+    for ours, plain in (
+        (mujax.mup_adamw(0.1, mup.spec, weight_decay=0.1), optax.adamw(0.1, weight_decay=0.1)),
+        (mujax.mup_sgd(0.1, mup.spec), optax.sgd(0.1)),
+    ):
+        found, expected = (tx.update(grads, tx.init(grads), grads)[0] for tx in (ours, plain))
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert "Target and base have the same widths" in mup.explain()
+    assert "same widths" not in mujax.mup_init(MLP(WIDTH), MLP(BASE), X).explain()
+
+
+def test_what_needs_roles_needs_a_delta_at_the_base_width():
+    """Each would do something else at the proxy than at the target, silently."""
+    spec = mujax.mup_init(MLP(BASE), MLP(BASE), X).spec
+    asks = {
+        "zero_init": lambda: mujax.mup_init(MLP(BASE), MLP(BASE), X, zero_init=["readout"]),
+        "decay_roles": lambda: mujax.mup_adamw(0.1, spec, decay_roles=("hidden",)),
+        "lr_mults 'hidden'": lambda: mujax.mup_adam(0.1, spec, lr_mults={"hidden": 2.0}),
+        "muon": lambda: mujax.mup_muon(0.1, spec),
+    }
+    for name, ask in asks.items():
+        with refused(
+            mujax.RoleError, f"{name}: expected a spec with roles, found one whose target has the widths of "
+            "its base", "pass delta= to mup_init",
+        ):  # fmt: skip
+            ask()
+    with_delta = mujax.mup_init(MLP(BASE), MLP(BASE), X, delta=MLP(WIDTH), zero_init=["readout"])
+    assert with_delta.init_scales["out/kernel"] == 0.0
+    mujax.mup_muon(0.1, with_delta.spec)
+    # Globs name parameters, not roles.
+    mujax.mup_adam(0.1, spec, lr_mults={"out/*": 2.0})
+
+
+def test_wrong_roles_are_refused_at_the_base_width_too():
+    with refused(mujax.RoleError, "out/kernel: expected a role out of input, hidden, output, finite"):
+        mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"out/kernel": "readout"})
+    with refused(mujax.RoleError, "roles: expected globs that match parameters, but 'nothing' matches none"):
+        mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"nothing": "output"})
+
+
+def test_a_delta_gives_roles_at_the_base_width():
     mup = mujax.mup_init(MLP(BASE), MLP(BASE), X, delta=MLP(WIDTH))
     assert [param.role for param in mup.spec.values()] == [
         param.role for param in mujax.mup_init(MLP(WIDTH), MLP(BASE), X).spec.values()
     ]
-    assert mup.corrections == () or {c.factor for c in mup.corrections} == {1.0}
+    assert {correction.factor for correction in mup.corrections} <= {1.0}
 
 
 def test_a_delta_must_vary_every_width_that_the_target_does():
@@ -655,3 +700,112 @@ def test_errors_of_the_model_itself_come_through(mlp, variables):
         mlp.apply(variables, jnp.ones((4, 9)))
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         mlp.apply(variables, X, nonsense=True)
+
+
+# ---- a call is traced once ---------------------------------------------------------------------------
+
+
+TRACED: list[tuple[int, ...]] = []
+"""The shape of the input each time that the Python code of `_Counted` ran."""
+
+
+class _Counted(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, gain=1.0, negate=False):
+        TRACED.append(x.shape)
+        h = nn.relu(nn.Dense(self.width, name="first")(x)) * gain
+        return nn.Dense(3, name="out")(-h if negate else h)
+
+
+@pytest.fixture
+def counted():
+    mup = mujax.mup_init(_Counted(WIDTH), _Counted(BASE), X)
+    variables = mup.init(KEY, X)
+    TRACED.clear()
+    return mup, variables
+
+
+def test_an_eager_call_is_traced_once(counted):
+    mup, variables = counted
+    first = mup.apply(variables, X)
+    traced = len(TRACED)
+    assert traced == 2
+    np.testing.assert_array_equal(mup.apply(variables, X), first)
+    mup.apply(jax.tree.map(lambda leaf: 2 * leaf, variables), 3 * X)
+    mup.with_multipliers(output_mult=2.0).apply(variables, X)
+    assert len(TRACED) == traced
+
+
+def test_a_call_that_differs_is_traced_again(counted):
+    mup, variables = counted
+    plain = mup.apply(variables, X)
+    for number, (args, kwargs) in enumerate(
+        [((X[:2],), {}), ((X,), {"negate": True}), ((X.astype(jnp.float16),), {}), ((X,), {"gain": 2.0})]
+    ):
+        before = len(TRACED)
+        out = mup.apply(variables, *args, **kwargs)
+        assert len(TRACED) > before, number
+        assert out.shape != plain.shape or not np.allclose(out, plain, rtol=1e-6, atol=0)
+    with jax.numpy_rank_promotion("allow"), jax.default_matmul_precision("highest"):
+        before = len(TRACED)
+        mup.apply(variables, X)
+        assert len(TRACED) > before
+    # 1, 1.0 and True are equal, and not the same argument.
+    assert mup.apply(variables, X, 1).dtype == mup.apply(variables, X, True).dtype == jnp.float32
+    before = len(TRACED)
+    mup.apply(variables, X, 1)
+    assert len(TRACED) == before
+
+
+def test_multipliers_reach_a_call_that_was_known_without():
+    """At the base's widths nothing is corrected."""
+    mup = mujax.mup_init(_Counted(BASE), _Counted(BASE), X, delta=_Counted(WIDTH))
+    variables = mup.init(KEY, X)
+    plain = mup.apply(variables, X)
+    kernel_part = plain - variables["params"]["out"]["bias"]
+    doubled = mup.with_multipliers(output_mult=2.0).apply(variables, X)
+    np.testing.assert_allclose(doubled - plain, kernel_part, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mup.apply(variables, X), plain)
+
+
+def test_the_sizes_of_named_axes_are_not_taken_from_another_call():
+    """They are folded into a program when it is traced."""
+
+    def build(width: int) -> mujax.Functional:
+        def apply(params: Any, x: Any, named: bool = False) -> Any:
+            return x @ params["a"] @ params["b"] / (jax.lax.psum(1, "copies") if named else 1)
+
+        return mujax.Functional(lambda key, x: {"a": jnp.ones((7, width)), "b": jnp.ones((width, 3))}, apply)
+
+    mup = mujax.mup_init(build(WIDTH), build(BASE), X)
+    params = mup.init(KEY, X)
+    plain = mup.apply(params, X)
+    for copies in (1, 4, 2):
+        over = jax.vmap(lambda x: mup.apply(params, x, named=True), axis_name="copies")
+        np.testing.assert_allclose(over(jnp.stack([X] * copies))[0], plain / copies, rtol=1e-6)
+
+
+def test_a_closed_over_tracer_is_not_kept():
+    """A model may close over a value of the transformation that is under way."""
+
+    box: list[Any] = [1.0]
+
+    def build(width: int) -> mujax.Functional:
+        return mujax.Functional(
+            lambda key, x: {"a": jnp.ones((7, width)), "b": jnp.ones((width, 3))},
+            lambda params, x: (x @ params["a"] * box[0]) @ params["b"],
+        )
+
+    mup = mujax.mup_init(build(WIDTH), build(BASE), X)
+    params = mup.init(KEY, X)
+
+    def loss(gain: Any) -> Any:
+        box[0] = gain
+        return mup.apply(params, X).sum()
+
+    slope = jax.grad(loss)(2.0)
+    np.testing.assert_allclose(jax.grad(loss)(3.0), slope, rtol=1e-5)
+    box[0] = 5.0
+    np.testing.assert_allclose(mup.apply(params, X).sum(), 5 * slope, rtol=1e-5)

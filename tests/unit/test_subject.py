@@ -11,6 +11,7 @@ from flax import linen as nn, nnx
 import mujax
 from mujax.check import _models as subject
 from mujax.errors import ConfigError
+from mujax.train import default_loss
 
 X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
 
@@ -98,8 +99,8 @@ def test_base_and_base_width():
 def test_default_loss_follows_the_targets():
     logits = jnp.array([[0.0, 1.0], [2.0, 0.0]])
     wanted = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1, 1])).mean()
-    assert subject.default_loss(logits, jnp.array([1, 1])) == wanted
-    assert subject.default_loss(logits, jnp.zeros((2, 2))) == 5 / 4
+    assert default_loss(logits, jnp.array([1, 1])) == wanted
+    assert default_loss(logits, jnp.zeros((2, 2))) == 5 / 4
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_default_loss_follows_the_targets():
 )
 def test_default_loss_never_guesses(outputs, targets):
     with pytest.raises(ConfigError, match="pass loss=, a function of both"):
-        subject.default_loss(outputs, targets)
+        default_loss(outputs, targets)
 
 
 def test_optimizers_by_name_and_by_function():

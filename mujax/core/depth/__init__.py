@@ -1,7 +1,8 @@
 """Depth: the residual branches of a program, and what multiplies them already.
 
-`graph.py` opens a program up, `branches.py` finds the branches in it, `own.py` refuses models that have
-factors for depth of their own. The factors themselves are rules, in `mujax.rules`.
+`_graph.py` opens a program up, `_branches.py` finds the branches in it, `_own_factors.py` refuses models
+that have factors for depth of their own, `_plan.py` puts together what `mup_init` needs. The factors
+themselves are rules, in `mujax.rules`.
 
 References:
     Yang, Yu, Zhu and Hayou, Tensor Programs VI, arXiv 2310.02244.
@@ -20,4 +21,11 @@ from mujax.core.depth._own_factors import (
     power_of_fix as power_of_fix,
     refuse_own_factors as refuse_own_factors,
     refuse_scaled_init as refuse_scaled_init,
+)
+from mujax.core.depth._plan import (
+    findings_of_depth as findings_of_depth,
+    plan_branches as plan_branches,
+    plan_depth as plan_depth,
+    with_depth as with_depth,
+    with_depth_of_branches as with_depth_of_branches,
 )

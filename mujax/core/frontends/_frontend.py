@@ -49,6 +49,8 @@ class Call:
         state: which of them hold other state of the model (batch statistics): position -> path.
         inputs: which of them are arrays of the user's positional arguments, and of the keyword arguments.
         output: what `function` returns -> what the user's model returns.
+        static: everything that `function` depends on apart from the arrays; equal where two functions of
+            one model do the same.
     """
 
     function: Callable[..., Any]
@@ -57,6 +59,11 @@ class Call:
     state: Mapping[int, str]
     inputs: tuple[range, range] = (range(0), range(0))
     output: Callable[[Any], Any] = lambda result: result
+    static: tuple[Any, ...] = ()
+
+    def trace(self) -> tuple[ClosedJaxpr, Any]:
+        """The function's program, and what it returns, as shapes."""
+        return jax.make_jaxpr(self.function, return_shape=True)(*self.leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +170,7 @@ class _Arguments:
     arrays: list[Any]
     rebuild: Callable[[Sequence[Any]], Any]
     positional: int
+    static: tuple[Any, ...]
 
     def after(self, count: int) -> tuple[range, range]:
         """Positions of the positional and of the keyword ones, behind `count` other arrays."""
@@ -181,7 +189,10 @@ def _split(tree: tuple[Sequence[Any], Static]) -> _Arguments:
         return jax.tree.unflatten(structure, filled)
 
     positional = sum(is_array(leaf) for leaf in jax.tree.leaves(tree[0]))
-    return _Arguments([leaves[position] for position in dynamic], rebuild, positional)
+    # With types, since 1, 1.0 and True are equal.
+    static = tuple((type(leaf), leaf) for leaf in leaves if not is_array(leaf))
+    arrays = [leaves[position] for position in dynamic]
+    return _Arguments(arrays, rebuild, positional, (structure, tuple(dynamic), static))
 
 
 def _abstract(tree: Any) -> Any:
@@ -238,7 +249,10 @@ def _call(
         args, kw = arguments.rebuild(arrays[len(leaves) :])
         return apply(jax.tree.unflatten(structure, arrays[: len(leaves)]), *args, **kw)
 
-    return Call(function, [*leaves, *arguments.arrays], params, state, arguments.after(len(leaves)))
+    static = (structure, arguments.static)
+    return Call(
+        function, [*leaves, *arguments.arrays], params, state, arguments.after(len(leaves)), static=static
+    )
 
 
 # ---- Linen -----------------------------------------------------------------------------------------
@@ -435,7 +449,10 @@ class _NNX:
             return out, nnx.state(module, nnx.Not(nnx.Param))
 
         where = arguments.after(len(leaves))
-        return Call(function, [*leaves, *arguments.arrays], *_nnx_paths(state), where, lambda out: out[0])
+        static = (graph, structure, method, arguments.static)
+        return Call(
+            function, [*leaves, *arguments.arrays], *_nnx_paths(state), where, lambda out: out[0], static
+        )
 
     def leaves(self, variables: Any) -> list[Any]:
         return jax.tree.leaves(nnx.state(variables))

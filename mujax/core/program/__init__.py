@@ -30,6 +30,7 @@ from mujax.core.program._jax import (
     primitive_name as primitive_name,
     rebuilt as rebuilt,
     shape_of as shape_of,
+    under_named_axes as under_named_axes,
 )
 from mujax.core.program._primitives import (
     IDENTITIES as IDENTITIES,

@@ -34,6 +34,13 @@ def dtype_of(atom: Atom) -> Any:
     return getattr(atom.aval, "dtype", None)
 
 
+def under_named_axes() -> bool:
+    """Whether what is traced here may depend on named axes of a `vmap` or `shard_map` around it."""
+    # The name warns that JAX may change it: where it is gone, nothing is taken for granted.
+    nonempty = getattr(jex, "nonempty_axis_env_DO_NOT_USE", None)
+    return nonempty is None or nonempty()
+
+
 # ---- programs --------------------------------------------------------------------------------------
 
 

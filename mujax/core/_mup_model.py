@@ -1,0 +1,291 @@
+"""A model in µP: what `mup_init` returns."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from mujax import rules
+from mujax.core._corrections import Correction, Kind, Reading, read_call
+from mujax.core._explain import explain
+from mujax.core._replay import Replay
+from mujax.core.depth import Depth
+from mujax.core.frontends import Call, Frontend, shrink
+from mujax.core.program import ClosedJaxpr, EqnPath, Insertion, evaluate, under_named_axes
+from mujax.core.trace import Finding
+from mujax.errors import SpecMismatchError
+from mujax.spec import MupSpec
+
+
+class _KnownCall(NamedTuple):
+    """A call that was traced and read.
+
+    Attributes:
+        program: the target's program.
+        structure: of what it returns.
+        reading: its corrections; None where it gets none.
+    """
+
+    program: ClosedJaxpr
+    structure: Any
+    reading: Reading | None
+
+
+class _KnownCalls:
+    """The calls that were read, so that an eager call is traced once, as a jitted function is.
+
+    A call is known again by its arrays' types, by everything else that its function depends on, and by the
+    settings of JAX that programs are traced under.
+    """
+
+    _LIMIT: Final = 64
+    _SETTINGS: Final = (
+        "jax_enable_x64",
+        "jax_default_matmul_precision",
+        "jax_numpy_dtype_promotion",
+        "jax_numpy_rank_promotion",
+        "jax_default_prng_impl",
+        "jax_threefry_partitionable",
+        "jax_disable_jit",
+        "jax_debug_nans",
+    )
+
+    def __init__(self) -> None:
+        self._calls: collections.OrderedDict[Hashable, _KnownCall] = collections.OrderedDict()
+
+    def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> _KnownCall:
+        """What is known of a call, read where it is new.
+
+        Args:
+            call: the call.
+            corrected: whether it is read for corrections.
+            read: traces and reads it.
+        """
+        if under_named_axes():
+            # A program may hold the sizes of axes that are no part of the call.
+            return read()
+        settings = tuple(getattr(jax.config, name, None) for name in self._SETTINGS)
+        types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        key = (corrected, call.static, types, settings, jax.sharding.get_abstract_mesh())
+        try:
+            known = self._calls.get(key)
+        except TypeError:
+            # A static argument that does not hash.
+            return read()
+        if known is None:
+            known = read()
+            # What the model closes over may belong to a transformation that is under way.
+            if not any(isinstance(const, Tracer) for const in known.program.consts):
+                self._calls[key] = known
+                if len(self._calls) > self._LIMIT:
+                    self._calls.popitem(last=False)
+        return known
+
+
+def _concrete(tree: Any) -> Any:
+    """Zeros for the arguments of which only the shape was given."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
+        tree,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MupModel:
+    """A model in µP: what `mup_init` returns.
+
+    Attributes:
+        spec: what each parameter is; static and hashable.
+        init_scales: what the user's own initial values are multiplied with, by path; parameters that
+            start at zero have no entry.
+        corrections: what the forward pass gets in the traced call, in program order.
+        findings: what the traced call does that can't be corrected, or can't be seen.
+    """
+
+    spec: MupSpec
+    init_scales: Mapping[str, float]
+    corrections: tuple[Correction, ...]
+    findings: tuple[Finding, ...]
+    _target: Frontend
+    _base: Frontend
+    _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    _stored: Mapping[str, float]
+    _example: tuple[ClosedJaxpr, Call, Any]
+    _reading: Reading
+    _off: frozenset[Kind]
+    _inputs: tuple[Any, ...]
+    _kwargs: dict[str, Any]
+    _depth: Depth | None = None
+    _multipliers: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    _known_calls: _KnownCalls = dataclasses.field(default_factory=lambda: _KnownCalls())
+
+    def __repr__(self) -> str:
+        return f"MupModel({len(self.spec)} parameters, parametrization={str(self.spec.parametrization)!r})"
+
+    def init(self, key: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """The user's own initialisation, each parameter brought to the rule's standard deviation.
+
+        Args:
+            key: what the model's own `init` takes: a key or a dict of keys (Linen), a key or
+                `nnx.Rngs` (NNX).
+            *inputs: example inputs; those given to `mup_init` where left out and not abstract.
+            **kwargs: passed to the model's `init`; those given to `mup_init` where left out.
+
+        Returns:
+            Variables of the same structure as the model's own `init` returns; for NNX the module.
+        """
+        inputs = inputs or _concrete(self._inputs)
+        variables = self._target.init(key, inputs, {**_concrete(self._kwargs), **kwargs})
+
+        def scale(path: str, leaf: Any) -> Any:
+            factor = self.init_scales.get(path, 1.0)
+            if factor == 0.0:
+                return jnp.zeros_like(leaf)
+            return leaf if factor == 1.0 else leaf * jnp.asarray(factor, leaf.dtype)
+
+        return self._target.scale_params(variables, scale)
+
+    def apply(self, variables: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """The model's own `apply`, with the factors of the parametrization in place.
+
+        Same signature and result as the model's. It is traced like a jitted function: Python code in the
+        model sees shapes, not numbers. For NNX, `variables` is the module; its other state (batch
+        statistics, rng counts) is updated as calling it would.
+
+        Raises:
+            SpecMismatchError: the variables do not have the shapes that `mup_init` saw.
+        """
+        call = self._target.call(variables, inputs, kwargs)
+        self._check(call)
+        entry = self._entry(call)
+        if not (self._may_correct or entry):
+            return self._target.finish(variables, call.function(*call.leaves))
+        known = self._known_calls.get(
+            call, self._may_correct, lambda: self._read(call, variables, inputs, kwargs)
+        )
+        leaves = [
+            leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
+            for position, leaf in enumerate(call.leaves)
+        ]
+        insertions = {} if known.reading is None else self._insertions(known.reading)
+        outs = evaluate(known.program, leaves, insertions)
+        return self._target.finish(variables, jax.tree.unflatten(known.structure, outs))
+
+    def _read(self, call: Call, variables: Any, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _KnownCall:
+        """Traces a call at both widths and reads its corrections."""
+        program, shape = call.trace()
+        reading = None
+        if self._may_correct:
+            twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
+            base, _ = twin.trace()
+            reading = read_call(self.spec, self._off, self._stored, base, program, call, self._depth)
+        return _KnownCall(program, jax.tree.structure(shape), reading)
+
+    def with_multipliers(
+        self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
+    ) -> MupModel:
+        """The model with further constants in the forward pass: the paper's µTransferable multipliers.
+
+        They are tuned at the base and transferred; each may be a traced value, so that a sweep can be
+        vmapped over it. Where one is left out it stays what it was, 1 at first.
+
+        Args:
+            output_mult: multiplies each product with a kernel that is an output of the model.
+            attention_mult: multiplies attention logits: each product of two activations that goes into an
+                exponential.
+            input_mult: multiplies each lookup of an embedding and each product with an input weight.
+
+        Reference:
+            Tensor Programs V, Section 2 and Appendix D: alpha_output, alpha_attn, alpha_input.
+        """
+        given = {"output_mult": output_mult, "attention_mult": attention_mult, "input_mult": input_mult}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self, _multipliers={**self._multipliers, **chosen})
+
+    @functools.cached_property
+    def replay(self) -> Replay:
+        """The traced call as pure functions: for checks and sweeps, whatever kind the model is of."""
+        program, call, result = self._example
+        return Replay(
+            program=program,
+            call=call,
+            result=result,
+            insertions=self._insertions(self._reading),
+            entry=self._entry(call),
+            variables=lambda key: self._target.leaves(self.init(key)),
+            inputs=self._inputs,
+            analysis=self._reading.analysis,
+            corrections=self._reading.corrections,
+            knobs=self._reading.knobs,
+        )
+
+    def explain(self) -> str:
+        """The role table, the corrections and what was left alone, as text to read."""
+        return explain(self.spec, self.init_scales, self.corrections, self.findings)
+
+    def _check(self, call: Call) -> None:
+        found = {path: tuple(call.leaves[position].shape) for position, path in call.params.items()}
+        for path, param in self.spec.items():
+            if path not in found:
+                raise SpecMismatchError(
+                    f"{path}: expected a parameter of shape {param.shape} as in mup_init, found none; pass "
+                    "the "
+                    "variables that mup.init returns."
+                )
+            if found[path] != param.shape:
+                raise SpecMismatchError(
+                    f"{path}: expected shape {param.shape} as in mup_init, got {found[path]}; build the "
+                    "variables "
+                    "and the MupModel with the same widths."
+                )
+
+        for path in found:
+            if path not in self.spec:
+                raise SpecMismatchError(
+                    f"{path}: expected only the parameters that mup_init saw, got another one of shape "
+                    f"{found[path]}; pass the variables that mup.init returns."
+                )
+
+    def _entry(self, call: Call) -> dict[int, float]:
+        """The factors that go on parameters themselves, by position."""
+        return {
+            position: factor
+            for position, path in call.params.items()
+            if rules.on_parameter(param := self.spec[path])
+            and (factor := rules.forward_factor(param, self.spec.parametrization)) != 1.0
+        }
+
+    @property
+    def _may_correct(self) -> bool:
+        """Whether the forward pass gets any factor on a product: else there is nothing to trace for."""
+        grows = any(param.shape != param.base_shape or param.depth != 1 for param in self.spec.values())
+        return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
+
+    def _insertions(self, reading: Reading) -> dict[EqnPath, Insertion]:
+        factors: dict[EqnPath, list[Any]] = {}
+        branches: dict[EqnPath, tuple[int, float]] = {}
+        for site, corrections in reading.corrections.items():
+            kinds = [(correction.factor, correction.kind == "residual") for correction in corrections]
+            factor = math.prod(factor for factor, residual in kinds if not residual)
+            if factor != 1.0:
+                factors.setdefault(site, []).append(factor)
+            of_branch = math.prod(factor for factor, residual in kinds if residual)
+            if of_branch != 1.0:
+                branches[site] = (reading.branches[site], of_branch)
+        for name, value in self._multipliers.items():
+            for site in reading.knobs[name]:
+                factors.setdefault(site, []).append(value)
+        return {
+            site: Insertion(
+                tuple(factors.get(site, ())), reading.analysis.activations.get(site), branches.get(site)
+            )
+            for site in dict.fromkeys((*factors, *branches))
+        }

@@ -1,0 +1,149 @@
+"""Plans depth: how deep base and target are, and which parameters are inside of residual branches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mujax.core.depth._branches import Branches, Depth, find_branches
+from mujax.core.program import ClosedJaxpr
+from mujax.core.trace import Finding
+from mujax.errors import ConfigError, DepthError
+from mujax.spec import MupSpec, Parametrization
+
+
+def with_depth(chosen: Parametrization, depth: Any, alpha: float, residual: Sequence[str]) -> Parametrization:
+    """The parametrization with the exponent of depth, if that is asked for.
+
+    Raises:
+        ConfigError: options that make no sense, alone or together.
+    """
+    if depth is None:
+        if residual or alpha != 1.0:
+            raise ConfigError(
+                "mup_init: expected depth_alpha and residual together with depth=, found them without it; "
+                "pass "
+                "depth=(layers of the base, layers of the target)."
+            )
+        return chosen
+    if isinstance(residual, str):
+        raise ConfigError(
+            f"residual: expected a sequence of globs, got the text {residual!r}; put it in a list."
+        )
+    if not 0.5 <= alpha <= 1:
+        raise ConfigError(f"depth_alpha: expected an exponent from 0.5 to 1, got {alpha!r}.")
+    return dataclasses.replace(chosen, depth_alpha=float(alpha))
+
+
+def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
+    """How deep base and target are: as given, as the scans say, or both if they agree.
+
+    Raises:
+        ConfigError: `given` is neither `"scan"` nor two numbers of layers.
+        DepthError: the scans say otherwise, or nothing.
+    """
+    scanned = {
+        (param.base_shape[axis], param.shape[axis]): path
+        for path, param in spec.items()
+        for axis in param.layers
+    }
+    if given == "scan":
+        if len(scanned) != 1:
+            raise DepthError(
+                f'depth="scan": expected one pair of numbers of layers in base and target, found '
+                f"{sorted(scanned) or 'no scan over layers whose length differs'}; pass depth=(layers of "
+                "the base, "
+                "layers of the target)."
+            )
+        given = next(iter(scanned))
+    if not (
+        isinstance(given, Sequence)
+        and len(given) == 2
+        and all(isinstance(layers, int) and layers > 0 for layers in given)
+    ):
+        raise ConfigError(
+            f'depth: expected two positive numbers of layers (base, target), "scan" or None, got {given!r}.'
+        )
+    depth = Depth(given[0], given[1], tuple(residual))
+    for (base, target), path in scanned.items():
+        if base * depth.target != target * depth.base:
+            raise DepthError(
+                f"{path}: expected its layers to grow as depth={tuple(given)} says, found {base} in the base "
+                "and "
+                f"{target} in the target; give both the same numbers."
+            )
+    return depth
+
+
+def plan_branches(
+    depth: Depth,
+    base: ClosedJaxpr,
+    base_params: Mapping[int, str],
+    target: ClosedJaxpr,
+    params: Mapping[int, str],
+) -> tuple[Branches, Branches]:
+    """The residual branches of base and target.
+
+    Raises:
+        DepthError: they can't be told, there is none, or they are not the same in both.
+    """
+    small = find_branches(base, base_params, depth.residual)
+    big = find_branches(target, params, depth.residual)
+    if not big.found:
+        raise DepthError(
+            "depth: expected residual branches, found no addition x + f(x) in the traced call; mark what is "
+            "added "
+            "with mujax.residual_branch(...), or leave out depth=."
+        )
+    if [branch.params for branch in small.found] != [branch.params for branch in big.found]:
+        raise DepthError(
+            f"depth: expected the same residual branches in base and target, found {len(small.found)} and "
+            f"{len(big.found)}; build both with the same code."
+        )
+    return small, big
+
+
+def with_depth_of_branches(spec: MupSpec, branches: Branches, depth: Depth) -> MupSpec:
+    """The spec with what is inside of residual branches as deep as it is."""
+    if depth.ratio == 1:
+        return spec
+    params = dict(spec)
+    for path in branches.params:
+        # The layers of a scan are layers where base and target have the same number of them, too.
+        layers = tuple(axis for axis in params[path].stack if axis in branches.layers.get(path, ()))
+        params[path] = dataclasses.replace(params[path], depth=depth.ratio, layers=layers)
+    return MupSpec(params, spec.parametrization)
+
+
+def findings_of_depth(branches: Branches) -> tuple[Finding, ...]:
+    """What the sources have no rule for."""
+    findings = []
+    if branches.stream:
+        path, where = next(iter(branches.stream.items()))
+        findings.append(
+            Finding(
+                "stream parameter",
+                f"{_and_others(path, len(branches.stream))} acts on the residual stream in each layer (a "
+                "norm after the addition), where the sources know no rule for depth; it keeps the base's "
+                "learning rate. Normalise inside of the branch instead",
+                where,
+            )
+        )
+    if branches.shared:
+        path, count = next(iter(branches.shared.items()))
+        where = next(branch.where for branch in branches.found if path in branch.params)
+        findings.append(
+            Finding(
+                "shared layer",
+                f"{_and_others(path, len(branches.shared))} is used in {count} residual branches, where the "
+                "sources know rules for layers with parameters of their own; it gets the factors of one of "
+                "these. Give each layer its own parameters",
+                where,
+            )
+        )
+    return tuple(findings)
+
+
+def _and_others(path: str, count: int) -> str:
+    return path if count == 1 else f"{path} (and {count - 1} others)"
