@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import sys
 
 assert "jax" not in sys.modules, "JAX reads its environment when imported, which must be after this"
@@ -26,3 +27,7 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "d" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# SQLite waits for the disk at every commit, and there are thousands: temporary folders are in memory.
+if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2**30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")

@@ -890,8 +890,7 @@ def unreliable(study: SharedStudy, rng: random.Random, rate: float) -> None:
     engine.dialect.do_commit = do_commit
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize(("sampler", "seed"), [("random", 0), ("random", 1), ("tpe", 2), ("tpe", 3)])
 def test_nothing_is_lost_or_run_twice_over_a_connection_that_breaks(
     seed: int, sampler: str, tmp_path: pathlib.Path, hurry: None
 ) -> None:
