@@ -228,7 +228,19 @@ def why_unsupported(name: str) -> str:
     )
 
 
-def _refused(name: str) -> Callable[..., NoReturn]:
+def refused(attribute: str) -> Callable[..., NoReturn] | None:
+    """What stands for an optimizer without a µP: a function that says why when it is called.
+
+    Args:
+        attribute: a name that a module does not have, such as `"mup_lbfgs"`.
+
+    Returns:
+        None where it is not the name of such an optimizer.
+    """
+    name = attribute.removeprefix("mup_")
+    if name == attribute or name not in UNSUPPORTED:
+        return None
+
     def function(*args: Any, **kwargs: Any) -> NoReturn:
         del args, kwargs
         raise ConfigError(why_unsupported(name))
@@ -297,16 +309,3 @@ mup_scale_by_sm3 = _transform("scale_by_sm3")
 mup_scale_by_stddev = _transform("scale_by_stddev")
 mup_scale_by_trust_ratio = _transform("scale_by_trust_ratio")
 mup_scale_by_yogi = _transform("scale_by_yogi")
-
-mup_cocob = _refused("cocob")
-mup_dadapt_adamw = _refused("dadapt_adamw")
-mup_dog = _refused("dog")
-mup_dowg = _refused("dowg")
-mup_dpsgd = _refused("dpsgd")
-mup_galore = _refused("galore")
-mup_lbfgs = _refused("lbfgs")
-mup_mechanize = _refused("mechanize")
-mup_momo = _refused("momo")
-mup_momo_adam = _refused("momo_adam")
-mup_polyak_sgd = _refused("polyak_sgd")
-mup_prodigy = _refused("prodigy")

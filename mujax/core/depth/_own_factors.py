@@ -98,7 +98,7 @@ def _power_of_depth(number: float, depth: Depth, branches: int, tolerance: float
     """How a number is made from the depth of the target, if it is."""
     counts = {
         "L": depth.target,
-        "branches": branches,
+        "residual branches": branches,
         "2 L": 2 * depth.target,
         "L / base L": depth.ratio,
     }
