@@ -46,14 +46,14 @@ class Reading:
 
     Attributes:
         corrections: the constants of the forward pass, by place.
-        knobs: the places that the multipliers turn: name -> places.
+        multiplier_sites: the products and lookups that the multipliers multiply: name -> places.
         findings: what can't be put right.
         analysis: the uses and products that it was read from.
         branches: where residual branches are added, and which operand of the addition each is.
     """
 
     corrections: Mapping[EqnPath, Sequence[Correction]]
-    knobs: Mapping[str, Sequence[EqnPath]]
+    multiplier_sites: Mapping[str, Sequence[EqnPath]]
     findings: tuple[Finding, ...]
     analysis: Analysis
     branches: Mapping[EqnPath, int] = dataclasses.field(default_factory=dict)
@@ -149,7 +149,7 @@ def read_call(
             )
         if kept:
             out[site] = kept
-    return Reading(out, _knobs(spec, analysis), tuple(findings), analysis, branches)
+    return Reading(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, branches)
 
 
 def _known_branches(spec: MupSpec, branches: Branches) -> Branches:
@@ -212,7 +212,7 @@ def _reads_out(param: ParamSpec, use: Use) -> bool:
     return param.role == "output"
 
 
-def _knobs(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
+def _multiplier_sites(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
     """The places that the multipliers turn."""
     inputs = [
         use.site

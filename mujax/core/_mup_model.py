@@ -19,9 +19,18 @@ from mujax.core._explain import explain
 from mujax.core._replay import Replay
 from mujax.core.depth import Depth
 from mujax.core.frontends import Call, Frontend, shrink
-from mujax.core.program import ClosedJaxpr, EqnPath, Insertion, evaluate, under_named_axes
+from mujax.core.program import (
+    ClosedJaxpr,
+    EqnPath,
+    Insertion,
+    blocked,
+    equation_at,
+    evaluate,
+    under_named_axes,
+    where,
+)
 from mujax.core.trace import Finding
-from mujax.errors import SpecMismatchError
+from mujax.errors import ConfigError, SpecMismatchError
 from mujax.spec import MupSpec
 
 
@@ -175,7 +184,7 @@ class MupModel:
             leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
             for position, leaf in enumerate(call.leaves)
         ]
-        insertions = {} if known.reading is None else self._insertions(known.reading)
+        insertions = {} if known.reading is None else self._insertions(known.program, known.reading)
         outs = evaluate(known.program, leaves, insertions)
         return self._target.finish(variables, jax.tree.unflatten(known.structure, outs))
 
@@ -203,6 +212,10 @@ class MupModel:
                 exponential.
             input_mult: multiplies each lookup of an embedding and each product with an input weight.
 
+        Raises:
+            ConfigError: when the model is applied, where a product to multiply is inside of a function with
+                its own derivative (`jax.custom_vjp`).
+
         Reference:
             Tensor Programs V, Section 2 and Appendix D: alpha_output, alpha_attn, alpha_input.
         """
@@ -218,13 +231,13 @@ class MupModel:
             program=program,
             call=call,
             result=result,
-            insertions=self._insertions(self._reading),
+            insertions=self._insertions(program, self._reading),
             entry=self._entry(call),
             variables=lambda key: self._target.leaves(self.init(key)),
             inputs=self._inputs,
             analysis=self._reading.analysis,
             corrections=self._reading.corrections,
-            knobs=self._reading.knobs,
+            multiplier_sites=self._reading.multiplier_sites,
         )
 
     def explain(self) -> str:
@@ -269,7 +282,7 @@ class MupModel:
         grows = any(param.shape != param.base_shape or param.depth != 1 for param in self.spec.values())
         return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
 
-    def _insertions(self, reading: Reading) -> dict[EqnPath, Insertion]:
+    def _insertions(self, program: ClosedJaxpr, reading: Reading) -> dict[EqnPath, Insertion]:
         factors: dict[EqnPath, list[Any]] = {}
         branches: dict[EqnPath, tuple[int, float]] = {}
         for site, corrections in reading.corrections.items():
@@ -281,7 +294,14 @@ class MupModel:
             if of_branch != 1.0:
                 branches[site] = (reading.branches[site], of_branch)
         for name, value in self._multipliers.items():
-            for site in reading.knobs[name]:
+            for site in reading.multiplier_sites[name]:
+                if block := blocked(program, site):
+                    raise ConfigError(
+                        f"{where(equation_at(program, site))}: expected the product that {name} multiplies "
+                        f"to stand outside of {block}, whose inside can't be changed without losing what it "
+                        f"is for; leave out {name}, move the product out of it, or give your own function "
+                        "the constant."
+                    )
                 factors.setdefault(site, []).append(value)
         return {
             site: Insertion(

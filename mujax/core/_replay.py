@@ -46,7 +46,7 @@ class Replay:
         inputs: the example inputs.
         analysis: what is known of the program.
         corrections: what the insertions are for, by place.
-        knobs: the places that the multipliers turn, by the multiplier's name.
+        multiplier_sites: the products and lookups that the multipliers multiply, by the multiplier's name.
     """
 
     program: ClosedJaxpr
@@ -58,7 +58,7 @@ class Replay:
     inputs: tuple[Any, ...]
     analysis: Analysis
     corrections: Mapping[EqnPath, Sequence[Correction]]
-    knobs: Mapping[str, Sequence[EqnPath]]
+    multiplier_sites: Mapping[str, Sequence[EqnPath]]
 
     def init(self, key: Key[Array, ""]) -> tuple[PyTree, list[Any]]:
         """Initial parameters, as a tree of dicts by path, and the variables that they are a part of."""

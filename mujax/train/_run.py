@@ -171,7 +171,7 @@ class Training:
         """
         static = {name: value for name, value in hparams.items() if name in self.static}
         built = self.built(static)
-        for name, places in built.mup.replay.knobs.items():
+        for name, places in built.mup.replay.multiplier_sites.items():
             if name in hparams and not places:
                 raise ConfigError(
                     f"{name}: expected a model with something for it to multiply, found none; leave it out."

@@ -809,3 +809,39 @@ def test_a_closed_over_tracer_is_not_kept():
     np.testing.assert_allclose(jax.grad(loss)(3.0), slope, rtol=1e-5)
     box[0] = 5.0
     np.testing.assert_allclose(mup.apply(params, X).sum(), 5 * slope, rtol=1e-5)
+
+
+# ---- multipliers where nothing can be inserted ---------------------------------------------------------
+
+
+@jax.custom_vjp
+def _own_attention(q, k):
+    return jax.nn.softmax(q @ k.T / q.shape[-1])
+
+
+_own_attention.defvjp(
+    lambda q, k: (_own_attention(q, k), (q, k)), lambda saved, g: (g @ saved[1], g.T @ saved[0])
+)
+
+
+def test_a_multiplier_inside_of_a_function_with_its_own_derivative():
+    def build(width: int) -> mujax.Functional:
+        def init(key: Any, x: Any) -> Any:
+            first, second = jax.random.normal(key, (2, 7, width))
+            return {"q": first, "k": second, "out": jnp.arange(12.0).reshape(4, 3)}
+
+        return mujax.Functional(
+            init, lambda params, x: _own_attention(x @ params["q"], x @ params["k"]) @ params["out"]
+        )
+
+    mup = mujax.mup_init(build(WIDTH), build(BASE), X)
+    params = mup.init(KEY, X)
+    plain = mup.apply(params, X)
+    with refused(
+        mujax.ConfigError, "test_init.py:", "expected the product that attention_mult multiplies to stand "
+        "outside of custom_vjp_call", "leave out attention_mult",
+    ):  # fmt: skip
+        mup.with_multipliers(attention_mult=2.0).apply(params, X)
+    # What can be reached is multiplied.
+    doubled = mup.with_multipliers(input_mult=2.0).apply(params, X)
+    assert not np.allclose(doubled, plain)
