@@ -25,8 +25,8 @@ from mujax.core.depth import (
 from mujax.core.frontends import Call, Frontend, Initial, frontend
 from mujax.core.program import ClosedJaxpr
 from mujax.core.trace import Finding, analyse
-from mujax.errors import AuditError, MujaxWarning
-from mujax.spec import Parametrization, ParamSpec, Role
+from mujax.errors import AuditError, MujaxWarning, ShapeMismatchError
+from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +155,7 @@ def mup_init(
         if "residual" not in off:
             refuse_own_factors(*branches, plan, reading.analysis.fixes, spec)
     else:
+        _refuse_layers_alone(spec)
         reading = read_call(spec, off, stored, *programs)
     if zero_init:
         spec.require_roles("zero_init")
@@ -185,6 +186,18 @@ def mup_init(
             raise AuditError(message)
         warnings.warn(MujaxWarning(message), stacklevel=2)
     return mup
+
+
+def _refuse_layers_alone(spec: MupSpec) -> None:
+    """Refuses base and target that differ in their number of layers and in nothing else."""
+    for path, param in spec.items():
+        if param.layers and not spec.grows:
+            base, target = (shape[param.layers[0]] for shape in (param.base_shape, param.shape))
+            raise ShapeMismatchError(
+                f"{path}: expected base and target to differ in width or not at all, found {base} layers in "
+                f'the base and {target} in the target, of the same widths; pass depth="scan" to '
+                "parametrize depth, or give both the same number of layers."
+            )
 
 
 def _sizes(target: Initial, base: Initial) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
