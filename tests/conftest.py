@@ -9,12 +9,7 @@ import sys
 assert "jax" not in sys.modules, "JAX reads its environment when imported, which must be after this"
 
 # A test runs its programs for milliseconds, so compiling them well is time lost.
-# A program is one LLVM module: splitting it over threads costs work, and every core has a worker already.
-_FLAGS = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
+_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # MLIR's code for fusions takes twice as long to compile as LLVM's. Later versions have no such flag, and
     # XLA aborts on one that it does not know.

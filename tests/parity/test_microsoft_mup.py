@@ -71,13 +71,11 @@ def swapped(param: mujax.ParamSpec) -> mujax.ParamSpec:
     return dataclasses.replace(param, fan_in=param.fan_out, fan_out=param.fan_in)
 
 
-def test_golden_covers_all_cases() -> None:
-    assert list(GOLDEN) == [str(case) for case in CASES]
-    assert all(len(losses) == STEPS for losses in GOLDEN.values())
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_golden(case: Case) -> None:
+    """A run that is training, not noise: its loss falls by a fifth, so every step's update counts."""
+    assert len(trained(case)) == STEPS
+    assert np.mean(trained(case)[-4:]) < 0.8 * trained(case)[0]
     np.testing.assert_allclose(trained(case), GOLDEN[str(case)], rtol=RTOL, atol=0)
 
 
@@ -90,11 +88,6 @@ def test_live(case: Case) -> None:
     theirs = reference.losses(case)
     np.testing.assert_allclose(theirs, GOLDEN[str(case)], rtol=1e-12, atol=0)
     np.testing.assert_allclose(trained(case), theirs, rtol=RTOL, atol=0)
-
-
-def test_learns() -> None:
-    """The runs are training, not noise: losses fall by a fifth, so every step's update counts."""
-    assert all(np.mean(losses[-4:]) < 0.8 * losses[0] for losses in GOLDEN.values())
 
 
 @pytest.mark.parametrize("case", [MLP_SGD, MLP_ADAM, MLP_ADAMW, TRANSFORMER_SGD], ids=str)

@@ -17,7 +17,6 @@ from mujax import rules
 from mujax.optim import OPTIMIZERS, optimizer
 from mujax.spec import MupSpec, ParamSpec
 
-FAST = {"xla_backend_optimization_level": 0}
 COMPILED = {
     "sophia",
     "novograd",
@@ -62,8 +61,8 @@ def loss(params, factor):
     return optax.softmax_cross_entropy_with_integer_labels(forward(params, factor)[-1], Y).mean()
 
 
-value_and_grad = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)
-see = jax.jit(forward, compiler_options=FAST)
+value_and_grad = jax.jit(jax.value_and_grad(loss))
+see = jax.jit(forward)
 
 
 def start(spec, zero=()):
@@ -82,7 +81,7 @@ def train(tx, spec, steps, *, zero=(), compiled=False, hessian=False):
     params, factor = start(spec, zero)
     update = functools.partial(tx.update, obj_fn=lambda p: loss(p, factor)) if hessian else tx.update
     if compiled:
-        update = jax.jit(update, compiler_options=FAST)
+        update = jax.jit(update)
     state, losses = tx.init(params), []
     for _ in range(steps):
         value, gradients = value_and_grad(params, factor)
@@ -315,12 +314,16 @@ def test_a_hidden_weight_that_starts_at_zero():
 
     def size(width, **kwargs):
         spec = make_spec(width, base=32)
-        _, params = train(optimizer("lamb")(0.1, spec, **kwargs), spec, 4, zero=("w2",), compiled=True)
+        _, params = train(optimizer("lamb")(0.1, spec, **kwargs), spec, 12, zero=("w2",), compiled=True)
         # The spectral norm, which the spectral condition wants to be constant for a square matrix.
         return float(jnp.linalg.norm(params["w2"], 2))
 
-    named = [size(width, zero_init=("w2",)) for width in WIDTHS]
-    assert abs(np.polyfit(np.log2(WIDTHS), np.log2(named), 1)[0]) < 0.1
+    named, random = (
+        np.polyfit(np.log2(WIDTHS), np.log2([size(width, **kwargs) for width in WIDTHS]), 1)[0]
+        for kwargs in ({"zero_init": ("w2",)}, {})
+    )
+    assert abs(named) < 0.1
+    assert random < min(named - 0.1, -0.05)
 
 
 # ---- checkpoints and nnx.Optimizer ------------------------------------------------------------------
@@ -359,12 +362,16 @@ def test_nnx_optimizer(case):
     name, (rate, kwargs) = case.split(",")[0], RUNS[case]
     model, spec = Net(), make_spec(12, second=20)
     tx = optimizer(name)(rate, spec, **kwargs)
+    # Sophia's own estimate of the Hessian takes a function; the step is all that it is for.
+    extra = {"obj_fn": lambda p: sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(p))}
+    update = functools.partial(tx.update, **(extra if case == "sophia" else {}))
+    if name in COMPILED:
+        update = jax.jit(update)
+    tx = optax.GradientTransformation(tx.init, update)
     wrapped = nnx.Optimizer(model, tx, wrt=nnx.Param)
     state, before = nnx.state(model, nnx.Param), jax.tree.map(jnp.array, nnx.state(model, nnx.Param))
     fresh = jax.tree.leaves(tx.init(nnx.as_pure(state)))
     assert len(jax.tree.leaves(nnx.as_pure(nnx.state(wrapped).get("opt_state", {})))) == len(fresh)
-    if name in COMPILED:
-        return
     gradients = jax.tree.map(lambda leaf: 0.1 * leaf, before)
     wrapped.update(model, gradients)
     updates, _ = tx.update(nnx.as_pure(gradients), tx.init(nnx.as_pure(before)), nnx.as_pure(before))

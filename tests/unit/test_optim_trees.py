@@ -154,7 +154,10 @@ class TestTrees:
             {"params": {"kernel": leaf}},
             {"params": {"params": {"kernel": leaf}}},
         ):
-            tx.update(tree, tx.init(tree))
+            updates, _ = tx.update(tree, tx.init(tree))
+            # A square kernel three times as wide, in Table 8 with SGD: the factor is 1.
+            np.testing.assert_allclose(jax.tree.leaves(updates), [-LR * leaf], rtol=1e-6)
+            assert jax.tree.structure(updates) == jax.tree.structure(tree)
 
     def test_only_a_common_collection_is_looked_through(self):
         both = {"params": linen_params(), "batch_stats": {"norm": {"mean": jnp.zeros(12)}}}
@@ -324,7 +327,12 @@ class TestMasked:
             mup_sgd(LR, SPEC).init(tree)
 
     def test_a_hole_where_the_spec_has_nothing(self):
-        mup_sgd(LR, SPEC).init({**self.PARAMS, "frozen": optax.MaskedNode()})
+        tx, tree = mup_sgd(LR, SPEC), {**self.PARAMS, "frozen": optax.MaskedNode()}
+        updates, _ = tx.update(tree, tx.init(tree))
+        without, _ = tx.update(self.PARAMS, tx.init(self.PARAMS))
+        assert updates["frozen"] == optax.MaskedNode()
+        del updates["frozen"]
+        jax.tree.map(np.testing.assert_array_equal, updates, without)
 
 
 class TestInsideOptax:

@@ -395,8 +395,3 @@ def test_known_names_pass():
     assert rules.parametrization("mup") == only("mup")
     assert rules.parametrization(only("sp")) == only("sp")
     assert [rules.family(name) for name in rules.FAMILIES] == list(rules.FAMILIES)
-
-
-def test_each_family_says_where_its_rates_come_from():
-    assert set(rules.FAMILY_SOURCES) == set(rules.FAMILIES)
-    assert all("arXiv" in source or "TP5" in source for source in rules.FAMILY_SOURCES.values())
