@@ -39,12 +39,6 @@ KEY = jax.random.key(0)
 # What a correction or a rule that is left out must change, at the least.
 CLEARLY = 1e-2
 
-# Compiling is most of these tests' time, and at these sizes running is none of it.
-quickly = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
-
 
 # ---- what is expected, as numbers ------------------------------------------------------------------
 
@@ -507,7 +501,7 @@ def test_init(name: str) -> None:
     """The module's own initial values, each times the number in the table."""
     case = CASES[name]
     mup, module, inputs = wrapped(name), case.build(case.target), case.kind.inputs()
-    ours, theirs = quickly(lambda key: (mup.init(key, *inputs), module.init(key, *inputs)))(KEY)
+    ours, theirs = jax.jit(lambda key: (mup.init(key, *inputs), module.init(key, *inputs)))(KEY)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     expected = by_rows(case, lambda row, leaf: leaf * row.init, theirs["params"])
     assert distance(ours["params"], expected) < 1e-6
@@ -558,12 +552,12 @@ def run(function: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, j
         logits = function(params)
         return cross_entropy(logits), logits
 
-    (value, logits), gradient = quickly(jax.value_and_grad(loss, has_aux=True))(params)
+    (value, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return logits, value, gradient
 
 
 def updates(tx: optax.GradientTransformation, gradient: Any, params: Any) -> Any:
-    return quickly(lambda g, p: tx.update(g, tx.init(p), p)[0])(gradient, params)
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(gradient, params)
 
 
 def by_rows(case: Case, update: Callable[[Row, np.ndarray], np.ndarray], gradient: Any) -> Any:
@@ -623,9 +617,9 @@ def test_every_correction_is_needed(name: str) -> None:
 
     def logits(**off: bool) -> jax.Array:
         mup = case.wrap(corrections=off)
-        return quickly(lambda p: mup.apply({"params": p}, *inputs).logits)(params)
+        return jax.jit(lambda p: mup.apply({"params": p}, *inputs).logits)(params)
 
-    expected = quickly(lambda p: case.kind.by_hand(p, case.mup, *inputs))(params)
+    expected = jax.jit(lambda p: case.kind.by_hand(p, case.mup, *inputs))(params)
     assert distance(logits(), expected) < 1e-6
     for kind, *_ in case.corrections:
         assert distance(logits(**{kind: False}), expected) > CLEARLY
@@ -679,9 +673,9 @@ def test_dropout_and_all_outputs(name: str) -> None:
         more = {"deterministic": False, "output_hidden_states": True, "output_attentions": True}
         return apply({"params": params}, *inputs, **more, rngs={"dropout": jax.random.key(seed)})
 
-    run_mup = quickly(functools.partial(call, mup.apply))
+    run_mup = jax.jit(functools.partial(call, mup.apply))
     ours = run_mup(params, 1)
-    theirs = quickly(lambda p: call(module.apply, folded(case, p), 1))(params)
+    theirs = jax.jit(lambda p: call(module.apply, folded(case, p), 1))(params)
     assert type(ours) is type(theirs)
     assert distance(ours.logits, (theirs.logits - added) / case.mup.r + added) < 1e-6
     for part in ("hidden_states", "attentions"):
@@ -702,7 +696,7 @@ def test_decoding_with_a_cache(name: str) -> None:
     assert mup.spec == wrapped(name).spec
     assert mup.findings == ()
 
-    @quickly
+    @jax.jit
     def decode(cache: Any, ids: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any]:
         variables = {"params": params, "cache": cache}
         # What follows the text so far is masked by the module, which knows how full its cache is.
@@ -716,7 +710,7 @@ def test_decoding_with_a_cache(name: str) -> None:
     for start, stop in ((0, 3), *((n, n + 1) for n in range(3, LENGTH))):
         logits, cache = decode(cache, ids[:, start:stop], positions[:, start:stop])
         found.append(logits)
-    expected = quickly(lambda p: case.kind.by_hand(p, case.mup, ids, mask, positions))(params)
+    expected = jax.jit(lambda p: case.kind.by_hand(p, case.mup, ids, mask, positions))(params)
     assert distance(jnp.concatenate(found, axis=1), expected) < 1e-6
 
 

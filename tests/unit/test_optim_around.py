@@ -29,7 +29,6 @@ PARAMS = {
 STEPS = 18
 SAME, OTHER = 1e-9, 1e-5
 TABLES = ("mup", "table3", "table9")
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +74,7 @@ def make_loss(spec):
 
 @functools.cache
 def gradients(spec):
-    return jax.jit(jax.grad(make_loss(spec)), compiler_options=FAST)(initial(spec))
+    return jax.jit(jax.grad(make_loss(spec)))(initial(spec))
 
 
 def at_width(parametrization, width):
@@ -268,7 +267,7 @@ def curve(spec, around, parts=None):
         trained = optax.apply_updates(trained, updates)
         return (trained, optax.incremental_update(trained, average, 0.2), state), value
 
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(STEPS))[1], compiler_options=FAST)
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(STEPS))[1])
     return np.asarray(run((trained, trained, tx.init(trained))))
 
 

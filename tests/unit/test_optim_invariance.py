@@ -86,9 +86,7 @@ def curve(chosen, make_tx):
         updates, state = tx.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    # Compiling takes far longer than running.
-    fast = {"xla_backend_optimization_level": 0}
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS)[1], compiler_options=fast)
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=STEPS)[1])
     losses = np.asarray(run((params, tx.init(params))))
     assert losses.dtype == np.float64
     return losses

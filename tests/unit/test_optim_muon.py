@@ -40,7 +40,6 @@ mup_muon = functools.partial(mujax.mup_muon, ns_steps=1)
 mup_scale_by_muon = functools.partial(mujax.mup_scale_by_muon, ns_steps=1)
 muon = functools.partial(optax.contrib.muon, ns_steps=1)
 scale_by_muon = functools.partial(optax.contrib.scale_by_muon, ns_steps=1)
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SPECTRAL = 1.2909944487  # sqrt(5 / 3)
 ZOO = ("dense_general", "conv", "moe", "scan_last_axis", "transposed")
 OTHERS = {
@@ -73,7 +72,7 @@ def random_tree(spec, seed=1):
 def one_update(tx, gradients, params=None):
     params = gradients if params is None else params
     # What XLA fuses it may round otherwise, so all are run alike; as constants they would be folded, slowly.
-    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0], compiler_options=FAST)(gradients, params)
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(gradients, params)
 
 
 def matrices(param, array):
@@ -280,9 +279,7 @@ class TestAgainstOptax:
             gradients = jax.tree.map(
                 lambda *each: jnp.stack(each), *(random_tree(spec, seed) for seed in (1, 2, 3))
             )
-            return jax.jit(lambda *args: jax.lax.scan(step, *args)[0], compiler_options=FAST)(
-                (params, tx.init(params)), gradients
-            )
+            return jax.jit(lambda *args: jax.lax.scan(step, *args)[0])((params, tx.init(params)), gradients)
 
         (params, state), (others, their_state) = trajectory(ours), trajectory(theirs)
         assert jax.tree.structure(state) == jax.tree.structure(their_state)
@@ -468,7 +465,6 @@ def curve(parametrization, **options):
 
     run = jax.jit(
         lambda carry: jax.lax.scan(step, carry, length=15)[1],
-        compiler_options=FAST,
     )
     return np.asarray(run((params, tx.init(params))))
 
