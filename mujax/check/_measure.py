@@ -302,5 +302,5 @@ def _of_leaves(tree: PyTree) -> Float[Array, " leaves"]:
 
 
 def paths_of(params: PyTree) -> tuple[str, ...]:
-    """The paths of the parameters in the order of `Measured.leaves`."""
+    """The paths of the parameters in the order of the tree."""
     return tuple(leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))

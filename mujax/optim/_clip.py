@@ -68,7 +68,7 @@ def mup_global_norm(spec: MupSpec, gradients: optax.Updates) -> Float[Array, ""]
         SpecMismatchError: the tree is not the one that `spec` describes.
 
     Example:
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> from mujax import MupSpec, ParamSpec, Parametrization
         >>> readout = ParamSpec((12, 3), (4, 3), fan_in=(0,), fan_out=(1,), infinite=(0,))
         >>> spec = MupSpec({"readout": readout}, Parametrization((("table3", 1.0),)))
         >>> round(float(mup_global_norm(spec, {"readout": jnp.ones((12, 3))})), 4)  # 6, were it Table 8's
@@ -102,7 +102,7 @@ def mup_clip_by_global_norm(spec: MupSpec, max_norm: ArrayLike) -> optax.Gradien
 
     Example:
         >>> import mujax
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> from mujax import MupSpec, ParamSpec, Parametrization
         >>> readout = ParamSpec((12, 3), (4, 3), fan_in=(0,), fan_out=(1,), infinite=(0,))
         >>> spec = MupSpec({"readout": readout}, Parametrization((("table3", 1.0),)))
         >>> tx = optax.chain(mup_clip_by_global_norm(spec, 1.0), mujax.mup_adam(1e-3, spec))
@@ -152,7 +152,7 @@ def mup_normalize(spec: MupSpec) -> optax.GradientTransformation:
         SpecMismatchError: on `update`, when the tree is not the one that `spec` describes.
 
     Example:
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> from mujax import MupSpec, ParamSpec, Parametrization
         >>> readout = ParamSpec((12, 3), (3, 3), fan_in=(0,), fan_out=(1,), infinite=(0,))
         >>> spec = MupSpec({"readout": readout}, Parametrization((("mup", 1.0),)))
         >>> tx = mup_normalize(spec)

@@ -186,7 +186,7 @@ def mup_add_decayed_weights(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> from mujax import MupSpec, ParamSpec, Parametrization
         >>> kernel = ParamSpec((6, 6), (2, 2), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
         >>> spec = MupSpec({"kernel": kernel}, Parametrization((("mup", 1.0),)))
         >>> tx = mup_add_decayed_weights(spec, 0.3, decay="coupled", family="adam")

@@ -356,7 +356,7 @@ def mup_scale_by_muon(
         SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
 
     Example:
-        >>> from mujax.infshape import MupSpec, ParamSpec
+        >>> from mujax import MupSpec, ParamSpec
         >>> kernel = ParamSpec((2, 8, 32), (2, 4, 4), (1,), (2,), stack=(0,), infinite=(1, 2))
         >>> spec = MupSpec({"kernel": kernel}, Parametrization((("mup", 1.0),)))
         >>> tx = mup_scale_by_muon(spec)

@@ -1,6 +1,6 @@
 """Puts optax's optimizers together in µP, from what the registry says about them.
 
-Most are optax's own, run in other units (`_units.in_units`). Where weight decay or a parameter's norm is in
+Most are optax's own, run in other units (`_rescale.in_units`). Where weight decay or a parameter's norm is in
 the middle of a chain, the chain is written out, with the states that optax's has.
 """
 

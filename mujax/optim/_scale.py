@@ -69,7 +69,7 @@ def mup_scale_by_adam(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> from mujax import MupSpec, ParamSpec, Parametrization
         >>> kernel = ParamSpec((6, 4), (2, 4), fan_in=(0,), fan_out=(1,), infinite=(0,))
         >>> spec = MupSpec({"kernel": kernel}, Parametrization((("table3", 1.0),)))
         >>> tx = mup_scale_by_adam(spec)

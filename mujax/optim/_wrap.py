@@ -87,7 +87,7 @@ def mup_wrap(
 
     Example:
         >>> import optax
-        >>> from mujax.infshape import MupSpec, ParamSpec, Parametrization
+        >>> from mujax import MupSpec, ParamSpec, Parametrization
         >>> kernel = ParamSpec((6, 6), (2, 2), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
         >>> spec = MupSpec({"kernel": kernel}, Parametrization((("mup", 1.0),)))
         >>> tx = optax.chain(

@@ -34,7 +34,7 @@ OWN_SPACE: Final[Mapping[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """A search for hyperparameters on a proxy. A YAML or Python file may hold the same (`mujax.read_config`).
+    """A search for hyperparameters on a proxy. A YAML, JSON or Python file given to `mujax tune` may hold the same.
 
     Attributes:
         task: a name out of `mnist-mlp` and `text-transformer`; or a model of your own: a factory

@@ -366,9 +366,8 @@ class _Search:
                 continue
             branch = self._projected(total)
             if branch is None:
-                node = self.graph.nodes[total.node]
                 raise DepthError(
-                    f"{where(node.eqn)}: expected an addition x + f(x) whose branch can be told from its "
+                    f"{where(self._equation(total.node))}: expected an addition x + f(x) whose branch can be told from its "
                     f"stream, found {found}; {_REMEDY}."
                 )
             inside = self._inside(total, branch)
@@ -390,7 +389,7 @@ class _Search:
 
     def _projected(self, total: _Sum) -> int | None:
         """The branch of a sum whose other side is a projection shortcut: one product and no way around."""
-        if len(total.splits) != 1 or self._addition(total.node).primitive.name not in _ADDS:
+        if len(total.splits) != 1 or self._equation(total.node).primitive.name not in _ADDS:
             return None
         (split,) = total.splits
         counts = [(self._region(total, side) & self.products).bit_count() for side in (0, 1)]
@@ -423,10 +422,10 @@ class _Search:
         for number, (_, _, inside) in self.branches.items():
             inner = inside & additions
             if inner:
-                one = self.graph.nodes[(inner & -inner).bit_length() - 1]
+                one = self._equation((inner & -inner).bit_length() - 1)
                 raise DepthError(
-                    f"{where(self.graph.nodes[number].eqn)}: expected residual branches one after the "
-                    f"other, found one whose inside has another that is added at {where(one.eqn)}; "
+                    f"{where(self._equation(number))}: expected residual branches one after the "
+                    f"other, found one whose inside has another that is added at {where(one)}; "
                     f"{_REMEDY}."
                 )
 
@@ -436,7 +435,7 @@ class _Search:
             within |= inside
         for number in bits(self._where(_is_mark) & ~within):
             raise DepthError(
-                f"{where(self.graph.nodes[number].eqn)}: expected what mujax.residual_branch marks to be "
+                f"{where(self._equation(number))}: expected what mujax.residual_branch marks to be "
                 "added to a stream of its shape, found no such addition; put the mark on what is added."
             )
         for glob, found in self.by_glob.items():
@@ -457,14 +456,14 @@ class _Search:
             for path in sorted(self.graph.nodes[number].uses & inside):
                 raise DepthError(
                     f"{path}: expected it to be used inside of residual branches or outside of them, found "
-                    f"both; outside at {where(self.graph.nodes[number].eqn)}. Use separate parameters, or "
+                    f"both; outside at {where(self._equation(number))}. Use separate parameters, or "
                     f"{_REMEDY}."
                 )
 
     # ---- what is said of them ----------------------------------------------------------------------
 
-    def _addition(self, number: int) -> JaxprEqn:
-        """The equation of an addition that was found."""
+    def _equation(self, number: int) -> JaxprEqn:
+        """The equation of a node that is no input and no carry."""
         eqn = self.graph.nodes[number].eqn
         assert eqn is not None
         return eqn
@@ -482,7 +481,7 @@ class _Search:
                 stream.remove(constant)
             else:
                 constants.append(constant)
-        eqn = self._addition(number)
+        eqn = self._equation(number)
         tolerance = max(1e-5, float(jnp.finfo(dtype_of(eqn.outvars[0])).eps))
         return Branch(node.site, operand, params, repeats, tuple(constants), inside, eqn, tolerance)
 
@@ -530,7 +529,7 @@ class _Search:
 
     def _used(self, nodes: int) -> dict[str, str]:
         return {
-            path: where(self.graph.nodes[number].eqn)
+            path: where(self._equation(number))
             for number in bits(nodes)
             for path in sorted(self.graph.nodes[number].uses)
         }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sysconfig
-from typing import Any
 
 import chex
 import jax
 import optax
+from jax.extend.core import Jaxpr, JaxprEqn
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -36,7 +36,7 @@ def _is_library(file: str) -> bool:
     return file.startswith(stdlib) and "site-packages" not in file
 
 
-def where(eqn: Any) -> str:
+def where(eqn: JaxprEqn) -> str:
     """`file:line` of the innermost frame of the user's code, or the module scope if there is none."""
     traceback = eqn.source_info.traceback
     if traceback is not None:
@@ -46,13 +46,13 @@ def where(eqn: Any) -> str:
     return scope(eqn) or "unknown place"
 
 
-def is_library_function(program: Any) -> bool:
+def is_library_function(program: Jaxpr) -> bool:
     """Whether a traced sub-program is a function of JAX, Flax or the like, and not the user's own."""
     file, _ = _function(program)
     return bool(file) and _is_library(file)
 
 
-def is_of_user(eqn: Any, function: Any) -> bool:
+def is_of_user(eqn: JaxprEqn, function: Jaxpr) -> bool:
     """Whether an equation inside a library's function comes from code of the user's that this one called.
 
     `nn.remat`, `nnx.jit` and the like wrap a user's module in a function of their own.
@@ -67,7 +67,7 @@ def is_of_user(eqn: Any, function: Any) -> bool:
     return False
 
 
-def _function(program: Any) -> tuple[str, str]:
+def _function(program: Jaxpr) -> tuple[str, str]:
     """File and name of the function that a program was traced from."""
     info = getattr(program, "debug_info", None)
     name, _, place = str(getattr(info, "func_src_info", "") or "").rpartition(" at ")
@@ -79,6 +79,6 @@ def _short(file: str) -> str:
     return os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
 
 
-def scope(eqn: Any) -> str:
+def scope(eqn: JaxprEqn) -> str:
     """The module path that `jax.named_scope` recorded, e.g. `Transformer/Block_0/Dense_1`."""
     return str(eqn.source_info.name_stack)

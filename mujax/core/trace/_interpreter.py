@@ -2,7 +2,7 @@
 
 Two programs that differ in widths only have the same equations in the same order. The interpreter pairs
 them up, carries a `Value` per intermediate array and logs each use of a parameter. What a primitive does
-to a value is a rule in `primitives.py`; this module owns the walk, the log and the control flow.
+to a value is a rule in `_primitives.py`; this module owns the walk, the log and the control flow.
 """
 
 from __future__ import annotations
