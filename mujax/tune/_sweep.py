@@ -1,7 +1,8 @@
 """`sweep`: a search for hyperparameters that runs many trials at a time, stored in a study to be shared.
 
-Trials and seeds that share shapes are lanes of one program (`lanes.py`). What was tried and what came out is
-in an Optuna study (`mujax.tune.study`), where any number of workers, on any number of machines, take trials from.
+Trials and seeds that share shapes are lanes of one program (`mujax.train`). What was tried and what came out
+is in an Optuna study (`mujax.tune.study`), where any number of workers, on any number of machines, take
+trials from.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Section 7 and Appendix F: random search on the proxy.

@@ -34,7 +34,9 @@ OWN_SPACE: Final[Mapping[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
-    """A search for hyperparameters on a proxy. A YAML, JSON or Python file given to `mujax tune` may hold the same.
+    """A search for hyperparameters on a proxy.
+
+    A YAML, JSON or Python file given to `mujax tune` may hold the same.
 
     Attributes:
         task: a name out of `mnist-mlp` and `text-transformer`; or a model of your own: a factory

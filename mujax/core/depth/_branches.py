@@ -367,8 +367,8 @@ class _Search:
             branch = self._projected(total)
             if branch is None:
                 raise DepthError(
-                    f"{where(self._equation(total.node))}: expected an addition x + f(x) whose branch can be told from its "
-                    f"stream, found {found}; {_REMEDY}."
+                    f"{where(self._equation(total.node))}: expected an addition x + f(x) whose branch can "
+                    f"be told from its stream, found {found}; {_REMEDY}."
                 )
             inside = self._inside(total, branch)
             self.branches[total.node] = (branch, total.past, inside)
