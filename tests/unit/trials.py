@@ -1,4 +1,4 @@
-"""Finished sweeps and trained targets, made up, for the tests of what shows them."""
+"""Made up for the tests: finished sweeps, trained targets, and the clock of a study."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ SPACE = {
     "warmup": {"low": 0.0, "high": 0.3},
     "schedule": ["linear", "cosine"],
 }
+
+
+class FakeClock:
+    """A clock that stands still but for those who sleep, and who do not wait."""
+
+    def __init__(self) -> None:
+        self.time = 1000.0
+
+    def now(self) -> float:
+        return self.time
+
+    def sleep(self, seconds: float) -> None:
+        self.time += seconds
 
 
 def make_trial(number: int, loss: float | None, *, pruned: bool = False, **hparams: Any) -> Trial:

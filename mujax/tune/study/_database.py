@@ -1,4 +1,4 @@
-"""A database to keep studies in: where it is, how it is opened, and what its complaints mean."""
+"""The database of a study: its address, how it is opened, and what its errors mean."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_memory() -> BaseStorage:
 
 @dataclasses.dataclass(frozen=True)
 class _Fault:
-    """What a database's complaint means, recognised by a part of its text."""
+    """What an error of a database means, recognised by a part of its text."""
 
     text: str
     means: str
@@ -74,7 +74,7 @@ _OTHER_DRIVERS: Final = {"postgresql": ("psycopg2", "psycopg"), "mysql": ("MySQL
 
 
 def database_error(error: BaseException) -> BaseException | None:
-    """What the database complained of; None if it was something else that went wrong."""
+    """The error of the database; None if something else went wrong."""
     cause = error.__cause__
     inner = cause if isinstance(error, StorageInternalError) and cause is not None else error
     return inner if isinstance(inner, (sqlalchemy.exc.SQLAlchemyError, StorageInternalError)) else None
@@ -106,7 +106,7 @@ def fault_of(error: BaseException) -> _Fault:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Optuna says about its experimental features, and without its log."""
+    """Suppresses Optuna's log and its warnings about experimental features."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -184,7 +184,7 @@ def check_file(url: sqlalchemy.URL, shown: str) -> bool:
 
 
 def begin_immediate(engine: sqlalchemy.Engine) -> None:
-    """Makes every SQLite transaction take the write lock as it begins.
+    """Makes every SQLite transaction take the write lock at its start.
 
     Optuna reads a trial's state and then changes it. PostgreSQL locks the row in between; SQLite would let
     two workers both read "running" and both write.
