@@ -175,7 +175,7 @@ class Workers:
     folder: pathlib.Path
     process: subprocess.Popen[bytes]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.folder / "output.txt").read_text()
 
     def did(self, kind: str) -> list[tuple[int, int]]:
@@ -187,15 +187,15 @@ class Workers:
     def wait_for(self, kind: str, count: int) -> None:
         give_up = time.monotonic() + BOUND
         while len(self.did(kind)) < count:
-            assert time.monotonic() < give_up, self.said()
-            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < give_up, self.output()
+            assert self.process.poll() is None, self.output()
             time.sleep(0.05)
 
     def join(self, killed: int = 0) -> None:
         """Waits for all to come to their end."""
-        assert self.process.wait(timeout=BOUND) == 0, self.said()
+        assert self.process.wait(timeout=BOUND) == 0, self.output()
         codes = json.loads((self.folder / "codes").read_text())
-        assert sorted(codes) == [-signal.SIGKILL] * killed + [0] * (len(codes) - killed), self.said()
+        assert sorted(codes) == [-signal.SIGKILL] * killed + [0] * (len(codes) - killed), self.output()
 
     def records(self) -> list[Record]:
         with SharedStudy.load("shared", self.storage) as study:
@@ -295,7 +295,7 @@ def test_postgresql_away_for_a_while(
             number for number, _ in group.did("end")
         )
         assert len(group.did("end")) == TOTAL
-        said = group.said()
-        assert "study 'shared': the database can't be reached" in said
-        assert "study 'shared': the database is back after" in said
-        assert "Traceback" not in said
+        output = group.output()
+        assert "study 'shared': the database can't be reached" in output
+        assert "study 'shared': the database is back after" in output
+        assert "Traceback" not in output

@@ -613,6 +613,24 @@ def test_a_worker_killed_while_it_leased_leaves_nothing_stuck(
         assert other.pending(1) == 0
 
 
+def test_leases_are_kept_alive_until_the_study_is_closed(clock: FakeClock) -> None:
+    def beating() -> int:
+        return sum(thread.name == "heartbeat of s" for thread in threading.enumerate())
+
+    study = SharedStudy.open("s", SPACE, storage=Database(clock))
+    assert beating() == 0
+    leases = study.lease(3, 3)
+    assert beating() == 1
+    assert len(study._opened.heartbeat.beating) == 3
+    assert study.finish(leases[0], 1.0, {})
+    assert len(study._opened.heartbeat.beating) == 2
+    study.close()
+    assert beating() == 0
+    assert study._opened.heartbeat.beating == ()
+    study.release(leases[1:2], "closed")
+    assert beating() == 0
+
+
 # ---- the database ---------------------------------------------------------------------------------------
 
 

@@ -86,10 +86,11 @@ def test_a_sign_of_life_of_its_own_raises(storage: Recorder) -> None:
 
 def test_the_thread_beats_until_it_is_stopped(storage: Recorder) -> None:
     heart, failures = heartbeat(storage, 0.001)
-    heart.keep_alive([])
-    assert threads() == []
     storage.away = {7}
     heart.keep_alive([3, 7])
+    assert threads() == []
+    heart.start()
+    heart.start()
     heart.keep_alive([3, 4])
     assert threads() == ["heartbeat of s"]
     assert storage.beaten.wait(30)
@@ -99,15 +100,19 @@ def test_the_thread_beats_until_it_is_stopped(storage: Recorder) -> None:
     assert {3} <= set(storage.recorded) <= {3, 4}
     assert set(failures) <= {"lost"}
     # Once more, for a study that is used again.
-    heart.keep_alive([3])
+    heart.start()
     assert threads() == ["heartbeat of s"]
     heart.stop()
+    # What is dropped after the end starts nothing.
+    heart.keep_alive([3])
     heart.stop()
+    assert threads() == []
 
 
 def test_a_storage_that_ends_with_its_worker_gets_no_signs_of_life() -> None:
     heart, failures = heartbeat(InMemoryStorage())
     heart.keep_alive([3])
+    heart.start()
     assert threads() == []
     heart.sign(3)
     assert heart.beat() == 60.0

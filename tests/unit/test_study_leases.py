@@ -136,7 +136,7 @@ class Worker:
         # "asleep" for so long that it looks dead.
         self.state = "alive"
         self.beating: tuple[int, ...] = ()
-        self.said: list[str] = []
+        self.reported: list[str] = []
         self.open: dict[int, Lease] = {}
 
         def look() -> None:
@@ -144,7 +144,7 @@ class Worker:
                 raise Killed
             step(self)
 
-        connection = Connection("s", InMemoryStorage(), "here", say=self.said.append, clock=table.clock)
+        connection = Connection("s", InMemoryStorage(), "here", say=self.reported.append, clock=table.clock)
         connection.patience = 1e9
         self.connection = connection
         lock = Lock(Steps(table.locks, look), "s", table.clock)
@@ -156,6 +156,9 @@ class Worker:
 
     def keep_alive(self, numbers: Any) -> None:
         self.beating = tuple(numbers)
+
+    def start(self) -> None:
+        """There is no thread: `Table.fail_stale` looks at the state."""
 
     def lease(self, total: int, at_most: int) -> list[Lease]:
         leases = self.leases.take(total, at_most)
@@ -239,7 +242,7 @@ def test_trials_of_a_dead_worker_are_run_again_once(table: Table) -> None:
     assert other.lease(2, 9) == []
     # It was not dead, only slow: what it has is dropped, and it is reported once.
     assert slow.finish() == []
-    assert slow.said == [
+    assert slow.reported == [
         "study 's': trial 0 was taken away, since there was no sign of life from this worker for 180 s; "
         "it is run again, and this result is dropped."
     ]
@@ -252,7 +255,7 @@ def test_twin_trials_of_a_worker_that_is_alive_are_left_alone(table: Table) -> N
     table.clock.time += 10 * TIMEOUT
     assert other.lease(1, 1) == []
     assert len(alive.finish()) == 1
-    assert alive.said == []
+    assert alive.reported == []
 
 
 def test_after_an_outage_the_others_get_the_time_to_be_seen(table: Table) -> None:
@@ -277,7 +280,7 @@ def test_an_enqueued_value_that_is_not_in_the_space(table: Table) -> None:
     table.add(None, enqueued={"act": "relu", "beside": object()})
     worker = Worker(table)
     assert worker.lease(2, 2) == [Lease(1, {"act": "relu"})]
-    assert worker.said == ["study 's': trial 0 is dropped: its act = 'sine' is not in the space."]
+    assert worker.reported == ["study 's': trial 0 is dropped: its act = 'sine' is not in the space."]
 
 
 def test_a_lease_that_is_not_held(table: Table) -> None:

@@ -55,9 +55,12 @@ class Heartbeat:
             self._record(trial_id)
 
     def keep_alive(self, trial_ids: Iterable[int]) -> None:
-        """Replaces the trials that are kept alive; starts the thread with the first of them."""
+        """Replaces the trials that are kept alive."""
         self.beating = tuple(trial_ids)
-        if self.beating and self._thread is None and self._record is not None:
+
+    def start(self) -> None:
+        """Starts the thread, unless it runs."""
+        if self._thread is None and self._record is not None:
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name=f"heartbeat of {self._name}", daemon=True)
             self._thread.start()

@@ -131,6 +131,7 @@ class Leases:
         """Keeps a trial alive from now on."""
         self._held[trial.number] = Held(trial, trial_id)
         self._heartbeat.keep_alive(each.trial_id for each in self._held.values())
+        self._heartbeat.start()
 
     def drop(self, number: int) -> None:
         """Keeps a trial alive no longer."""
