@@ -31,7 +31,7 @@ from mujax.train import MODES, Group, Job, Metrics, Mode, Whole, run_lanes
 from mujax.tune._user_code import said
 
 if TYPE_CHECKING:
-    from mujax.tune.study import Claim, Record, SharedStudy
+    from mujax.tune.study import Lease, Record, SharedStudy
 
 Run = Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
 """(hyperparameters, key) -> metrics, scalars by name: a pure function that can be traced."""
@@ -83,7 +83,7 @@ class Sweep:
         trials: all finished trials, by number, whichever worker ran them.
         objective: the metric that was minimised.
         seeds: runs of each trial.
-        settings: what the study was begun with.
+        settings: what the study was started with.
         seconds: how long this call took.
         compile_seconds: what compiling took of that.
         modes: trials that this call has run in each mode.
@@ -234,8 +234,8 @@ def sweep(
         mode: `"loop"`, `"map"` or `"vmap"`; None finds out.
         lanes: runs at a time, seeds counted; by default 16 on a CPU and 128 elsewhere.
         devices: where to run; None for all local devices.
-        settings: what else the runs depend on, to be stored: a study is gone on with under the same only.
-        notes: what else to remember with a study that is begun.
+        settings: what else the runs depend on, to be stored: a study resumes only if these are unchanged.
+        notes: what else to store with a study that is started.
         heartbeat: seconds between the signs of life of a worker; one that has given none for three times as
             long is taken for dead and its trials are run by another.
         patience: seconds for which to wait for a database that can't be reached.
@@ -275,7 +275,7 @@ def sweep(
     at_once = lanes or _LANES.get(devices[0].platform, _LANES_ELSE)
     worker = _Worker(job, given, floats, objective, seeds, seed, rungs, mode, devices)
     begun = time.perf_counter()
-    begun_with = {
+    started_with = {
         "seeds": seeds,
         "seed": seed,
         "objective": objective,
@@ -291,8 +291,8 @@ def sweep(
         sampler=sampler,
         pruner=pruner,
         seed=seed,
-        settings=begun_with,
-        notes=notes,
+        settings=started_with,
+        attributes=notes,
         heartbeat=heartbeat,
         patience=patience,
         say=say,
@@ -300,10 +300,10 @@ def sweep(
     with opened as shared:
         show = _Show(shared, trials, progress)
         while True:
-            claims = shared.claim(trials, max(1, at_once // seeds))
-            if claims:
-                with _put_back(shared, claims):
-                    worker.run(shared, claims, show, finished, trials)
+            leases = shared.lease(trials, max(1, at_once // seeds))
+            if leases:
+                with _put_back(shared, leases):
+                    worker.run(shared, leases, show, finished, trials)
                 continue
             if not shared.pending(trials):
                 break
@@ -394,24 +394,24 @@ class _Show:
 
 
 @contextlib.contextmanager
-def _put_back(shared: SharedStudy, claims: list[Claim]) -> Iterator[None]:
+def _put_back(shared: SharedStudy, leases: list[Lease]) -> Iterator[None]:
     """Whatever happens to a batch, the trials of it that are not finished will be run by somebody.
 
     Args:
         shared: the study.
-        claims: the batch; those that are finished are taken out of it.
+        leases: the batch; those that are finished are taken out of it.
     """
     try:
         yield
     except BaseException as error:
         why = said(error)
         with contextlib.suppress(MujaxError):
-            shared.release(claims, why)
+            shared.release(leases, why)
         if isinstance(error, MujaxError) or not isinstance(error, Exception):
             raise
-        hparams = claims[0].params if claims else {}
+        hparams = leases[0].params if leases else {}
         raise MujaxError(
-            f"run: expected it to run with {hparams}, got {why}; its {len(claims)} trials are put back, and "
+            f"run: expected it to run with {hparams}, got {why}; its {len(leases)} trials are put back, and "
             "what was finished before is stored."
         ) from error
 
@@ -447,27 +447,27 @@ class _Worker:
     def run(
         self,
         shared: SharedStudy,
-        claims: list[Claim],
+        leases: list[Lease],
         show: _Show,
         finished: Callable[[Trial], None] | None,
         total: int,
     ) -> None:
         """Runs trials and stores them; what is finished leaves the list."""
-        groups: dict[Any, tuple[Group, list[Claim]]] = {}
-        for claim in claims:
-            key, group = self._group(claim)
-            groups.setdefault(key, (group, []))[1].append(claim)
+        groups: dict[Any, tuple[Group, list[Lease]]] = {}
+        for lease in leases:
+            key, group = self._group(lease)
+            groups.setdefault(key, (group, []))[1].append(lease)
         for group, members in groups.values():
             left = max(shared.pending(total), len(members)) * self._seeds * group.steps
-            for claim, trial, attrs in self._batch(shared, group, members, show, left):
+            for lease, trial, attrs in self._batch(shared, group, members, show, left):
                 state = "pruned" if trial.pruned else "complete"
-                if shared.finish(claim, trial.loss, attrs, state=state) and finished is not None:
+                if shared.finish(lease, trial.loss, attrs, state=state) and finished is not None:
                     finished(trial)
-                claims.remove(claim)
+                leases.remove(lease)
             show.count()
 
-    def _group(self, claim: Claim) -> tuple[Any, Group]:
-        hparams = {**self._fixed, **claim.params}
+    def _group(self, lease: Lease) -> tuple[Any, Group]:
+        hparams = {**self._fixed, **lease.params}
         static = {name: value for name, value in hparams.items() if name not in self._floats}
         key = tuple(sorted(static.items()))
         if key not in self._groups:
@@ -475,25 +475,25 @@ class _Worker:
         return key, self._groups[key]
 
     def _batch(
-        self, shared: SharedStudy, group: Group, claims: Sequence[Claim], show: _Show, left: int
-    ) -> list[tuple[Claim, Trial, dict[str, Any]]]:
+        self, shared: SharedStudy, group: Group, leases: Sequence[Lease], show: _Show, left: int
+    ) -> list[tuple[Lease, Trial, dict[str, Any]]]:
         seeds, begun = self._seeds, time.perf_counter()
-        hparams = [{**self._fixed, **claim.params} for claim in claims]
+        hparams = [{**self._fixed, **lease.params} for lease in leases]
         traced = {
             name: np.repeat([float(values[name]) for values in hparams], seeds)
             for name in sorted(self._floats & set(hparams[0]))
         }
-        keys = jnp.stack(self._keys * len(claims))
-        rungs: list[dict[int, float]] = [{} for _ in claims]
+        keys = jnp.stack(self._keys * len(leases))
+        rungs: list[dict[int, float]] = [{} for _ in leases]
         pruned: set[int] = set()
         running = (
-            f"trials {claims[0].number} to {claims[-1].number}" if claims[1:] else f"trial {claims[0].number}"
+            f"trials {leases[0].number} to {leases[-1].number}" if leases[1:] else f"trial {leases[0].number}"
         )
-        show(0.0, len(claims), running)
+        show(0.0, len(leases), running)
 
         def watch(steps: int, metrics: Mapping[int, Metrics]) -> list[int]:
             gone: list[int] = []
-            for place, claim in enumerate(claims):
+            for place, lease in enumerate(leases):
                 mine = [lane for lane in range(place * seeds, (place + 1) * seeds) if lane in metrics]
                 if not mine:
                     continue
@@ -502,19 +502,19 @@ class _Worker:
                     gone += mine
                 elif steps not in rungs[place]:
                     rungs[place][steps] = value
-                    if steps < group.steps and shared.report(claim, steps, value):
+                    if steps < group.steps and shared.report(lease, steps, value):
                         pruned.add(place)
                         gone += mine
-            show(steps / group.steps, len(claims), running)
+            show(steps / group.steps, len(leases), running)
             return gone
 
         stops = [round(group.steps * rung / self._rungs) for rung in range(1, self._rungs)]
         found = run_lanes(group, traced, keys, rungs=stops, watch=watch, left=left)
-        seconds = (time.perf_counter() - begun) / len(claims)
+        seconds = (time.perf_counter() - begun) / len(leases)
         mode = group.last_mode
-        self.modes[mode] = self.modes.get(mode, 0) + len(claims)
+        self.modes[mode] = self.modes.get(mode, 0) + len(leases)
         out = []
-        for place, claim in enumerate(claims):
+        for place, lease in enumerate(leases):
             mine = found[place * seeds : (place + 1) * seeds]
             ended = max(rungs[place], default=0)
             # Where it diverged, the rung at which that was seen is the one after.
@@ -524,9 +524,9 @@ class _Worker:
                 else min((stop for stop in stops if stop > ended), default=group.steps)
             )
             flops = None if group.flops is None else group.flops * seeds * taken / group.steps
-            trial = self._trial(claim, mine, rungs[place], place in pruned, flops)
+            trial = self._trial(lease, mine, rungs[place], place in pruned, flops)
             attrs = {
-                "hparams": {**self._fixed, **claim.params},
+                "hparams": {**self._fixed, **lease.params},
                 "metrics": {name: value for name, value in trial.metrics.items() if math.isfinite(value)},
                 "seed": self._seed,
                 "seeds": seeds,
@@ -535,7 +535,7 @@ class _Worker:
                 "mode": mode,
                 "steps": group.steps,
             }
-            out.append((claim, trial, attrs))
+            out.append((lease, trial, attrs))
         return out
 
     def _mean(self, lanes: Sequence[Metrics]) -> float | None:
@@ -560,7 +560,7 @@ class _Worker:
 
     def _trial(
         self,
-        claim: Claim,
+        lease: Lease,
         lanes: Sequence[Metrics],
         rungs: Mapping[int, float],
         is_pruned: bool,
@@ -574,8 +574,8 @@ class _Worker:
         loss = self._mean(lanes)
         curves = [metrics["curve"] for metrics in lanes if "curve" in metrics]
         return Trial(
-            number=claim.number,
-            hparams=dict(claim.params),
+            number=lease.number,
+            hparams=dict(lease.params),
             loss=loss,
             pruned=is_pruned and loss is not None,
             metrics=scalars,

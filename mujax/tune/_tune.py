@@ -222,7 +222,7 @@ class TuneConfig:
             StudyError: a database that can't be used.
         """
         with study_module().SharedStudy.load(study, storage) as shared:
-            stored, notes = shared.settings, shared.notes
+            stored, notes = shared.settings, shared.attributes
         if "task" not in stored:
             raise ConfigError(
                 f"study: expected one that mujax tune has made, got {study!r}, which has no settings of its."

@@ -213,7 +213,7 @@ def test_a_search_is_followed_by_the_training_of_the_target(tmp_path: pathlib.Pa
     assert tuned(tmp_path) == trials
     other = run(*TUNE, "--trials", "6", "--batch", "32", cwd=tmp_path)
     assert other.returncode == 2
-    assert other.stderr.startswith("mujax: batch: expected 64, with which study 's' was begun, got 32")
+    assert other.stderr.startswith("mujax: batch: expected 64, with which study 's' was started, got 32")
     assert other.stderr.count("\n") == 1
     missing = run("transfer", "--study", "t", cwd=tmp_path)
     assert missing.returncode == 2

@@ -353,7 +353,7 @@ def test_settings_are_kept_and_compared(memory: InMemoryStorage) -> None:
     assert SharedStudy.open("s", SPACE, storage=memory, settings=given).settings["betas"] == [0.9, 0.99]
     assert SharedStudy.open("s", SPACE, storage=memory, settings=given).settings["width"] == 64
     assert SharedStudy.load("s", memory).settings["task"] == "mnist-mlp"
-    text = r"width: expected 64, with which study 's' was begun, got 128; take another study name, or that"
+    text = r"width: expected 64, with which study 's' was started, got 128; take another study name, or that"
     with pytest.raises(ConfigError, match=text):
         SharedStudy.open("s", SPACE, storage=memory, settings=given | {"width": 128})
     with pytest.raises(ConfigError, match=r"steps: expected nothing, .*, got 9;"):

@@ -162,7 +162,7 @@ def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp
     assert attrs["hparams"] == first.trials[0].hparams
     assert (attrs["seed"], attrs["seeds"], attrs["mode"], attrs["steps"]) == (0, 1, "loop", 1)
     assert attrs["metrics"]["other"] == pytest.approx(-first.trials[0].hparams["x"])
-    with pytest.raises(ConfigError, match="width: expected 8, with which study 's' was begun, got 9"):
+    with pytest.raises(ConfigError, match="width: expected 8, with which study 's' was started, got 9"):
         sweep(run, RANGE, trials=5, **{**options, "settings": {"width": 9}})
 
 

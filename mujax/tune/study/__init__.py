@@ -12,6 +12,3 @@ from mujax.tune.study._leases import Lease as Lease
 from mujax.tune.study._space import distributions as distributions
 from mujax.tune.study._study import SharedStudy as SharedStudy
 from mujax.tune.study._trials import Record as Record
-
-# The name that _sweep.py still uses.
-Claim = Lease

@@ -91,7 +91,7 @@ def settle(
         old, new = (json.dumps(each[key]) if key in each else "nothing" for each in (there, settings))
         if old != new:
             raise ConfigError(
-                f"{key}: expected {old}, with which study {connection.name!r} was begun, got {new}; "
+                f"{key}: expected {old}, with which study {connection.name!r} was started, got {new}; "
                 "take another study name, or that setting."
             )
     return there

@@ -52,7 +52,6 @@ class SharedStudy:
         seed: int = 0,
         settings: Mapping[str, Any] | None = None,
         attributes: Mapping[str, Any] | None = None,
-        notes: Mapping[str, Any] | None = None,
         heartbeat: float = 60.0,
         heartbeat_timeout: float | None = None,
         patience: float = 300.0,
@@ -92,7 +91,7 @@ class SharedStudy:
                 pruner=pruner,
                 seed=seed,
                 settings=settings,
-                attributes=notes if attributes is None else attributes,
+                attributes=attributes,
                 heartbeat=heartbeat,
                 heartbeat_timeout=heartbeat_timeout,
                 patience=patience,
@@ -130,9 +129,6 @@ class SharedStudy:
         """What the worker that started it stored with it."""
         return self._opened.attributes
 
-    # The names that _sweep.py and _tune.py still use.
-    notes = attributes
-
     @property
     def storage(self) -> str:
         """The database, to print: without its password."""
@@ -155,9 +151,6 @@ class SharedStudy:
             StudyError: the database could not be reached for too long.
         """
         return self._leases.take(total, at_most)
-
-    # The name that _sweep.py still uses.
-    claim = lease
 
     def pending(self, total: int) -> int:
         """How many of `total` trials are not finished: running, waiting or not started."""
