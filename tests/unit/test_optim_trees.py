@@ -466,7 +466,7 @@ class TestInsideJax:
         assert_scaled(jacobian(self.GRADIENTS), ones, SGD, scale=-1.0)
 
     def test_shard_map_over_local_shards(self):
-        mesh = AbstractMesh((4,), ("data",))
+        mesh = AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         tx = mup_adam(LR, SPEC)
 
         def sharded(specs):
@@ -493,7 +493,7 @@ class TestInsideJax:
     @pytest.mark.parametrize("size", [5, 6, 48])
     def test_shard_map_does_not_excuse_what_is_no_shard(self, size):
         """The twin: 5 does not divide 12, 6 is half of it on 3 devices, 48 is more than it."""
-        mesh = AbstractMesh((3,), ("data",))
+        mesh = AbstractMesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         tx = mup_sgd(LR, SPEC)
         params = {**self.PARAMS, "second": {**self.PARAMS["second"], "bias": jnp.zeros(size)}}
         init = jax.shard_map(
