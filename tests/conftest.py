@@ -1,10 +1,14 @@
-"""How JAX and XLA run under test; set in the environment, for xdist's workers and for subprocesses alike."""
+"""How JAX and XLA run under test, in workers and in subprocesses; which tests are marked as abstract."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
+
+import pytest
 
 assert "jax" not in sys.modules, "JAX reads its environment when imported, which must be after this"
 
@@ -26,3 +30,53 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # SQLite waits for the disk at every commit, and there are thousands: temporary folders are in memory.
 if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
+# Files whose tests trace at the most: `pytest -m abstract` is what one runs while working.
+_ABSTRACT = {
+    "test_blame.py",
+    "test_config.py",
+    "test_fit.py",
+    "test_house.py",
+    "test_hyper.py",
+    "test_infshape.py",
+    "test_primitives.py",
+    "test_rules.py",
+    "test_savings.py",
+    "test_source.py",
+    "test_specs.py",
+    "test_trace.py",
+    "test_verdict.py",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in _ABSTRACT:
+            item.add_marker(pytest.mark.abstract)
+
+
+@functools.cache
+def _compilations() -> list[str]:
+    """Grows with every program that XLA compiles in this process."""
+    import jax
+
+    found: list[str] = []
+
+    def listen(event: str, *_: object, **__: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that is marked as abstract is so."""
+    if request.node.get_closest_marker("abstract") is None:
+        yield
+        return
+    before = len(_compilations())
+    yield
+    # An array or a key that a model is traced with may be.
+    assert len(_compilations()) <= before + 3, "not abstract: XLA compiled more than a few constants"

@@ -15,6 +15,7 @@ def wrap(case: Case, **kwargs) -> mujax.MupModel:
     return mujax.mup_init(case.build(WIDTH), case.build(BASE), *case.inputs, **kwargs)
 
 
+@pytest.mark.abstract
 @pytest.mark.parametrize("name", CASES)
 def test_roles_and_multipliers(name):
     case = CASES[name]
@@ -47,6 +48,7 @@ def applied(case: Case):
     ]
 
 
+@pytest.mark.abstract
 @pytest.mark.parametrize("name", CASES)
 def test_the_corrected_model_runs(name):
     """Same variables and outputs in shape and type as the user's model."""
@@ -78,6 +80,7 @@ def test_the_readouts_factor_is_in_the_numbers(name):
     np.testing.assert_allclose(np.float32(ours), np.float32(plain) * factor, rtol=rtol)
 
 
+@pytest.mark.abstract
 def test_transposing_a_kernel_transposes_its_roles_and_nothing_else():
     class Net(nn.Module):
         width: int
