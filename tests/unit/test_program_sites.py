@@ -117,7 +117,7 @@ READ = {
     "jit": {"jaxpr", "name", "inline", "in_shardings", "out_shardings"},
     "remat2": {"jaxpr", "policy", "prevent_cse"},
     "shard_map": {"jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma"},
-    "composite": {"call_jaxpr" if VERSION >= (0, 11, 1) else "jaxpr"},
+    "composite": {"call_jaxpr" if VERSION >= (0, 11, 2) else "jaxpr"},
     "custom_jvp_call": {"call_jaxpr"},
     "custom_vjp_call": {"call_jaxpr"},
     "custom_vmap_call": {"call"},

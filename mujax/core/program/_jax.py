@@ -181,7 +181,7 @@ def holds_programs(eqn: JaxprEqn) -> bool:
 def primitive_name(eqn: JaxprEqn) -> str:
     """The name of an equation's primitive, for the user to read.
 
-    Since 0.11 many functions are one primitive `call_hi_primitive`, which holds the one that is meant.
+    Since 0.11.2 some functions are one primitive `call_hi_primitive`, which holds the one that is meant.
     """
     held = eqn.params.get("_prim")
     return eqn.primitive.name if held is None else type(held).__name__
@@ -303,7 +303,7 @@ _READERS: Final[Mapping[str, Callable[[JaxprEqn], Control]]] = {
     "call": _call_named(Call, "call_jaxpr"),
     # New in 0.12.
     "eval_jaxpr": _call_named(Call, "call_jaxpr"),
-    # 0.11.1 renamed the parameter of `composite`.
+    # 0.11.2 renamed the parameter of `composite`.
     "composite": _call_named(Call, "call_jaxpr", "jaxpr"),
     "xla_metadata_call": _call_named(Call, "jaxpr"),
     "custom_jvp_call": _call_named(CustomJvp, "call_jaxpr"),
