@@ -19,7 +19,7 @@ from jax import lax
 import mujax
 from mujax import rules
 from mujax.core.depth import find_branches
-from mujax.core.frontends._frontend import frontend
+from mujax.core.frontends import frontend
 from mujax.models._resnet import ResNet, ResNetConfig
 from mujax.models._transformer import Transformer, TransformerConfig
 from mujax.spec import Parametrization, ParamSpec

@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn, nnx
 
 import mujax
-from mujax.core.frontends._frontend import frontend
+from mujax.core.frontends import frontend
 
 BASE, WIDTH = 8, 24
 R = WIDTH / BASE

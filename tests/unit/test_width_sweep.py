@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mujax.data._data import Examples, batch_indices
+from mujax.data import Examples, batch_indices
 from mujax.errors import ConfigError, DataError
 from mujax.models import MLP, MLPConfig
 from mujax.train._losses import Losses

@@ -1,0 +1,201 @@
+"""What mujax needs of a model: its traced initialiser and its calls, as pure functions of flat arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from mujax.spec import leaf_path
+
+Shape = tuple[int, ...]
+
+
+Static = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A user's call as a pure function of flat arrays.
+
+    Attributes:
+        function: flat arrays -> any pytree of arrays.
+        leaves: the arrays, or their shapes.
+        params: which of them are parameters: position -> path.
+        state: which of them hold other state of the model (batch statistics): position -> path.
+        inputs: which of them are arrays of the user's positional arguments, and of the keyword arguments.
+        output: what `function` returns -> what the user's model returns.
+        static: everything that `function` depends on apart from the arrays; equal where two functions of
+            one model do the same.
+    """
+
+    function: Callable[..., Any]
+    leaves: Sequence[Any]
+    params: Mapping[int, str]
+    state: Mapping[int, str]
+    inputs: tuple[range, range] = (range(0), range(0))
+    output: Callable[[Any], Any] = lambda result: result
+    static: tuple[Any, ...] = ()
+
+    def trace(self) -> tuple[ClosedJaxpr, Any]:
+        """The function's program, and what it returns, as shapes."""
+        return jax.make_jaxpr(self.function, return_shape=True)(*self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """An initialiser, traced.
+
+    Attributes:
+        program: what it runs; the first input is the key.
+        variables: the pytree that it returns, with `jax.ShapeDtypeStruct` leaves.
+        params: which of its outputs are parameters: position -> path.
+        state: which hold other state of the model: position -> path.
+    """
+
+    program: ClosedJaxpr
+    variables: Any
+    params: Mapping[int, str]
+    state: Mapping[int, str]
+
+    def shapes(self, which: Mapping[int, str]) -> dict[str, Shape]:
+        """Shapes by path of the leaves that `which` selects."""
+        leaves = jax.tree.leaves(self.variables)
+        return {path: tuple(leaves[position].shape) for position, path in which.items()}
+
+
+class Frontend(Protocol):
+    """What mujax needs of a model."""
+
+    def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:
+        """Traces the user's own initialiser."""
+        ...
+
+    def sample_init(self, inputs: Sequence[Any], kwargs: Static, key: Any, paths: Sequence[str]) -> list[Any]:
+        """Runs the user's own initialiser for some parameters."""
+        ...
+
+    def init(self, key: Any, inputs: Sequence[Any], kwargs: Static) -> Any:
+        """Runs the user's own initialiser."""
+        ...
+
+    def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
+        """The variables with each parameter replaced by `scale(path, parameter)`."""
+        ...
+
+    def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        """The call that is traced to read the roles: random streams given, other state mutable."""
+        ...
+
+    def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        """A user's call."""
+        ...
+
+    def leaves(self, variables: Any) -> list[Any]:
+        """The arrays of variables (or of a module) in the order of `example`'s call."""
+        ...
+
+    def finish(self, variables: Any, result: Any) -> Any:
+        """What the user's call returns, given what the pure function returned."""
+        ...
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether an argument is an array (or the shape of one) and not a static setting."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Arguments split into arrays and the static rest."""
+
+    arrays: list[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+    positional: int
+    static: tuple[Any, ...]
+
+    def after(self, count: int) -> tuple[range, range]:
+        """Positions of the positional and of the keyword ones, behind `count` other arrays."""
+        middle = count + self.positional
+        return range(count, middle), range(middle, count + len(self.arrays))
+
+
+def split(tree: tuple[Sequence[Any], Static]) -> Arguments:
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
+    dynamic = [position for position, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        filled = list(leaves)
+        for position, array in zip(dynamic, arrays, strict=True):
+            filled[position] = array
+        return jax.tree.unflatten(structure, filled)
+
+    positional = sum(is_array(leaf) for leaf in jax.tree.leaves(tree[0]))
+    # With types, since 1, 1.0 and True are equal.
+    static = tuple((type(leaf), leaf) for leaf in leaves if not is_array(leaf))
+    arrays = [leaves[position] for position in dynamic]
+    return Arguments(arrays, rebuild, positional, (structure, tuple(dynamic), static))
+
+
+def abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: with_shape(leaf.shape, leaf) if is_array(leaf) else leaf, tree)
+
+
+def with_shape(shape: Shape, leaf: Any) -> jax.ShapeDtypeStruct:
+    """An abstract array that differs in shape only: a weak type makes another program, too."""
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+def paths_of(tree: Any, prefix: str = "") -> list[str]:
+    return [prefix + leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def trace(
+    function: Callable[..., Any], key: Any, inputs: Sequence[Any], kwargs: Static
+) -> tuple[ClosedJaxpr, Any]:
+    arguments = split((inputs, kwargs))
+
+    def flat(key: Any, *arrays: Any) -> Any:
+        args, kw = arguments.rebuild(arrays)
+        return function(key, *args, **kw)
+
+    return jax.make_jaxpr(flat, return_shape=True)(key, *abstract(arguments.arrays))
+
+
+def sample(
+    function: Callable[..., Any], key: Any, inputs: Sequence[Any], kwargs: Static, pick: Callable[[Any], Any]
+) -> list[Any]:
+    arguments = split((inputs, kwargs))
+
+    def flat(key: Any, *arrays: Any) -> Any:
+        args, kw = arguments.rebuild(arrays)
+        return pick(function(key, *args, **kw))
+
+    # As arguments: the forward pass of constants would be run, one operation after the other.
+    return jax.jit(flat)(key, *(jax.numpy.zeros(a.shape, a.dtype) for a in arguments.arrays))
+
+
+def call_of(
+    apply: Callable[..., Any],
+    variables: Any,
+    inputs: Sequence[Any],
+    kwargs: Static,
+    params: Mapping[int, str],
+    state: Mapping[int, str],
+) -> Call:
+    """The call of a pure `apply(variables, *inputs, **kwargs)`."""
+    leaves, structure = jax.tree.flatten(variables)
+    arguments = split((inputs, kwargs))
+
+    def function(*arrays: Any) -> Any:
+        args, kw = arguments.rebuild(arrays[len(leaves) :])
+        return apply(jax.tree.unflatten(structure, arrays[: len(leaves)]), *args, **kw)
+
+    static = (structure, arguments.static)
+    return Call(
+        function, [*leaves, *arguments.arrays], params, state, arguments.after(len(leaves)), static=static
+    )

@@ -1,0 +1,111 @@
+"""The front end of a model, and the call that its base would make."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from flax import linen as nn, nnx
+
+from mujax.core.frontends._call import Call, Frontend, Shape, Static, with_shape
+from mujax.core.frontends._functional import Functional, PureFrontend
+from mujax.core.frontends._linen import LinenFrontend
+from mujax.core.frontends._nnx import NNXFrontend, follow_mode
+from mujax.errors import MujaxError, SpecMismatchError
+
+
+def frontend(model: Any) -> Frontend:
+    """The front end of a model.
+
+    Args:
+        model: a Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`.
+
+    Raises:
+        MujaxError: it is none of the three.
+    """
+    if isinstance(model, nn.Module):
+        return LinenFrontend(model)
+    if isinstance(model, Functional):
+        return PureFrontend(model)
+    if isinstance(model, nnx.Module):
+        raise MujaxError(
+            f"model: expected an NNX factory (a function rngs -> module), got an instance of "
+            f"{type(model).__name__}; pass lambda rngs: {type(model).__name__}(..., rngs=rngs)."
+        )
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise MujaxError(
+            f"model: expected a Flax Linen module, got {type(model).__name__}, which holds one; pass its "
+            ".module."
+        )
+    if callable(model):
+        return NNXFrontend(cast(Callable[[nnx.Rngs], nnx.Module], model))
+    raise MujaxError(
+        "model: expected a Flax Linen module, an NNX factory rngs -> nnx.Module or mujax.Functional(init, "
+        f"apply), got {type(model).__name__}."
+    )
+
+
+def shrink(
+    base: Frontend,
+    target: Frontend,
+    variables: Any,
+    inputs: Sequence[Any],
+    kwargs: Static,
+    call: Call,
+    sizes: Mapping[str, tuple[Shape, Shape]],
+) -> Call:
+    """The call that the base would make where the target makes `call`.
+
+    Args:
+        base: the base's front end.
+        target: the target's.
+        variables: the target's variables (or module) in the call.
+        inputs: positional arguments, the same for both.
+        kwargs: keyword arguments, the same for both.
+        call: the target's call.
+        sizes: (target, base) shape of each parameter and of each piece of state, by path.
+
+    Raises:
+        SpecMismatchError: a shape in the call does not follow from those that `mup_init` saw.
+    """
+    if isinstance(base, NNXFrontend) and isinstance(target, NNXFrontend):
+        twin = base.call(follow_mode(base.abstract(), target.abstract(), variables), inputs, kwargs)
+        small = {
+            path: twin.leaves[position].shape
+            for which in (twin.params, twin.state)
+            for position, path in which.items()
+        }
+    else:
+        twin = base.call(variables, inputs, kwargs)
+        small = {}
+    leaves = list(twin.leaves)
+    for which in (twin.params, twin.state):
+        for position, path in which.items():
+            leaf = call.leaves[position]
+            shape = small[path] if path in small else _base_shape(path, tuple(leaf.shape), sizes)
+            leaves[position] = with_shape(shape, leaf)
+    return dataclasses.replace(twin, leaves=leaves)
+
+
+def _base_shape(path: str, shape: Shape, sizes: Mapping[str, tuple[Shape, Shape]]) -> Shape:
+    if path not in sizes:
+        raise SpecMismatchError(
+            f"{path}: expected only variables that mup_init saw, got another one of shape {shape}; pass "
+            "mup_init "
+            "the inputs and keyword arguments with which the model creates it."
+        )
+    target, base = sizes[path]
+    if shape == target:
+        return base
+    if len(shape) != len(target):
+        raise SpecMismatchError(f"{path}: expected shape {target} as in mup_init, got {shape}.")
+    out = []
+    for size, big, small in zip(shape, target, base, strict=True):
+        if big != small and size * small % big:
+            raise SpecMismatchError(
+                f"{path}: expected a multiple of {big // small} along the axis that grows with width (shape "
+                f"{target} in mup_init), got shape {shape}."
+            )
+        out.append(size if big == small else size * small // big)
+    return tuple(out)

@@ -1,0 +1,73 @@
+"""Flax Linen modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core import DenyList
+
+from mujax.core.frontends._call import Call, Initial, Static, call_of, sample, trace
+from mujax.spec import leaf_path
+
+
+def _linen_paths(variables: Any) -> tuple[dict[int, str], dict[int, str]]:
+    params: dict[int, str] = {}
+    state: dict[int, str] = {}
+    for position, (path, _) in enumerate(jax.tree_util.tree_leaves_with_path(variables)):
+        collection = path[0].key if isinstance(path[0], jax.tree_util.DictKey) else str(path[0])
+        if collection == "params":
+            params[position] = leaf_path(path[1:])
+        else:
+            state[position] = leaf_path(path)
+    return params, state
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenFrontend:
+    model: nn.Module
+
+    def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:
+        program, variables = trace(self.model.init, jax.random.key(0), inputs, kwargs)
+        return Initial(program, variables, *_linen_paths(variables))
+
+    def sample_init(self, inputs: Sequence[Any], kwargs: Static, key: Any, paths: Sequence[str]) -> list[Any]:
+        def pick(variables: Any) -> list[Any]:
+            params, _ = _linen_paths(variables)
+            leaves = jax.tree.leaves(variables)
+            by_path = {path: leaves[position] for position, path in params.items()}
+            return [by_path[path] for path in paths]
+
+        return sample(self.model.init, key, inputs, kwargs, pick)
+
+    def init(self, key: Any, inputs: Sequence[Any], kwargs: Static) -> Any:
+        return self.model.init(key, *inputs, **kwargs)
+
+    def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
+        if "params" not in variables:
+            return variables
+        params = jax.tree_util.tree_map_with_path(
+            lambda p, leaf: scale(leaf_path(p), leaf), variables["params"]
+        )
+        return {**variables, "params": params}
+
+    def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        # One key serves every stream that the model asks for; sown intermediates are not wanted.
+        kwargs = {**kwargs, "rngs": jax.eval_shape(lambda: jax.random.key(0))}
+        kwargs.setdefault("mutable", DenyList(("params", "intermediates")))
+        # With a cache of keys and values a module takes one token; without, it makes one as in its init.
+        variables = {name: leaves for name, leaves in variables.items() if name != "cache"}
+        call = self.call(variables, inputs, kwargs)
+        return dataclasses.replace(call, output=lambda out: out[0]) if kwargs["mutable"] else call
+
+    def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        return call_of(self.model.apply, variables, inputs, kwargs, *_linen_paths(variables))
+
+    def leaves(self, variables: Any) -> list[Any]:
+        return jax.tree.leaves({name: leaves for name, leaves in variables.items() if name != "cache"})
+
+    def finish(self, variables: Any, result: Any) -> Any:
+        return result

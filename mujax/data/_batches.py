@@ -1,0 +1,198 @@
+"""Batches, drawn by a key."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Integer, Key
+
+from mujax.data._splits import Examples
+from mujax.errors import ConfigError, DataError
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {size}.")
+
+
+def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int[Array, "steps batch"]:
+    """Which examples go into each batch: epoch by epoch, each a permutation of its own.
+
+    Within an epoch no example comes twice; the n mod batch left over are skipped. A longer run begins
+    with the batches of a shorter one.
+
+    Args:
+        key: what the order depends on.
+        n: number of examples.
+        batch: examples a step.
+        steps: number of batches.
+
+    Raises:
+        DataError: fewer examples than a batch takes.
+        ConfigError: `batch` or `steps` below 1.
+
+    >>> batch_indices(jax.random.key(0), 10, batch=4, steps=3).shape
+    (3, 4)
+    """
+    _check_sizes(batch=batch, steps=steps)
+    if n < batch:
+        raise DataError(
+            f"batch: expected at most {n}, the number of examples, got {batch}; take a smaller one."
+        )
+    per_epoch = n // batch
+    epochs = jnp.arange(-(-steps // per_epoch))
+    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), n))(epochs)
+    return order[:, : per_epoch * batch].reshape(-1, batch)[:steps]
+
+
+def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps: int) -> Examples:
+    """Batches of labelled examples, with a leading step axis.
+
+    Args:
+        examples: a split.
+        key: what the order depends on; see `batch_indices`.
+        batch: examples a step.
+        steps: number of batches.
+
+    Returns:
+        Inputs and targets of shape (steps, batch, ...).
+
+    Raises:
+        DataError: fewer examples than a batch takes.
+        ConfigError: `batch` or `steps` below 1.
+
+    >>> split = Examples(np.zeros((6, 28, 28, 1)), np.arange(6))
+    >>> image_batches(split, jax.random.key(0), batch=2, steps=5).inputs.shape
+    (5, 2, 28, 28, 1)
+    """
+    order = batch_indices(key, len(examples.targets), batch=batch, steps=steps)
+    return Examples(jnp.asarray(examples.inputs)[order], jnp.asarray(examples.targets)[order])
+
+
+def _need_tokens(n: int, length: int) -> None:
+    if n <= length:
+        raise DataError(
+            f"text: expected more than length={length} tokens, so that each has a next one, found {n}; "
+            "take shorter sequences or a longer text."
+        )
+
+
+def text_starts(
+    n: int, key: Key[Array, ""], *, batch: int, length: int, steps: int
+) -> Int[Array, "steps batch"]:
+    """Where in a text each sequence of each step begins: random places with `length` more tokens behind each.
+
+    Small where the batches themselves are large: a long scan is given these and fetches by `text_window`.
+    A longer run begins with the places of a shorter one.
+
+    Args:
+        n: number of tokens of the text.
+        key: what the places depend on.
+        batch: sequences a step.
+        length: tokens a sequence.
+        steps: number of batches.
+
+    Raises:
+        DataError: the text is not longer than a sequence.
+        ConfigError: `batch`, `length` or `steps` below 1.
+
+    >>> starts = text_starts(100, jax.random.key(0), batch=2, length=8, steps=5)
+    >>> starts.shape, bool((starts + 8 < 100).all())
+    ((5, 2), True)
+    """
+    _check_sizes(batch=batch, length=length, steps=steps)
+    _need_tokens(n, length)
+
+    def starts(step: Int[Array, ""]) -> Int[Array, " batch"]:
+        return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, n - length)
+
+    return jax.vmap(starts)(jnp.arange(steps))
+
+
+def text_window(
+    tokens: Integer[np.ndarray | Array, " n"], starts: Int[np.ndarray | Array, "*shape"], *, length: int
+) -> Examples:
+    """The sequences of a text that begin at given places.
+
+    Args:
+        tokens: the text.
+        starts: where they begin, with at least `length` more tokens behind each: what `text_starts` gave
+            for this text and length, whole or a step of it.
+        length: tokens a sequence.
+
+    Returns:
+        Inputs, and targets one token ahead of them, int32 of shape (*shape, length).
+
+    Raises:
+        DataError: the text is not longer than a sequence.
+        ConfigError: `length` below 1.
+
+    >>> inputs, targets = text_window(np.frombuffer(b"abcdefg", np.uint8), np.array([0, 3]), length=3)
+    >>> inputs.tolist(), targets.tolist()
+    ([[97, 98, 99], [100, 101, 102]], [[98, 99, 100], [101, 102, 103]])
+    """
+    _check_sizes(length=length)
+    _need_tokens(len(tokens), length)
+    places = jnp.asarray(starts)[..., None] + jnp.arange(length + 1)
+    windows = jnp.asarray(tokens)[places].astype(jnp.int32)
+    return Examples(windows[..., :-1], windows[..., 1:])
+
+
+def text_batches(
+    tokens: Integer[np.ndarray | Array, " n"], key: Key[Array, ""], *, batch: int, length: int, steps: int
+) -> Examples:
+    """Batches of sequences from random places of a text, with a leading step axis.
+
+    A longer run begins with the batches of a shorter one.
+
+    Args:
+        tokens: the text.
+        key: what the places depend on.
+        batch: sequences a step.
+        length: tokens a sequence.
+        steps: number of batches.
+
+    Returns:
+        Inputs, and targets one token ahead of them, int32 of shape (steps, batch, length).
+
+    Raises:
+        DataError: the text is not longer than a sequence.
+        ConfigError: `batch`, `length` or `steps` below 1.
+
+    >>> inputs, targets = text_batches(
+    ...     np.frombuffer(b"ab" * 50, np.uint8), jax.random.key(0), batch=2, length=8, steps=5
+    ... )
+    >>> inputs.shape, bool((inputs[..., 1:] == targets[..., :-1]).all())
+    ((5, 2, 8), True)
+    """
+    starts = text_starts(len(tokens), key, batch=batch, length=length, steps=steps)
+    return text_window(tokens, starts, length=length)
+
+
+def text_windows(
+    tokens: Integer[np.ndarray | Array, " n"], *, length: int, limit: int | None = None
+) -> Examples:
+    """The text cut into sequences end to end: each token is predicted once, to validate on.
+
+    Args:
+        tokens: the text.
+        length: tokens a sequence; what is left over at the end is dropped.
+        limit: take no more than this number of sequences, from the beginning.
+
+    Returns:
+        Inputs, and targets one token ahead of them, int32 of shape (sequences, length).
+
+    Raises:
+        DataError: the text is not longer than a sequence.
+        ConfigError: `length` or `limit` below 1.
+
+    >>> text_windows(np.frombuffer(b"abcdefg", np.uint8), length=3).targets.tolist()
+    [[98, 99, 100], [101, 102, 103]]
+    """
+    _check_sizes(length=length, **({} if limit is None else {"limit": limit}))
+    _need_tokens(len(tokens), length)
+    count = min((len(tokens) - 1) // length, limit or len(tokens))
+    ahead = jnp.asarray(tokens[: count * length + 1]).astype(jnp.int32)
+    return Examples(ahead[:-1].reshape(count, length), ahead[1:].reshape(count, length))

@@ -1,0 +1,361 @@
+"""The user's own files: text, `.npz`, `.npy` and IDX."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import math
+import os
+import pathlib
+import re
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from mujax.data._splits import (
+    HELD_OUT,
+    MIN_EXAMPLES,
+    MIN_TEXT_BYTES,
+    Data,
+    ExampleData,
+    Examples,
+    TextData,
+    shuffled_split,
+    standardised,
+    text_data,
+)
+from mujax.errors import DataError
+
+_INT32: Final = np.iinfo(np.int32)
+
+
+def read_bytes(path: pathlib.Path, kind: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: expected {kind} to read, found that it can't be ({error.strerror}); "
+            "give the path of an existing file."
+        ) from error
+
+
+def _read(path: pathlib.Path) -> bytes:
+    raw = read_bytes(path, "a text file")
+    if len(raw) < MIN_TEXT_BYTES:
+        raise DataError(
+            f"{path}: expected a text of at least {MIN_TEXT_BYTES:,} bytes, found {len(raw):,}; "
+            "give a longer one."
+        )
+    return raw
+
+
+_PAIRS: Final = (("inputs", "targets"), ("x", "y"), ("images", "labels"))
+
+
+_TRAIN: Final = ("", "_train")
+
+
+_VALID: Final = ("_valid", "_val", "_test")
+
+
+_IDX: Final = re.compile(r"[-.]idx[0-9]-ubyte(\.gz)?$")
+
+
+_IDX_FOLDER: Final = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+
+
+_GZIP: Final = b"\x1f\x8b"
+
+
+# What would pass as a text, since any bytes do, and never is one.
+_NO_TEXT: Final = {_GZIP: "a gzip file", b"PK\x03\x04": "a zip file", b"\x93NUMPY": "a NumPy array"}
+
+
+class _Part(NamedTuple):
+    """Examples as they stand in a file, and what they are called there."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    inputs_name: str
+    targets_name: str
+
+
+def load(path: str | os.PathLike[str]) -> Data:
+    """The user's own data: labelled examples, or a text as tokens. The path says how to read it.
+
+    - `.npz`: arrays `inputs` and `targets`, `x` and `y`, or `images` and `labels`, or these with `_train`
+      behind both; those with `_valid`, `_val` or `_test` behind both are held out.
+    - `train-images-idx3-ubyte`, `.gz` or not: the format of MNIST; labels are in the file beside it that has
+      `labels-idx1` in its name.
+    - a folder: the four files of MNIST, of which `train` is trained on and `t10k` held out.
+    - `.npy`: the tokens of a text, whole numbers from 0 up.
+    - any other file: a text, byte by byte, as by `text`.
+
+    Where the file holds nothing out, the last tenth is: of examples after a shuffle by a fixed seed, of a
+    text as it is. uint8 inputs of three or more axes are images: they are standardised by mean and standard
+    deviation of the training part, and gray ones get a channel axis. Other inputs are taken as they are.
+    Whole-number targets are labels, floats are to regress on. Pickled objects are never read.
+
+    Args:
+        path: the file or folder.
+
+    Returns:
+        Floats as float32, whole numbers as int32; a text in the smallest dtype that holds its tokens.
+
+    Raises:
+        DataError: there is no such file, or it is damaged, too short, or not what its name says.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.savez(f"{folder}/own.npz", x=np.zeros((30, 5)), y=np.arange(30) % 3)
+    ...     own = load(f"{folder}/own.npz")
+    >>> own.train.inputs.shape, own.valid.inputs.shape, own.n_classes
+    ((27, 5), (3, 5), 3)
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise DataError(f"{path}: expected a file or folder of data, found none; give an existing path.")
+    if path.is_dir():
+        return _idx_folder(path)
+    if path.suffix == ".npz":
+        return _npz(path)
+    if path.suffix == ".npy":
+        return _npy(path)
+    if _IDX.search(path.name):
+        return _example_data(path, _idx_part(path, _labels_of(path)), None)
+    raw = _read(path)
+    for magic, found in _NO_TEXT.items():
+        if raw.startswith(magic):
+            raise DataError(
+                f"{path}: expected a text, found {found}; unpack it, or give it the name of its kind "
+                "(.npz, .npy, -images-idx3-ubyte.gz)."
+            )
+    return text_data(np.frombuffer(raw, np.uint8), vocab_size=256)
+
+
+def _example_data(path: pathlib.Path, train: _Part, valid: _Part | None) -> ExampleData:
+    if valid is None:
+        whole = _checked(path, train, at_least=MIN_EXAMPLES)
+        parts = shuffled_split(whole, round(len(whole.targets) * HELD_OUT))
+    else:
+        parts = _checked(path, train), _checked(path, valid)
+        for name, here, there in zip(valid[2:], *parts, strict=True):
+            if (here.dtype, here.shape[1:]) != (there.dtype, there.shape[1:]):
+                raise DataError(
+                    f"{path}: expected {name} to be like what is trained on, {here.dtype} of shape "
+                    f"{here.shape[1:]} an example, found {there.dtype} of shape {there.shape[1:]}; "
+                    "make them alike."
+                )
+    labels = [part.targets for part in parts]
+    n_classes = int(max(map(np.max, labels))) + 1 if labels[0].dtype == np.int32 else None
+    images = parts[0].inputs
+    if images.dtype == np.uint8:
+        if images.min() == images.max():
+            raise DataError(
+                f"{path}: expected images in {train.inputs_name}, found every pixel to be {images.max()}; "
+                "give others."
+            )
+        parts = standardised(*parts)
+    return ExampleData(*parts, n_classes=n_classes)
+
+
+def _checked(path: pathlib.Path, part: _Part, at_least: int = 1) -> Examples:
+    inputs, targets, inputs_name, targets_name = part
+    for name, array in ((inputs_name, inputs), (targets_name, targets)):
+        if not array.ndim or not array.size:
+            raise DataError(
+                f"{path}: expected examples along the first axis of {name}, found the shape {array.shape}; "
+                "give an array of one axis or more, none of them empty."
+            )
+    if len(inputs) != len(targets):
+        raise DataError(
+            f"{path}: expected as many examples in {targets_name} as in {inputs_name}, "
+            f"found {len(targets):,} and {len(inputs):,}; give each input its target."
+        )
+    if len(inputs) < at_least:
+        raise DataError(
+            f"{path}: expected at least {at_least} examples in {inputs_name}, so that some can be held out, "
+            f"found {len(inputs)}; give more."
+        )
+    is_image = inputs.dtype == np.uint8 and inputs.ndim >= 3
+    inputs = inputs if is_image else _numbers(path, inputs_name, inputs)
+    targets = _numbers(path, targets_name, targets)
+    if targets.dtype == np.int32:
+        _all_good(path, f"labels from 0 up in {targets_name}", targets, targets >= 0)
+    return Examples(inputs, targets)
+
+
+def _numbers(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
+    """The array in the dtypes that JAX computes in: float32 or int32."""
+    if array.dtype.kind == "f":
+        # What float32 can't hold becomes infinite, and is told below.
+        with np.errstate(over="ignore"):
+            floats = array.astype(np.float32)
+        _all_good(path, f"finite numbers in {name}", floats, np.isfinite(floats))
+        return floats
+    if array.dtype.kind not in "biu":
+        raise DataError(f"{path}: expected numbers in {name}, found {array.dtype}; save real numbers.")
+    fit = (array >= _INT32.min) & (array <= _INT32.max)
+    _all_good(path, f"numbers that fit int32 in {name}", array, fit)
+    return array.astype(np.int32)
+
+
+def _all_good(
+    path: pathlib.Path, kind: str, array: np.ndarray, good: np.ndarray, place: str = "example"
+) -> None:
+    if good.all():
+        return
+    bad = ~good.reshape(len(good), -1)
+    places = np.flatnonzero(bad.any(axis=1))
+    value = array.reshape(len(array), -1)[places[0]][bad[places[0]]][0]
+    others = f" and others in {len(places) - 1:,} more" if len(places) > 1 else ""
+    raise DataError(
+        f"{path}: expected {kind}, found {value} in {place} {places[0]}{others}; mend it or leave it out."
+    )
+
+
+# What comes out of `numpy.load` on a file that is not whole or not NumPy's. An unknown compression is a
+# RuntimeError, a header that is no Python literal a TokenError.
+_NUMPY_RAISES: Final = (
+    *(OSError, ValueError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+
+
+@contextlib.contextmanager
+def _by_numpy(path: pathlib.Path, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except _NUMPY_RAISES as error:
+        said = str(error).partition("\n")[0].rstrip(".")
+        # NumPy's own words advise to load it all the same.
+        found = "Python objects, which may run code" if "pickle" in said else f"something else ({said})"
+        raise DataError(
+            f"{path}: expected {kind}, found {found}; save it by NumPy as plain numbers."
+        ) from error
+
+
+def _npz(path: pathlib.Path) -> ExampleData:
+    kind = "a whole .npz file of arrays"
+    raw = io.BytesIO(read_bytes(path, kind))
+    with _by_numpy(path, kind):
+        archive = np.load(raw, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        raise DataError(
+            f"{path}: expected {kind}, found a single array; save inputs and targets by np.savez."
+        )
+
+    def part(pair: tuple[str, str]) -> _Part:
+        with _by_numpy(path, kind):
+            inputs, targets = (np.asarray(archive[name]) for name in pair)
+        return _Part(inputs, targets, *pair)
+
+    with archive:
+        pairs = [
+            [(inputs + end, targets + end) for inputs, targets in _PAIRS for end in ends]
+            for ends in (_TRAIN, _VALID)
+        ]
+        train, valid = ([pair for pair in known if {*pair} <= {*archive.files}] for known in pairs)
+        if len(train) != 1:
+            raise DataError(
+                f"{path}: expected one pair of arrays to train on, "
+                f"{', '.join(f'{inputs} and {targets}' for inputs, targets in _PAIRS)} "
+                f"(or with _train behind both), found {', '.join(archive.files) or 'none'}; "
+                "name them so."
+            )
+        return _example_data(path, part(train[0]), part(valid[0]) if valid else None)
+
+
+def _npy(path: pathlib.Path) -> TextData:
+    kind = "the tokens of a text, whole numbers of shape (n,)"
+    # Not by the path: on a damaged file NumPy leaves it open.
+    raw = io.BytesIO(read_bytes(path, kind))
+    with _by_numpy(path, kind):
+        tokens = np.load(raw, allow_pickle=False)
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        found = (
+            f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else "an .npz file"
+        )
+        raise DataError(
+            f"{path}: expected {kind}, found {found}; save labelled examples as an .npz file of inputs "
+            "and targets."
+        )
+    if len(tokens) < MIN_TEXT_BYTES:
+        raise DataError(
+            f"{path}: expected a text of at least {MIN_TEXT_BYTES:,} tokens, found {len(tokens):,}; "
+            "give a longer one."
+        )
+    fit = (tokens >= 0) & (tokens < _INT32.max)
+    _all_good(path, "tokens from 0 up that fit int32", tokens, fit, place="place")
+    largest = int(tokens.max())
+    return text_data(tokens.astype(np.min_scalar_type(largest)), vocab_size=largest + 1)
+
+
+def _idx_folder(folder: pathlib.Path) -> ExampleData:
+    found = {name: _idx_file(folder, f"{name}-ubyte") for name in _IDX_FOLDER}
+    missing = [f"{name}-ubyte" for name, file in found.items() if file is None]
+    if missing:
+        raise DataError(
+            f"{folder}: expected a folder with {', '.join(f'{name}-ubyte' for name in found)} (.gz or not), "
+            f"found no {', '.join(missing)}; put them there, or give the path of a single file."
+        )
+    images, labels, held_out_images, held_out_labels = (file for file in found.values() if file is not None)
+    return _example_data(folder, _idx_part(images, labels), _idx_part(held_out_images, held_out_labels))
+
+
+def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    # Both spellings are about, and some browsers unpack what they fetch.
+    spellings = (name, name.replace("-idx", ".idx"))
+    files = (folder / (spelling + gz) for spelling in spellings for gz in ("", ".gz"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _labels_of(images: pathlib.Path) -> pathlib.Path:
+    if not ("images" in images.name and "idx3" in images.name):
+        raise DataError(
+            f"{images}: expected the images of a pair of IDX files, a name like train-images-idx3-ubyte, "
+            "found another name; give the path of the images."
+        )
+    name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    labels = _idx_file(images.parent, name)
+    if labels is None:
+        raise DataError(
+            f"{images}: expected its labels beside it in {name} (.gz or not), found no such file; "
+            "put it there."
+        )
+    return labels
+
+
+def _idx_part(images: pathlib.Path, labels: pathlib.Path) -> _Part:
+    return _Part(_idx_array(images, axes=3), _idx_array(labels, axes=1), images.name, labels.name)
+
+
+def _idx_array(path: pathlib.Path, axes: int) -> np.ndarray:
+    raw = read_bytes(path, "an IDX file")
+    if raw.startswith(_GZIP):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{path}: expected a whole gzip file, found that it is not ({error}); fetch it again."
+            ) from error
+    # Two zero bytes, the code of uint8, the number of axes; the sizes follow.
+    magic = bytes([0, 0, 8, axes])
+    if raw[:4] != magic:
+        raise DataError(
+            f"{path}: expected an IDX file of bytes with {axes} axes, magic number 0x{magic.hex()}, "
+            f"found 0x{raw[:4].hex()}; give a file of this format."
+        )
+    shape = tuple(int.from_bytes(raw[4 * axis : 4 * axis + 4], "big") for axis in range(1, axes + 1))
+    start = 4 * (axes + 1)
+    if len(raw) != start + math.prod(shape):
+        raise DataError(
+            f"{path}: expected {start + math.prod(shape):,} bytes, as for the shape {shape} at its head, "
+            f"found {len(raw):,}; fetch it again."
+        )
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)

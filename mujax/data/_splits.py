@@ -1,0 +1,95 @@
+"""Data sets: examples or text, each with a held-out part."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Final, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Integer, Num, PyTree
+
+MIN_TEXT_BYTES: Final = 10_000
+"""The shortest text that `text` takes; `load` takes no fewer tokens either."""
+
+
+MIN_EXAMPLES: Final = 10
+"""The fewest labelled examples that `load` takes from a file that holds none out itself."""
+
+
+HELD_OUT: Final = 0.1
+
+
+class Examples(NamedTuple):
+    """Inputs and their targets, example by example along the leading axes: a split, or batches of one."""
+
+    inputs: Num[Array | np.ndarray, "*shape"]
+    targets: Num[Array | np.ndarray, "*shape"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleData:
+    """Labelled examples.
+
+    Attributes:
+        train: inputs and targets to train on, float32 or int32. Images have the shape (examples, height,
+            width, channels) and are standardised.
+        valid: the same, held out.
+        n_classes: number of labels, or None where the targets are not labels but floats to regress on.
+    """
+
+    train: Examples
+    valid: Examples
+    n_classes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """A text as tokens: its bytes, or what the user's own tokenizer made of it.
+
+    Attributes:
+        train: the tokens to train on.
+        valid: the tokens held out, the last tenth of the text.
+        vocab_size: number of different tokens there can be.
+    """
+
+    train: Integer[np.ndarray, " train"]
+    valid: Integer[np.ndarray, " valid"]
+    vocab_size: int = 256
+
+
+Data = ExampleData | TextData
+
+
+def shuffled_split(examples: Examples, n_valid: int) -> tuple[Examples, Examples]:
+    # RandomState, because its stream is frozen for ever; that of a Generator may change with NumPy's version.
+    order = np.random.RandomState(0).permutation(len(examples.targets))
+    train, valid = order[:-n_valid], order[-n_valid:]
+    return (
+        Examples(examples.inputs[train], examples.targets[train]),
+        Examples(examples.inputs[valid], examples.targets[valid]),
+    )
+
+
+def standardised(train: Examples, valid: Examples) -> tuple[Examples, Examples]:
+    """Pixels by mean and standard deviation of the training part, with a channel axis, float32."""
+    pixels, held_out = (
+        np.asarray(part.inputs, np.float32).reshape(*part.inputs.shape[:3], *(part.inputs.shape[3:] or (1,)))
+        for part in (train, valid)
+    )
+    mean, std = pixels.mean(), pixels.std()
+    return Examples((pixels - mean) / std, train.targets), Examples((held_out - mean) / std, valid.targets)
+
+
+def text_data(tokens: Integer[np.ndarray, " n"], vocab_size: int) -> TextData:
+    n_train = len(tokens) - round(len(tokens) * HELD_OUT)
+    return TextData(train=tokens[:n_train], valid=tokens[n_train:], vocab_size=vocab_size)
+
+
+def digest(arrays: PyTree) -> str:
+    """What tells data from other data: the first 16 hexadecimal digits of the SHA-256 of all its arrays."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(arrays):
+        found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()[:16]
