@@ -1,4 +1,8 @@
-"""Real data from installed packages or from files, split and drawn in batches."""
+"""Real data from installed packages or the user's own files, and pure ways to draw batches from it.
+
+Everything is in memory as NumPy arrays, split into training and validation once and for all. A batch is
+a pure function of a key, so it can be drawn inside `jit` and `vmap` and consumed by `lax.scan`.
+"""
 
 from mujax.data._batches import (
     batch_indices as batch_indices,

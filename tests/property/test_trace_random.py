@@ -19,8 +19,8 @@ from jax import lax
 from mujax.core.program import Insertion, evaluate
 from mujax.core.trace import analyse
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._primitives import PRIMITIVES
 from mujax.core.trace._values import Value, whole
+from mujax.core.trace.primitives import PRIMITIVES
 
 ROWS, WIDTHS = 3, (8, 16, 32, 64)
 BASE = WIDTHS[0]

@@ -17,7 +17,7 @@ from jax.experimental import io_callback
 import mujax
 from mujax.core.program import CONTROL
 from mujax.core.trace import analyse
-from mujax.core.trace._primitives import PRIMITIVES
+from mujax.core.trace.primitives import PRIMITIVES
 
 BASE, WIDTH = 8, 24
 KEY = jax.random.key(0)

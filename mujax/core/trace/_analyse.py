@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from jax.extend import core as jex
 
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
-from mujax.core.trace._interpreter import Finding, Fix, Interpreter, Operand, Product, Use
-from mujax.core.trace._primitives import PRIMITIVES
+from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._uses import Finding, Fix, Operand, Product, Use
 from mujax.core.trace._values import Size, Value, fit, whole
+from mujax.core.trace.primitives import PRIMITIVES
 from mujax.errors import TraceMismatchError
 
 

@@ -2,7 +2,7 @@
 
 Two programs that differ in widths only have the same equations in the same order. The interpreter pairs
 them up, carries a `Value` per intermediate array and logs each use of a parameter. What a primitive does
-to a value is a rule in `_primitives.py`; this module owns the walk, the log and the control flow.
+to a value is a rule in `primitives/`; this module owns the walk, the log and the control flow.
 """
 
 from __future__ import annotations
@@ -10,206 +10,59 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
-from jax.extend import core as jex
+from typing import Any
 
 from mujax.core.program import (
-    IDENTITIES,
-    RESHAPES,
-    Atom,
     ClosedJaxpr,
     EqnPath,
     Jaxpr,
     JaxprEqn,
     Subprogram,
     is_library_function,
-    is_of_user,
     primitive_name,
+    shape_of,
     subprograms,
     where,
+)
+from mujax.core.trace._align import (
+    add_leading,
+    closed_over,
+    is_trivial,
+    last_equation,
+    match_operands,
+    mismatch_error,
+    read_one,
+    read_pair,
+    reshaped_value,
+    resized,
+    strip_leading,
+)
+from mujax.core.trace._uses import (
+    AxisRole,
+    Finding,
+    Fix,
+    Operand,
+    Pair,
+    Product,
+    Use,
+    UseKind,
+    paired_shapes,
 )
 from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
     ZERO,
-    Axis,
-    Factor,
-    Pending,
     Shape,
     Size,
     Value,
     View,
-    broadcast_axis,
     common,
-    constant,
-    fit,
-    ratio,
     same,
     widest,
 )
 from mujax.errors import TraceMismatchError
 
-UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
 _TOLERANCE = 1e-6
-# Closed-over arrays up to this many entries are looked at: is it one number throughout?
-_SMALL = 1 << 16
-
-AxisRole = Literal["fan_in", "fan_out", "stack", "inner"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a parameter.
-
-    Attributes:
-        path: the parameter.
-        kind: how it is used.
-        axes: (parameter axis, role, target size, base size) of each part of an axis.
-        site: where the result appears, as the evaluator addresses it.
-        contracted: (base, target) size of what the product contracts.
-        eqn: the target's equation, for its place in the user's code.
-    """
-
-    path: str
-    kind: UseKind
-    axes: tuple[tuple[int, AxisRole, int, int], ...]
-    site: EqnPath
-    contracted: tuple[int, int]
-    eqn: JaxprEqn
-
-    @property
-    def where(self) -> str:
-        """`file:line` in the user's code."""
-        return where(self.eqn)
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A product of two activations.
-
-    Attributes:
-        site: where the result appears.
-        contracted: (base, target) size of what it contracts.
-        left: parameters whose product its first operand is.
-        eqn: the target's equation.
-        logits: whether it goes into an exponential: the logits of a softmax.
-    """
-
-    site: EqnPath
-    contracted: tuple[int, int]
-    left: frozenset[str]
-    eqn: JaxprEqn
-    logits: bool = False
-
-    @property
-    def where(self) -> str:
-        """`file:line` in the user's code."""
-        return where(self.eqn)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fix:
-    """A value that scales with width through constants of the user's program.
-
-    Attributes:
-        site: the equation whose output a factor would put right.
-        factor: that factor.
-        attention: whether the value is a product of two activations divided by the root of its length.
-        eqn: the target's equation at the site.
-    """
-
-    site: EqnPath
-    factor: float
-    attention: bool
-    eqn: JaxprEqn
-
-    @property
-    def where(self) -> str:
-        """`file:line` in the user's code."""
-        return where(self.eqn)
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """Something that the interpreter saw and can't put right.
-
-    Attributes:
-        kind: a short name, stable across versions.
-        message: what was found and the remedy.
-        where: `file:line` in the user's code.
-    """
-
-    kind: str
-    message: str
-    where: str
-
-
-class Operand(NamedTuple):
-    """What an equation reads.
-
-    Attributes:
-        kind: `"param"` for a function of parameters alone, `"const"` for one of nothing, else `"data"`.
-        number: the one number that all of its entries are in the target; None where it is not known.
-    """
-
-    kind: str
-    number: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """An equation of the target with its counterpart in the base.
-
-    Attributes:
-        base: the base's equation.
-        target: the target's equation.
-        site: its place.
-        caller: the call of a library's function that it is inside of, if it is, and that function.
-    """
-
-    base: JaxprEqn
-    target: JaxprEqn
-    site: EqnPath
-    caller: tuple[JaxprEqn, Jaxpr] | None = None
-
-    @property
-    def place(self) -> JaxprEqn:
-        """The equation that stands in the user's code: the caller's, inside a library's own code."""
-        if self.caller is None:
-            return self.target
-        eqn, function = self.caller
-        return self.target if is_of_user(self.target, function) else eqn
-
-    @property
-    def name(self) -> str:
-        """Name of the primitive."""
-        return self.target.primitive.name
-
-    @property
-    def params(self) -> dict[str, Any]:
-        """The target equation's parameters."""
-        return self.target.params
-
-    def shapes(self) -> list[tuple[Shape, Shape]]:
-        """Shapes of the outputs in target and base, on the target's axes."""
-        return [
-            _shapes(base.aval, target.aval)
-            for base, target in zip(self.base.outvars, self.target.outvars, strict=True)
-        ]
-
-
-def _shape(aval: Any) -> Shape:
-    return tuple(getattr(aval, "shape", ()))
-
-
-def _shapes(base: Any, target: Any) -> tuple[Shape, Shape]:
-    shape = _shape(target)
-    return shape, fit(_shape(base), shape)
 
 
 _Mark = tuple[
@@ -221,6 +74,7 @@ _Mark = tuple[
     set[EqnPath],
     dict[tuple[str, EqnPath], Finding],
 ]
+
 
 Rule = Callable[["Interpreter", Pair, Sequence[Value]], Sequence[Value]]
 
@@ -589,7 +443,7 @@ class Interpreter:
             self.decide(value)
             # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
             if not value.size.normalised:
-                self.settle(_last_line(target), value)
+                self.settle(last_equation(target), value)
             self._heads.update(dict.fromkeys(sorted(value.heads)))
         return outs
 
@@ -603,8 +457,7 @@ class Interpreter:
                 "so that the model's Python code takes the same path at both widths."
             )
         consts = [
-            _closed_over(small, big, self.exact)
-            for small, big in zip(base.consts, target.consts, strict=True)
+            closed_over(small, big, self.exact) for small, big in zip(base.consts, target.consts, strict=True)
         ]
         small: dict[Any, Value] = {}
         big: dict[Any, Value] = {}
@@ -616,22 +469,22 @@ class Interpreter:
         while i < len(eqns) or j < len(others):
             b = eqns[i] if i < len(eqns) else None
             t = others[j] if j < len(others) else None
-            if b is not None and t is not None and (ins := _match(b, t, small, big)) is not None:
+            if b is not None and t is not None and (ins := match_operands(b, t, small, big)) is not None:
                 outs = self._eqn(Pair(b, t, (*site, j), self._caller), ins)
                 for env, eqn in ((small, b), (big, t)):
                     env.update(zip(eqn.outvars, outs, strict=True))
                 i, j = i + 1, j + 1
-            elif b is not None and _is_trivial(b):
-                small[b.outvars[0]] = _read_one(b.invars[0], small)
+            elif b is not None and is_trivial(b):
+                small[b.outvars[0]] = read_one(b.invars[0], small)
                 i += 1
-            elif t is not None and _is_trivial(t):
-                value = _read_one(t.invars[0], big)
-                big[t.outvars[0]] = _reshaped(value, _shape(t.outvars[0].aval))
+            elif t is not None and is_trivial(t):
+                value = read_one(t.invars[0], big)
+                big[t.outvars[0]] = reshaped_value(value, shape_of(t.outvars[0]))
                 j += 1
             else:
-                raise _mismatch(b, t)
+                raise mismatch_error(b, t)
         return [
-            _read(b, t, small, big) for b, t in zip(base.jaxpr.outvars, target.jaxpr.outvars, strict=True)
+            read_pair(b, t, small, big) for b, t in zip(base.jaxpr.outvars, target.jaxpr.outvars, strict=True)
         ]
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
@@ -689,7 +542,7 @@ class Interpreter:
         inner = target.program.jaxpr
         fitted = [
             # A shard has other sizes.
-            resized(ins[operand], *_shapes(b.aval, t.aval))
+            resized(ins[operand], *paired_shapes(b, t))
             for operand, b, t in zip(target.operands, base.program.jaxpr.invars, inner.invars, strict=True)
         ]
         # The inside of a library's function is traced once and shared: its source lines may be those of
@@ -713,7 +566,7 @@ class Interpreter:
             outs: list[Value] = []
             for small, big in inner:
                 given = [
-                    _strip(current[operand]) if number in big.sliced else current[operand]
+                    strip_leading(current[operand]) if number in big.sliced else current[operand]
                     for number, operand in enumerate(big.operands)
                 ]
                 outs = self._inside(pair, small, big, given)
@@ -721,7 +574,7 @@ class Interpreter:
 
         outs = self._fixpoint(pair, [ins[operand] for operand in carries], iteration, len(carries))
         return [
-            _unstrip(value, *pair.shapes()[result]) if number in body.stacked else value
+            add_leading(value, *pair.shapes()[result]) if number in body.stacked else value
             for number, (value, result) in enumerate(zip(outs, body.results, strict=True))
         ]
 
@@ -813,204 +666,9 @@ class Interpreter:
         return dataclasses.replace(value, size=self.settle(pair.place, value))
 
 
-def _last_line(program: ClosedJaxpr) -> JaxprEqn | None:
-    """Where the program's outputs are made."""
-    return program.jaxpr.eqns[-1] if program.jaxpr.eqns else None
-
-
 def _same_facts(a: Value, b: Value) -> bool:
     if (a.kind, a.const, set(a.views)) != (b.kind, b.const, set(b.views)):
         return False
     if a.size.total is None or b.size.total is None:
         return a.size.total is b.size.total
     return same(a.size.total, b.size.total) and a.size.origins == b.size.origins
-
-
-def _closed_over(base: Any, target: Any, exact: bool) -> Value:
-    """An array that the program closes over: folded if it is the same number throughout."""
-    shape = tuple(np.shape(target))
-    base_shape = fit(tuple(np.shape(base)), shape)
-    numbers = _number(base), _number(target)
-    if numbers[0] is None or numbers[1] is None:
-        # Values made by numpy for an initialiser: they hold whatever scale their maker gave them.
-        unknown = exact and not _identical(base, target)
-        return Value(shape, base_shape, "const", size=UNKNOWN if unknown else ONE)
-    return constant(numbers[0], numbers[1], shape, base_shape)
-
-
-def _identical(base: Any, target: Any) -> bool:
-    if isinstance(base, Tracer) or isinstance(target, Tracer):
-        return base is target
-    if np.shape(base) != np.shape(target) or jnp.issubdtype(base.dtype, jax.dtypes.prng_key):
-        return np.shape(base) == np.shape(target)
-    return np.array_equal(np.asarray(base), np.asarray(target))
-
-
-def _number(array: Any) -> float | None:
-    """The one number that an array holds throughout, if it is small and known."""
-    if isinstance(array, Tracer) or not 0 < np.size(array) <= _SMALL:
-        return None
-    if not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
-        return None
-    entries = np.asarray(array)
-    first = entries.flat[0]
-    return float(first) if (entries == first).all() and np.isrealobj(entries) else None
-
-
-def _literal(base: jex.Literal, target: jex.Literal) -> Value:
-    if np.iscomplexobj(base.val) or np.iscomplexobj(target.val):
-        return Value((), (), "const", size=Size(ratio(abs(base.val), abs(target.val))))
-    try:
-        return constant(float(base.val), float(target.val))
-    except (TypeError, ValueError):
-        return Value((), (), "const")
-
-
-def _read_one(atom: Atom, env: dict[Any, Value]) -> Value:
-    return _literal(atom, atom) if isinstance(atom, jex.Literal) else env[atom]
-
-
-def _read(b: Atom, t: Atom, small: dict[Any, Value], big: dict[Any, Value]) -> Value:
-    if isinstance(b, jex.Literal) and isinstance(t, jex.Literal):
-        return _literal(b, t)
-    one, other = _read_one(b, small), _read_one(t, big)
-    if one is other:
-        return other
-    if one.const is not None and other.const is not None:
-        return constant(one.const[0], other.const[1], other.shape, other.base)
-    return other
-
-
-def _match(b: JaxprEqn, t: JaxprEqn, small: dict[Any, Value], big: dict[Any, Value]) -> list[Value] | None:
-    """The operands of two equations if these play the same part, else None."""
-    if b.primitive.name != t.primitive.name or len(b.invars) != len(t.invars):
-        return None
-    if len(b.outvars) != len(t.outvars):
-        return None
-    ins: list[Value] = []
-    for x, y in zip(b.invars, t.invars, strict=True):
-        one, other = _read_one(x, small), _read_one(y, big)
-        known = one.const is not None and other.const is not None
-        if not (known or one.root == other.root or (one.kind == other.kind == "const")):
-            return None
-        ins.append(_read(x, y, small, big))
-    if _wiring(b) != _wiring(t):
-        return None
-    if _same_rank(b, t) and any(b.params.get(k) != t.params.get(k) for k in _STRUCTURE):
-        return None
-    return ins
-
-
-_STRUCTURE = ("dimension_numbers", "permutation", "axes", "dimension")
-"""Parameters of equations that hold axes, not sizes."""
-
-
-def _wiring(eqn: JaxprEqn) -> list[tuple[Any, ...]]:
-    """How the programs in an equation are wired to it."""
-    return [(one.kind, one.operands, one.results, one.carried, one.sliced) for one in subprograms(eqn)]
-
-
-def _same_rank(b: JaxprEqn, t: JaxprEqn) -> bool:
-    return all(len(_shape(x.aval)) == len(_shape(y.aval)) for x, y in zip(b.invars, t.invars, strict=True))
-
-
-def _is_trivial(eqn: JaxprEqn) -> bool:
-    """Whether an equation only adds or removes axes of size 1."""
-    if eqn.primitive.name not in RESHAPES | IDENTITIES or len(eqn.invars) != 1:
-        return False
-    before, after = _shape(eqn.invars[0].aval), _shape(eqn.outvars[0].aval)
-    if eqn.primitive.name == "transpose":
-        moved = [axis for axis in eqn.params["permutation"] if before[axis] != 1]
-        return moved == sorted(moved)
-    return [size for size in before if size != 1] == [size for size in after if size != 1]
-
-
-def _reshaped(value: Value, shape: Shape) -> Value:
-    """The value after a trivial reshape that the base's program does not have."""
-    base = fit(value.base, shape)
-    rest = [axis for axis, size in enumerate(value.shape) if size != 1]
-    order = iter(rest)
-    keep = [next(order, None) if size != 1 else None for size in shape]
-
-    def move(view: View) -> View:
-        axes = tuple(() if axis is None else view.axes[axis] for axis in keep)
-        return dataclasses.replace(view, axes=axes)
-
-    return dataclasses.replace(
-        value,
-        shape=shape,
-        base=base,
-        views=tuple(move(view) for view in value.views),
-        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
-    )
-
-
-def resized(value: Value, shape: Shape, base: Shape) -> Value:
-    """The value as a program sees that holds a shard of it: same axes, other sizes."""
-    if (value.shape, value.base) == (shape, base) or len(value.shape) != len(shape):
-        return value
-
-    def shrink(axis: Axis, size: int, small: int) -> Axis:
-        return (Factor(axis[0].axis, size, small),) if len(axis) == 1 else ()
-
-    def move(view: View) -> View:
-        axes = tuple(
-            axis if (size, small) == old else shrink(axis, size, small)
-            for axis, size, small, old in zip(
-                view.axes, shape, base, zip(value.shape, value.base, strict=True), strict=True
-            )
-        )
-        return dataclasses.replace(view, axes=axes)
-
-    return dataclasses.replace(
-        value,
-        shape=shape,
-        base=base,
-        views=tuple(move(view) for view in value.views),
-        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
-    )
-
-
-def _strip(value: Value) -> Value:
-    """One slice of what a scan runs over: its leading axis is a stack of copies."""
-
-    def strip(view: View) -> View:
-        stack = {factor.axis for factor in view.axes[0] if factor.axis is not None}
-        return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack)
-
-    return value.replace(
-        shape=value.shape[1:],
-        base=value.base[1:],
-        views=tuple(strip(view) for view in value.views),
-        pending=tuple(Pending(p.use, strip(p.view)) for p in value.pending),
-    )
-
-
-def _unstrip(value: Value, shape: Shape, base: Shape) -> Value:
-    """What a scan collects: a leading axis of copies is added."""
-    lead = broadcast_axis(shape[0], base[0])
-
-    def stack(view: View) -> View:
-        return dataclasses.replace(view, axes=(lead, *view.axes))
-
-    return value.replace(
-        shape=shape,
-        base=base,
-        const=value.const,
-        views=tuple(stack(view) for view in value.views),
-        pending=tuple(Pending(p.use, stack(p.view)) for p in value.pending),
-    )
-
-
-def _mismatch(b: JaxprEqn | None, t: JaxprEqn | None) -> TraceMismatchError:
-    def name(eqn: JaxprEqn | None) -> str:
-        if eqn is None:
-            return "the end of the program"
-        shapes = ", ".join(str(_shape(v.aval)) for v in eqn.invars)
-        return f"{eqn.primitive.name} on {shapes} at {where(eqn)}"
-
-    return TraceMismatchError(
-        f"the programs of base and target must differ in sizes only; the base has {name(b)}, the target "
-        f"{name(t)}. Use a larger base (no axis of size 1, no other branch on a size), so that the model's "
-        "code takes the same path at both widths."
-    )

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
-from mujax.core.trace._interpreter import AxisRole, Use
+from mujax.core.trace._uses import AxisRole, Use
 from mujax.errors import RoleError
 from mujax.spec import ParamSpec, Role
 

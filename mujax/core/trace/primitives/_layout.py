@@ -1,0 +1,228 @@
+"""Layout: axes rearranged, cut, joined and repeated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from mujax.core.trace._align import resized
+from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._uses import Pair
+from mujax.core.trace._values import (
+    UNKNOWN,
+    Axis,
+    Factor,
+    Shape,
+    Size,
+    Value,
+    View,
+    broadcast_axis,
+    ratio,
+    regroup,
+    widest,
+)
+from mujax.core.trace.primitives._elementwise import common_size
+from mujax.core.trace.primitives._moves import move_views
+
+
+def identity_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
+    """One output per operand, unchanged."""
+    return [value.replace() for value in ins]
+
+
+def transpose_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    order = pair.params["permutation"]
+    return [move_views(interp, pair, ins[0], shape, base, lambda axes: tuple(axes[axis] for axis in order))]
+
+
+def reshape_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    order = pair.params["dimensions"]
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
+        return regroup(axes if order is None else [axes[axis] for axis in order], shape, base)
+
+    return [move_views(interp, pair, ins[0], shape, base, move)]
+
+
+def broadcast_in_dim_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    source_of = {out: axis for axis, out in enumerate(pair.params["broadcast_dimensions"])}
+    old = ins[0].shape
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(
+            axes[source_of[axis]]
+            if axis in source_of and old[source_of[axis]] == shape[axis]
+            else broadcast_axis(shape[axis], base[axis])
+            for axis in range(len(shape))
+        )
+
+    return [move_views(interp, pair, ins[0], shape, base, move)]
+
+
+def squeeze_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    gone = pair.params["dimensions"]
+    return [
+        move_views(
+            interp, pair, ins[0], shape, base,
+            lambda axes: tuple(axis for position, axis in enumerate(axes) if position not in gone),
+        )
+    ]  # fmt: skip
+
+
+def _cut(axis: Axis, old: tuple[int, int], new: tuple[int, int]) -> tuple[Axis, frozenset[int]] | None:
+    """The factors of an axis after a slice, and those of which one entry is left; None: unknown."""
+    if old == new:
+        return axis, frozenset()
+    if new == (1, 1):
+        return (), frozenset(factor.axis for factor in axis if factor.axis is not None)
+    if len(axis) <= 1:
+        return tuple(Factor(factor.axis, *new) for factor in axis), frozenset()
+    size, base = 1, 1
+    for position in range(len(axis) - 1, -1, -1):
+        size, base = size * axis[position].size, base * axis[position].base
+        if (size, base) == new:
+            picked = frozenset(factor.axis for factor in axis[:position] if factor.axis is not None)
+            return axis[position:], picked
+    # A part of the major factor, and all of the others.
+    size, base = math.prod(f.size for f in axis[1:]), math.prod(f.base for f in axis[1:])
+    if size and base and new[0] % size == 0 and new[1] % base == 0:
+        return (Factor(axis[0].axis, new[0] // size, new[1] // base), *axis[1:]), frozenset()
+    return None
+
+
+def _sliced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape) -> Value:
+    """A slice of each axis; an axis of which one entry is left was picked from by index."""
+
+    def cut(view: View) -> View | None:
+        axes: list[Axis] = []
+        picked = view.picked
+        for axis, *sizes in zip(
+            view.axes,
+            zip(value.shape, value.base, strict=True),
+            zip(shape, base, strict=True),
+            strict=True,
+        ):
+            part = _cut(axis, *sizes)
+            if part is None:
+                return None
+            axes.append(part[0])
+            picked |= part[1]
+        return dataclasses.replace(view, axes=tuple(axes), picked=picked)
+
+    views = []
+    for view in value.views:
+        part = cut(view)
+        if part is None:
+            interp.use(pair, view, "opaque")
+        else:
+            views.append(part)
+    interp.decide(value)
+    const = value.const
+    return value.replace(shape=shape, base=base, const=const, views=tuple(views), pending=())
+
+
+def slice_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """`slice`, `dynamic_slice`, `split`: parts of the first operand; the others are indices."""
+    for index in ins[1:]:
+        interp.becomes_data(pair, index)
+    return [_sliced(interp, pair, ins[0], shape, base) for shape, base in pair.shapes()]
+
+
+def pad_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    interp.becomes_data(pair, ins[1])
+    ((shape, base),) = pair.shapes()
+    out = _sliced(interp, pair, ins[0], shape, base)
+    return [out.replace(size=common_size(interp, pair, ins, [value.size for value in ins]), const=None)]
+
+
+def concatenate_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    kind = widest(value.kind for value in ins)
+    size = common_size(interp, pair, ins, [interp.meet(v) if kind == "data" else v.size for v in ins])
+    if kind == "data":
+        for value in ins:
+            interp.becomes_data(pair, value)
+        return [Value(shape, base, "data", size=size)]
+    at = pair.params["dimension"]
+    views = tuple(
+        dict.fromkeys(_part(view, at, value, shape[at], base[at]) for value in ins for view in value.views)
+    )
+    return [Value(shape, base, kind, views=views, size=size)]
+
+
+def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
+    """The view of one part of a concatenation, over the whole of the joined axis."""
+    old, old_base = value.shape[at], value.base[at]
+    axis = view.axes[at]
+    if old and old_base and size % old == 0 and base % old_base == 0:
+        axis = (*broadcast_axis(size // old, base // old_base), *axis)
+    else:
+        # Uneven parts: the axis as a whole is the part's, as far as growing is concerned.
+        axis = tuple(Factor(factor.axis, size, base) for factor in axis[:1])
+    return dataclasses.replace(view, axes=(*view.axes[:at], axis, *view.axes[at + 1 :]))
+
+
+def stack_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Values laid side by side along a new axis."""
+    ((shape, base),) = pair.shapes()
+    kind = widest(value.kind for value in ins)
+    size = common_size(interp, pair, ins, [interp.meet(v) if kind == "data" else v.size for v in ins])
+    if kind == "data":
+        for value in ins:
+            interp.becomes_data(pair, value)
+        return [Value(shape, base, "data", size=size)]
+    at = pair.params["axis"]
+
+    def insert(view: View) -> View:
+        new = broadcast_axis(shape[at], base[at])
+        return dataclasses.replace(view, axes=(*view.axes[:at], new, *view.axes[at:]))
+
+    views = tuple(dict.fromkeys(insert(view) for value in ins for view in value.views))
+    return [Value(shape, base, kind, views=views, size=size)]
+
+
+def unstack_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """The entries along an axis, one output each."""
+    at = pair.params["axis"]
+    value = ins[0]
+    outs = []
+    for shape, base in pair.shapes():
+        one = (*shape[:at], 1, *shape[at:])
+        part = _sliced(interp, pair, value, one, (*base[:at], 1, *base[at:]))
+        outs.append(move_views(interp, pair, part, shape, base, lambda axes: (*axes[:at], *axes[at + 1 :])))
+    return outs
+
+
+def tile_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Copies laid side by side: an axis that is repeated no longer shows one parameter axis."""
+    ((shape, base),) = pair.shapes()
+    reps, small = pair.params["reps"], pair.base.params["reps"]
+
+    def move(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(
+            axis if (n, m) == (1, 1) else (*broadcast_axis(n, m), *axis)
+            for axis, n, m in zip(axes, reps, small, strict=True)
+        )
+
+    return [move_views(interp, pair, ins[0], shape, base, move)]
+
+
+def iota_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    ((shape, base),) = pair.shapes()
+    axis = pair.params["dimension"]
+    grows = ratio(base[axis], shape[axis])
+    # Entries 0, 1, 2, ... scale about as their number does: near enough for everything but an initialiser.
+    return [Value(shape, base, "const", size=UNKNOWN if interp.exact and grows != 1 else Size(grows))]
+
+
+def collective_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
+    """Communication between devices: the same axes, of a shard or of the whole."""
+    shapes = pair.shapes()
+    if len(ins) != len(shapes) or any(v.ndim != len(s) for v, (s, _) in zip(ins, shapes, strict=True)):
+        return interp.unknown(pair, ins)
+    return [resized(value.replace(), *shape) for value, shape in zip(ins, shapes, strict=True)]

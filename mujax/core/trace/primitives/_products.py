@@ -1,0 +1,335 @@
+"""Sums and products: who is the weight, and who the activation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._uses import Pair
+from mujax.core.trace._values import (
+    UNKNOWN,
+    Shape,
+    Size,
+    Value,
+    View,
+    broadcast_axis,
+    constant,
+    product,
+    ratio,
+)
+from mujax.core.trace.primitives._moves import move_views
+
+
+def _reduced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape) -> Value:
+    """The value without the axes that a reduction removes."""
+    gone = pair.params["axes"]
+
+    def statistic(view: View) -> View:
+        lost = [f for axis in gone for f in view.axes[axis] if f.axis is not None and f.size > 1]
+        grows = any(f.size != f.base for f in lost)
+        return dataclasses.replace(
+            view, reduced=view.reduced or grows, thinned=view.thinned or (bool(lost) and not grows)
+        )
+
+    value = dataclasses.replace(value, views=tuple(statistic(view) for view in value.views))
+    return move_views(
+        interp, pair, value, shape, base,
+        lambda axes: tuple(axis for position, axis in enumerate(axes) if position not in gone),
+    )  # fmt: skip
+
+
+def reduce_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """`reduce_max` and the like: axes go away, entries keep their size."""
+    interp.decide(ins[0])
+    alone = dataclasses.replace(ins[0], pending=())
+    return [_reduced(interp, pair, alone, shape, base) for shape, base in pair.shapes()]
+
+
+def reduce_sum_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """A sum over axes; over the axes of a parameter that was multiplied in, it is a contraction."""
+    value, gone = ins[0], pair.params["axes"]
+    ((shape, base),) = pair.shapes()
+    base_size, size = value.sizes(gone)
+    if value.const is not None:
+        if all(isinstance(value.shape[axis], int) for axis in gone):
+            return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
+        value = dataclasses.replace(value, const=None)
+    # A row that was looked up and is summed whole is an embedding that is pooled, and no kernel.
+    pooled = tuple(p for p in value.pending if p.view.picked and not _leaves_axes(p.view, gone))
+    interp.decide(dataclasses.replace(value, pending=pooled))
+    value = dataclasses.replace(value, pending=tuple(p for p in value.pending if p not in pooled))
+    kernels = (
+        frozenset(p.view.path for p in value.pending) if interp.contract_later(pair, value, gone) else None
+    )
+    # A use that this sum contracts is settled by it; one that it leaves alone stays linear in the result.
+    left = tuple(
+        p for p in value.pending
+        if not any(f.axis is not None for axis in gone for f in p.view.axes[axis])
+    )  # fmt: skip
+    out = _reduced(interp, pair, dataclasses.replace(value, pending=left), shape, base)
+    if kernels is not None:
+        out.heads = kernels
+        if pair.site in interp.known_sums:
+            # Over the parameter's own axes: of order one by its rule, as any product with it.
+            base_size, size = value.sizes(axis for axis in gone if not _shows_parameter(value, axis))
+    return [out.replace(size=interp.sized(pair, value.size.over(ratio(base_size, size)), value.size))]
+
+
+def _shows_parameter(value: Value, axis: int) -> bool:
+    return any(factor.axis is not None for p in value.pending for factor in p.view.axes[axis])
+
+
+def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
+    """Whether a function of parameters keeps an axis that grows with width when `gone` is contracted."""
+    return any(
+        factor.axis is not None and factor.size != factor.base
+        for view in value.views
+        for position, axis in enumerate(view.axes)
+        if position not in gone
+        for factor in axis
+    )
+
+
+def _is_broadcast(value: Value) -> bool:
+    """Whether a function of parameters was repeated along an axis that is not theirs."""
+    return any(factor.axis is None for view in value.views for axis in view.axes for factor in axis)
+
+
+def _grows(view: View) -> bool:
+    """Whether the parameter has an axis that grows, as far as the view shows it."""
+    return any(f.axis is not None and f.size != f.base for axis in view.axes for f in axis)
+
+
+def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
+    return any(
+        factor.axis is not None and (factor.size, factor.base) != (1, 1)
+        for position, axis in enumerate(view.axes)
+        if position not in gone
+        for factor in axis
+    )
+
+
+def _size_of_product(
+    interp: Interpreter, pair: Pair, left: Value, right: Value, contracted: tuple[int, int]
+) -> Size:
+    """Size of a contraction: coherent between activations, of order one with a parameter by its rule."""
+    sizes = [interp.meet(left), interp.meet(right)]
+    grows = ratio(*contracted)
+    kinds = {left.kind, right.kind}
+    if kinds == {"param"}:
+        # Of the prescribed size if both are.
+        return interp.sized(pair, product(sizes))
+    if "param" in kinds:
+        if left.state or right.state:
+            return UNKNOWN
+        # Put right what can be before the product, so that each layer's own entries keep their size.
+        settled = [
+            interp.settle(pair.place, value, report=False) if value.kind == "data" else size
+            for value, size in zip((left, right), sizes, strict=True)
+        ]
+        return interp.sized(pair, product(settled), *settled)
+    if grows == 1.0:
+        return interp.sized(pair, product(sizes), *sizes)
+    if interp.exact:
+        return UNKNOWN
+    # A constant that is not one number (a mask, a rotation) is taken to keep sizes.
+    fixed = any(value.kind == "const" and value.const is None for value in (left, right))
+    if fixed:
+        return interp.sized(pair, product(sizes), *sizes)
+    return interp.sized(pair, product(sizes).over(grows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One operand of a product with its contracted and batch axes."""
+
+    value: Value
+    contract: Sequence[int]
+    batch: Sequence[int]
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        return (*self.contract, *self.batch)
+
+
+def _multiply(
+    interp: Interpreter, pair: Pair, left: _Side, right: _Side, place: Callable[[View, bool], View]
+) -> list[Value]:
+    """The product of two values over some axes: who is the weight, who is the activation.
+
+    Args:
+        interp: the interpreter, for its log.
+        pair: the equation.
+        left: the first operand.
+        right: the second operand.
+        place: a view of an operand (and whether it is the first) as a view of the result.
+    """
+    ((shape, base),) = pair.shapes()
+    contracted = left.value.sizes(left.contract)
+    wide = contracted[0] != contracted[1]
+    data = Value(
+        shape, base, "data", size=_size_of_product(interp, pair, left.value, right.value, contracted)
+    )
+
+    def weight(side: _Side, other: _Side) -> Value:
+        kind = "statistic" if other.value.state else "contraction"
+        for view in side.value.views:
+            interp.use(
+                pair, view, kind,
+                fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
+            )  # fmt: skip
+        interp.decide(side.value)
+        return dataclasses.replace(data, heads=_kernels(side.value, side.contract))
+
+    def activation(side: _Side) -> None:
+        interp.becomes_data(pair, side.value)
+
+    kinds = (left.value.kind, right.value.kind)
+    interp.activations[pair.site] = 1 if kinds[0] == "param" else 0
+    if kinds == ("const", "const"):
+        return [dataclasses.replace(data, kind="const")]
+    if "param" not in kinds:
+        kernels = {_settle(interp, pair, side) for side in (left, right)} - {None}
+        if "computed" in kernels:
+            return [dataclasses.replace(data, size=UNKNOWN)]
+        if kernels:
+            # An expert's kernel that was looked up: of order one by its rule, as any kernel's product.
+            sizes = [interp.meet(left.value), interp.meet(right.value)]
+            return [dataclasses.replace(data, size=interp.sized(pair, product(sizes), *sizes))]
+        if "const" in kinds or not left.contract:
+            return [data]
+        interp.product(pair, contracted, left.value)
+        return [dataclasses.replace(data, products=frozenset({pair.site}))]
+    if kinds != ("param", "param"):
+        side, other = (left, right) if kinds[0] == "param" else (right, left)
+        activation(other)
+        return [weight(side, other)]
+    # Two functions of parameters. Over an infinite axis, the one that leaves finite axes only is a set of
+    # learned vectors (latent queries, a class token) and plays the activation.
+    if wide:
+        broad = [_leaves_width(side.value, side.gone) for side in (left, right)]
+        if broad != [True, True]:
+            # Of two sets of vectors either may be called the input and the other the readout: Table 8
+            # treats the two alike, and their product gets the readout's factor.
+            matrix, vectors = (left, right) if broad[0] or _is_broadcast(right.value) else (right, left)
+            activation(vectors)
+            return [weight(matrix, vectors)]
+    views = []
+    for side, first in ((left, True), (right, False)):
+        for view in side.value.views:
+            inner = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
+            views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
+    return [dataclasses.replace(data, kind="param", views=tuple(views))]
+
+
+def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
+    """The parameters in a function of parameters whose own axes are contracted."""
+    return frozenset(
+        view.path
+        for view in value.views
+        if any(factor.axis is not None for axis in contract for factor in view.axes[axis])
+    )
+
+
+def _settle(interp: Interpreter, pair: Pair, side: _Side) -> Literal["picked", "computed"] | None:
+    """Settles the undecided uses in an operand: an expert's kernel was looked up, or an embedding was.
+
+    Returns:
+        Whether the operand is a kernel: one that was looked up, or one that was computed from data too.
+    """
+    kernel = None
+    for pending in side.value.pending:
+        alone = dataclasses.replace(side.value, pending=(pending,))
+        if not _grows(pending.view):
+            interp.decide(alone)
+        elif _leaves_axes(pending.view, side.gone) and interp.contract_later(pair, alone, side.contract):
+            interp.is_kernel(pending.use)
+            kernel = kernel or "picked"
+            if not (pending.view.picked or interp.exact):
+                kernel = "computed"
+                interp.find(
+                    "computed kernel",
+                    pair.site,
+                    pair.place,
+                    f"{pending.view.path} is multiplied with values computed from data or state before it is "
+                    "a kernel here, so how the kernel scales is not known; check its size by hand at two "
+                    "widths",
+                )
+        else:
+            interp.decide(alone)
+    return kernel
+
+
+def dot_general_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    (contract_l, contract_r), (batch_l, batch_r) = pair.params["dimension_numbers"]
+    return _general_product(
+        interp, pair, _Side(ins[0], contract_l, batch_l), _Side(ins[1], contract_r, batch_r)
+    )
+
+
+def ragged_dot_general_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """Rows in groups, each with a kernel of its own: the groups are copies, as the batch of a product is."""
+    dims = pair.params["ragged_dot_dimension_numbers"]
+    (contract_l, contract_r), (batch_l, batch_r) = dims.dot_dimension_numbers
+    if set(dims.lhs_ragged_dimensions) & {*contract_l, *batch_l}:
+        # Groups along what is contracted: what the gradient of a kernel needs.
+        return interp.unknown(pair, ins)
+    interp.becomes_data(pair, ins[2])
+    groups = (*batch_r, *dims.rhs_group_dimensions)
+    return _general_product(
+        interp, pair, _Side(ins[0], contract_l, batch_l), _Side(ins[1], contract_r, groups)
+    )
+
+
+def _general_product(interp: Interpreter, pair: Pair, left: _Side, right: _Side) -> list[Value]:
+    """A product whose axes are the batch axes, then the left's others, then the right's."""
+    free_l, free_r = (
+        [axis for axis in range(side.value.ndim) if axis not in side.gone] for side in (left, right)
+    )
+
+    def place(view: View, first: bool) -> View:
+        other = (right if first else left).value
+        mine, theirs = (free_l, free_r) if first else (free_r, free_l)
+        blank = [broadcast_axis(other.shape[axis], other.base[axis]) for axis in theirs]
+        kept = [view.axes[axis] for axis in mine]
+        lead = [view.axes[axis] for axis in (left if first else right).batch]
+        return dataclasses.replace(view, axes=tuple(lead + (kept + blank if first else blank + kept)))
+
+    return _multiply(interp, pair, left, right, place)
+
+
+def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+    """A convolution: input features and spatial axes of the kernel are its fan-in.
+
+    A batching rule lays the copies of a vmapped kernel along its output features; there they are one
+    factor of the axis, as many as the convolution has groups.
+    """
+    dims = pair.params["dimension_numbers"]
+    groups = max(pair.params["feature_group_count"], pair.params["batch_group_count"])
+    lhs, rhs = ins
+    out_axis, in_axis, *space = dims.rhs_spec
+    ((shape, base),) = pair.shapes()
+    contracted = rhs.sizes((in_axis, *space))
+    interp.activations[pair.site] = 0
+    data = Value(shape, base, "data", size=_size_of_product(interp, pair, lhs, rhs, contracted))
+    if rhs.kind == "param":
+        for view in rhs.views:
+            axis = view.axes[out_axis]
+            copies = (
+                frozenset({axis[0].axis})
+                if len(axis) > 1 and axis[0].axis is not None and axis[0].size == groups
+                else frozenset[int]()
+            )
+            if copies:
+                axes = tuple(axis[1:] if n == out_axis else a for n, a in enumerate(view.axes))
+                view = dataclasses.replace(view, axes=axes, stack=view.stack | copies)
+            interp.use(pair, view, "contraction", fan_in=(in_axis, *space), contracted=contracted)
+        interp.becomes_data(pair, lhs)
+    else:
+        for value in ins:
+            interp.becomes_data(pair, value)
+        if lhs.kind == rhs.kind == "data":
+            interp.product(pair, contracted, lhs)
+    return [dataclasses.replace(data, heads=_kernels(rhs, (in_axis, *space)))]
