@@ -1,4 +1,4 @@
-"""Who is to blame where a model is not in µP: the rules, held against each parameter by itself.
+"""Finds which parameters violate µP, by checking the rules for each parameter separately.
 
 How its initial values, the constants on its product, its learning rate, ε and decay scale from the narrowest
 model to the widest: read off the models and the optimizer, without the noise of training.

@@ -1,4 +1,4 @@
-"""What the checks put to the test: a model at several widths in µP, a loss, an optimizer.
+"""The model at several widths, the loss and the optimizer that a check runs.
 
 The coordinate check, wider is better and the transfer check take the same arguments and read them here.
 """

@@ -1,4 +1,4 @@
-"""How an optimizer responds to a gradient: its learning rate, ε and decay for each parameter, as it is.
+"""Measures how an optimizer responds to a gradient: its learning rate, ε and decay for each parameter.
 
 The optimizer is run by itself on the initial parameters and random gradients, so what comes out is exact:
 no training, no noise. Comparing two widths gives the exponents that a rule must have.

@@ -1,4 +1,4 @@
-"""Statistics of training runs: what a run comes down to, and where a curve over learning rates is lowest."""
+"""Statistics over runs: means, intervals, and the learning rate at which a loss curve is lowest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict on what a coordinate check measured: slopes with their intervals, and what they should be.
+"""Fits slopes over width, with intervals, to what a coordinate check measured, and holds them against the rules.
 
 The theory says how each activation, its change and the effect of each update scale with width; a slope
 whose whole interval lies outside of what is allowed fails.

@@ -1,4 +1,4 @@
-"""How options are said, read and, where they are wrong, complained about.
+"""Command-line options: definition, parsing and errors.
 
 tyro is imported where it is used, so that a missing one is reported in a sentence; annotations are strings
 until tyro reads them.

@@ -1,4 +1,4 @@
-"""What `mujax coord-check` checks by name: each built-in model with the widths and the batch to check it at.
+"""The built-in models of `mujax coord-check`, each with default widths and a batch.
 
 One real batch where its package is installed, else made-up values of the same shape.
 

@@ -1,4 +1,4 @@
-"""What a person sees while something runs and when it ends: bars, lines, numbers; and how Ctrl-C ends it."""
+"""Terminal output while a command runs and when it ends: progress, numbers, errors, Ctrl-C."""
 
 from __future__ import annotations
 

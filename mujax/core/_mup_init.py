@@ -213,7 +213,7 @@ def _sizes(target: Initial, base: Initial) -> dict[str, tuple[tuple[int, ...], t
 
 
 def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, ...]:
-    """What in a model scales with width and can't be put right, as data: for a test of the user's own.
+    """Returns, as data, the width-dependent operations that mujax cannot correct; use it in your own tests.
 
     Args:
         model: as for `mup_init`.

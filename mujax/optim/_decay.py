@@ -1,4 +1,4 @@
-"""Weight decay that says what it does with width and with the learning rate."""
+"""Weight decay with an explicit rule for width and learning rate."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def _document(
     body.append(f"Returns:\n    A transform whose state is that of `{full}`.")
     errors = [
         "SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.",
-        "ParametrizationError: a role that is none, a glob that matches nothing.",
+        "ParametrizationError: an unknown role, or a pattern that matches no parameter.",
     ]
     if entry.l2:
         errors.append("ConfigError: weight decay, which would be L2 inside of an adaptive optimizer.")

@@ -1,4 +1,4 @@
-"""Finds out by running it whether an optax transform may be put inside of µP factors.
+"""Checks, by running it, whether an optax transform may be wrapped with µP factors.
 
 A transform is a pair of opaque functions, so it is run for a few steps on parameters of a few entries each.
 What can't be run there (it needs extra arguments, or it holds values that are being traced) is let pass.

@@ -64,7 +64,7 @@ def mup_scale_by_adam(
         A transform whose state is that of `optax.scale_by_adam`.
 
     Raises:
-        ParametrizationError: a role that is none, a glob that matches nothing.
+        ParametrizationError: an unknown role, or a pattern that matches no parameter.
         SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
 
     Example:

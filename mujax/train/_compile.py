@@ -1,4 +1,4 @@
-"""How hard XLA should try: compiling well is worth it for what is run long enough."""
+"""Compiler options by how long a program runs, and whether a step or a whole run is compiled."""
 
 from __future__ import annotations
 

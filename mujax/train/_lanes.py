@@ -1,8 +1,8 @@
 """Many runs of one program: looped, mapped or vmapped, in stages, over all local devices.
 
 A lane is one run: its traced hyperparameters and its key. Lanes that share shapes share one program and go
-from rung to rung together. What is dropped at a rung, because it diverged or somebody gave it up, costs
-nothing from there on.
+from rung to rung together. What is dropped at a rung, because it diverged or was stopped, costs nothing
+from there on.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ class Training:
                     f"{name}: expected a model with something for it to multiply, found none; leave it out."
                 )
         if not isinstance(self.optimizer, str):
-            # What it reads is its own affair.
+            # A function of the user's own reads what it wants.
             return
         if "learning_rate" not in hparams:
             raise ConfigError(

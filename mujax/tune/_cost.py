@@ -1,4 +1,4 @@
-"""What tuning on a proxy saves: its operations against those of the same search at the target, and the front.
+"""Operations that tuning on a proxy saves, compared with the same search at the target, and the front.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Figure 5 and Section 7.1: random search, resampled.

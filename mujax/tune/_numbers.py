@@ -14,7 +14,7 @@ _TEXT: Final = re.compile(
 
 
 def number(text: str) -> int | float | None:
-    """The number that a text says, as a power or not; None where it says none, or none that is finite.
+    """Parses a finite number, also written as a power; None if there is none.
 
     Nothing is evaluated. Whole numbers are ints, and so are their powers where these are whole. The base of a
     power has no sign: what it would belong to is not clear.

@@ -70,7 +70,7 @@ class Trial:
 
     @property
     def diverged(self) -> bool:
-        """Whether there is no loss to speak of."""
+        """Whether it has no loss, since it diverged."""
         return self.loss is None
 
 

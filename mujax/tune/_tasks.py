@@ -1,4 +1,4 @@
-"""What there is to learn out of the box: a model of any width, real data, and what to try by default."""
+"""Built-in tasks: a model of any width, real data, and default settings."""
 
 from __future__ import annotations
 

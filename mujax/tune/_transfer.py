@@ -1,4 +1,4 @@
-"""`transfer`: trains the target once with the best hyperparameters of a study, and says what that has saved.
+"""`transfer`: trains the target once with the best hyperparameters of a study, and reports what that saved.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Algorithm 1.

@@ -187,7 +187,7 @@ class TuneConfig:
         return {**default, **{name: as_its_kind(name, value) for name, value in self.fixed.items()}}
 
     def settings(self) -> dict[str, Any]:
-        """What the runs depend on, to be stored with the study and compared when it is gone on with."""
+        """Everything the runs depend on; stored with the study and compared on resume."""
         return {
             "task": self.name,
             "data": self._source.digest,
@@ -204,7 +204,7 @@ class TuneConfig:
         }
 
     def notes(self) -> dict[str, Any]:
-        """What lets a study be gone on with by its name alone, on this machine."""
+        """What a study needs beside its name to be resumed on this machine."""
         return {"data": None if self.data is None else str(self.data.absolute())}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The user's own code by name, `package.module:attribute`, with one sentence for what is wrong with it."""
+"""Imports the user's own code by name, `package.module:attribute`."""
 
 from __future__ import annotations
 

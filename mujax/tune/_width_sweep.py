@@ -1,4 +1,4 @@
-"""µTransfer, shown: the same grid of learning rates at several widths, in µP and in standard parametrization.
+"""A grid of learning rates at several widths, in µP and in standard parametrization.
 
 `sweep_widths` says for each of the two where the best learning rate is, how far it moves with width, and what
 a target loses when it is trained once with the proxy's best.

@@ -356,7 +356,7 @@ class Interpreter:
         return ONE if size.is_one else size
 
     def settle(self, place: JaxprEqn | None, value: Value, report: bool = True) -> Size:
-        """The value goes where only entries of one size at every width will do: put it right, or say so.
+        """Requires entries of order one: inserts a correction, or records a finding.
 
         Constants that scale with width are held at the base's value. A coherent sum that is divided by
         the root of its length (attention logits) is divided by its length; a value that was divided by a
@@ -365,7 +365,7 @@ class Interpreter:
         Args:
             place: the equation that consumes it; None at the end of a program without equations.
             value: the value.
-            report: whether to log what can't be put right; else it may still cancel further on.
+            report: whether to record what can't be corrected; else it may still cancel further on.
 
         Returns:
             Its size from here on.
