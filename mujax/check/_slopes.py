@@ -1,4 +1,4 @@
-"""Fits slopes over width, with intervals, to what a coordinate check measured, and holds them against the rules.
+"""Fits slopes over width, with intervals, to what a coordinate check measured; holds them against the rules.
 
 The theory says how each activation, its change and the effect of each update scale with width; a slope
 whose whole interval lies outside of what is allowed fails.

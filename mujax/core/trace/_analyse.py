@@ -10,7 +10,7 @@ from jax.extend import core as jex
 
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._uses import Finding, Fix, Operand, Product, Use
+from mujax.core.trace._uses import Finding, Fix, Operand, Product, Record, Use
 from mujax.core.trace._values import Size, Value, fit, whole
 from mujax.core.trace.primitives import PRIMITIVES
 from mujax.errors import TraceMismatchError
@@ -77,36 +77,36 @@ def analyse(
                 Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
             )
 
-    def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Interpreter:
+    def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Record:
         interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums, fixed=fixed)
         interpreter.run(base, target, inputs)
-        return interpreter
+        return interpreter.record
 
     sums: frozenset[EqnPath] = frozenset()
     first = walk(sums, {})
     if prescribed and (sums := first.sums()):
         # Whether `(x * kernel).sum()` is a product or a gain and a mean shows only at the end.
         first = walk(sums, {})
-    interpreter = first
+    record = first
     fixed: dict[EqnPath, Fix] = {}
     together = True
-    while fixes := interpreter.unforeseen():
+    while fixes := record.unforeseen(fixed):
         fixed |= fixes if together else dict([min(fixes.items())])
-        interpreter = walk(sums, fixed)
-        if together and interpreter.misfits:
+        record = walk(sums, fixed)
+        if together and record.misfits:
             # One of them changes what another is for: one after the other.
-            interpreter, fixed, together = first, {}, False
+            record, fixed, together = first, {}, False
     uses: dict[str, list[Use]] = collections.defaultdict(list)
-    for use in interpreter.uses():
+    for use in record.resolved_uses():
         uses[use.path].append(use)
     return Analysis(
         dict(uses),
-        interpreter.products(),
-        interpreter.heads(),
-        interpreter.activations,
-        interpreter.operands,
-        interpreter.fixes(),
-        interpreter.findings(),
+        list(record.products.values()),
+        list(record.heads),
+        record.activations,
+        record.operands,
+        record.undisputed_fixes(),
+        list(record.findings.values()),
     )
 
 

@@ -44,6 +44,7 @@ from mujax.core.trace._uses import (
     Operand,
     Pair,
     Product,
+    Record,
     Use,
     UseKind,
     paired_shapes,
@@ -65,17 +66,6 @@ from mujax.errors import TraceMismatchError
 _TOLERANCE = 1e-6
 
 
-_Mark = tuple[
-    int,
-    dict[EqnPath, Product],
-    dict[int, list[Use]],
-    list[bool],
-    dict[EqnPath, Fix],
-    set[EqnPath],
-    dict[tuple[str, EqnPath], Finding],
-]
-
-
 Rule = Callable[["Interpreter", Pair, Sequence[Value]], Sequence[Value]]
 
 
@@ -94,8 +84,7 @@ class Interpreter:
 
     Attributes:
         exact: as given.
-        activations: per product, which of its operands is an activation: the first of two.
-        operands: what each equation of the target reads.
+        record: what was noted.
     """
 
     def __init__(
@@ -108,88 +97,20 @@ class Interpreter:
         fixed: Mapping[EqnPath, Fix] | None = None,
     ) -> None:
         self.exact = exact
-        self.activations: dict[EqnPath, int] = {}
-        self.operands: dict[EqnPath, tuple[Operand, ...]] = {}
         self.known_sums = sums
         self._fixed = fixed or {}
         self._rules = rules
         self._param_shapes = shapes
         self._prescribed = prescribed or {}
         self._caller: tuple[JaxprEqn, Jaxpr] | None = None
-        self._heads: dict[str, None] = {}
-        self._places: dict[EqnPath, JaxprEqn] = {}
-        self._fixes: dict[EqnPath, Fix] = dict(self._fixed)
-        self._disputed: set[EqnPath] = set()
-        self._unfixed: set[EqnPath] = set()
-        self.misfits: set[EqnPath] = set()
-        self._findings: dict[tuple[str, EqnPath], Finding] = {}
-        self._uses: list[Use] = []
-        self._decided: list[bool] = []
-        self._contractions: dict[int, list[Use]] = {}
-        self._kernels: set[int] = set()
-        self._products: dict[EqnPath, Product] = {}
+        self.record = Record(fixes=dict(self._fixed))
 
     # ---- the log -----------------------------------------------------------------------------------
 
-    def uses(self) -> list[Use]:
-        """The uses of parameters, those that stayed undecided resolved."""
-        out: list[Use] = []
-        for number, use in enumerate(self._uses):
-            contractions = self._contractions.get(number)
-            if contractions and (not self._decided[number] or number in self._kernels):
-                out.extend(contractions)
-            else:
-                out.append(use)
-        return out
-
-    def products(self) -> list[Product]:
-        """The products of two activations."""
-        return list(self._products.values())
-
-    def heads(self) -> list[str]:
-        """The parameters whose product is, up to linear steps, an output of the program."""
-        return list(self._heads)
-
-    def fixes(self) -> list[Fix]:
-        """What scales with width through the user's own constants, one entry per equation."""
-        return [fix for site, fix in self._fixes.items() if site not in self._disputed]
-
-    def unforeseen(self) -> dict[EqnPath, Fix]:
-        """The fixes of values whose size was used elsewhere in this walk as if they had none.
-
-        `h = x * sqrt(d)` is put right for `tanh(h)`; from then on `h / sqrt(d)` has another size.
-        """
-        sites = self._unfixed.intersection(self._fixes) - self._fixed.keys() - self._disputed
-        return {site: self._fixes[site] for site in sites}
-
-    def findings(self) -> list[Finding]:
-        """What was seen and can't be put right."""
-        return list(self._findings.values())
-
-    def _mark(self) -> _Mark:
-        contractions = {number: list(uses) for number, uses in self._contractions.items()}
-        return (
-            len(self._uses),
-            dict(self._products),
-            contractions,
-            list(self._decided),
-            dict(self._fixes),
-            set(self._disputed),
-            dict(self._findings),
-        )
-
-    def _rollback(self, mark: _Mark) -> None:
-        (uses, self._products, self._contractions, decided, self._fixes, self._disputed, self._findings) = (
-            mark
-        )
-        del self._uses[uses:]
-        self._decided[:] = decided
-        self._kernels = {number for number in self._kernels if number < uses}
-
     def _log(self, use: Use, decided: bool) -> int:
-        self._uses.append(use)
-        self._decided.append(decided)
-        return len(self._uses) - 1
+        self.record.uses.append(use)
+        self.record.decided.append(decided)
+        return len(self.record.uses) - 1
 
     def use(
         self,
@@ -255,19 +176,10 @@ class Interpreter:
                 add(axis, role, shape[axis], base[axis])
         return out
 
-    def sums(self) -> frozenset[EqnPath]:
-        """Where undecided uses turned out to be contracted: `(x * kernel).sum()`."""
-        return frozenset(
-            use.site
-            for number, uses in self._contractions.items()
-            if not self._decided[number]
-            for use in uses
-        )
-
     def decide(self, value: Value) -> None:
         """Confirms the undecided uses that `value` is linear in: it is consumed by something else."""
         for pending in value.pending:
-            self._decided[pending.use] = True
+            self.record.decided[pending.use] = True
 
     def contract_later(self, pair: Pair, value: Value, axes: Sequence[int]) -> bool:
         """Tells the undecided uses in `value` that these axes of it are now contracted.
@@ -289,12 +201,12 @@ class Interpreter:
                 value.sizes(mine),
                 pair.place,
             )
-            self._contractions.setdefault(pending.use, []).append(use)
+            self.record.contractions.setdefault(pending.use, []).append(use)
         return touched
 
     def is_kernel(self, use: int) -> None:
         """Notes that an undecided use was contracted as a kernel, whatever else is computed from it."""
-        self._kernels.add(use)
+        self.record.kernels.add(use)
 
     def becomes_data(self, pair: Pair, value: Value) -> None:
         """A function of parameters meets the data elementwise: all its axes are fan-out."""
@@ -312,12 +224,12 @@ class Interpreter:
 
     def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
         """Logs a product of two activations."""
-        self._products[pair.site] = Product(pair.site, contracted, left.heads, pair.place)
+        self.record.products[pair.site] = Product(pair.site, contracted, left.heads, pair.place)
 
     def logits(self, value: Value) -> None:
         """Notes that a value goes into an exponential."""
         for site in value.products:
-            self._products[site] = dataclasses.replace(self._products[site], logits=True)
+            self.record.products[site] = dataclasses.replace(self.record.products[site], logits=True)
 
     # ---- sizes -------------------------------------------------------------------------------------
 
@@ -327,11 +239,11 @@ class Interpreter:
         if fix is not None:
             size = size.scaled(fix.factor)
             if not size.is_one:
-                self.misfits.add(pair.site)
+                self.record.misfits.add(pair.site)
         out = size.at(pair.site, *operands)
-        self._unfixed |= size.through - out.origins
+        self.record.unfixed |= size.through - out.origins
         if pair.site in out.origins:
-            self._places[pair.site] = pair.place
+            self.record.places[pair.site] = pair.place
         return out
 
     def meet(self, value: Value) -> Size:
@@ -390,7 +302,7 @@ class Interpreter:
             if known:
                 self._fix(site, 1 / size.total, attention)
             else:
-                eqn = self._places[site]
+                eqn = self.record.places[site]
                 self.find(
                     "unscaled sum" if same(constants, 1.0) else "unknown scale",
                     site,
@@ -404,11 +316,11 @@ class Interpreter:
         return ONE
 
     def _fix(self, site: EqnPath, factor: float, attention: bool) -> None:
-        known = self._fixes.get(site)
+        known = self.record.fixes.get(site)
         if known is None:
-            self._fixes[site] = Fix(site, factor, attention, self._places[site])
+            self.record.fixes[site] = Fix(site, factor, attention, self.record.places[site])
         elif not same(known.factor, factor):
-            self._disputed.add(site)
+            self.record.disputed.add(site)
             self.find(
                 "disputed scale",
                 site,
@@ -420,7 +332,7 @@ class Interpreter:
 
     def find(self, kind: str, site: EqnPath, eqn: JaxprEqn, message: str) -> None:
         """Logs something that can't be put right."""
-        self._findings[kind, site] = Finding(kind, message, where(eqn))
+        self.record.findings[kind, site] = Finding(kind, message, where(eqn))
 
     # ---- the walk ----------------------------------------------------------------------------------
 
@@ -444,7 +356,7 @@ class Interpreter:
             # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
             if not value.size.normalised:
                 self.settle(last_equation(target), value)
-            self._heads.update(dict.fromkeys(sorted(value.heads)))
+            self.record.heads.update(dict.fromkeys(sorted(value.heads)))
         return outs
 
     def _program(
@@ -489,7 +401,7 @@ class Interpreter:
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
         outs = self._apply(pair, ins)
-        self.operands[pair.site] = tuple(
+        self.record.operands[pair.site] = tuple(
             Operand(value.kind, None if value.const is None else value.const[1]) for value in ins
         )
         if any(value.state for value in ins) and all(value.state or value.kind != "data" for value in ins):
@@ -595,7 +507,7 @@ class Interpreter:
             self.decide(value)
         entered = self._entering(pair, state, settled)
         while True:
-            mark = self._mark()
+            before = self.record.copy()
             outs = body(entered)
             moved = {
                 number
@@ -603,7 +515,7 @@ class Interpreter:
                 if number not in settled and common([a.size, b.size]) is None
             }
             if moved:
-                self._rollback(mark)
+                self.record = before
                 settled |= moved
                 entered = self._entering(pair, state, settled)
                 continue
@@ -617,10 +529,10 @@ class Interpreter:
                     if value.kind == "data":
                         self.becomes_data(pair, out)
                 return [*joined, *outs[carry:]]
-            self._rollback(mark)
-            for before, after in zip(entered, joined, strict=True):
+            self.record = before
+            for entering, after in zip(entered, joined, strict=True):
                 if after.kind == "data":
-                    self.becomes_data(pair, before)
+                    self.becomes_data(pair, entering)
             entered = joined
 
     def _entering(self, pair: Pair, state: Sequence[Value], settled: Collection[int]) -> list[Value]:

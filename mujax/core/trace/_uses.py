@@ -1,8 +1,10 @@
-"""What the interpreter notes of a pair of programs: uses of parameters, products, fixes, findings."""
+"""What the interpreter records of a pair of programs: uses of parameters, products, fixes, findings."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from mujax.core.program import (
@@ -169,3 +171,91 @@ class Pair:
 def paired_shapes(base: Atom, target: Atom) -> tuple[Shape, Shape]:
     shape = shape_of(target)
     return shape, fit(shape_of(base), shape)
+
+
+@dataclasses.dataclass
+class Record:
+    """Everything that a walk notes.
+
+    Attributes:
+        uses: the uses of parameters, in program order.
+        decided: for each of them, whether nothing that follows can change what it is.
+        contractions: what undecided uses turned out to be, where they were contracted: number -> uses.
+        kernels: the undecided uses that were contracted as kernels, whatever else is computed from them.
+        products: the products of two activations.
+        activations: for each product, which of its operands is an activation: the first of two.
+        operands: what each equation of the target reads.
+        heads: the parameters whose product is, up to linear steps, an output of the program.
+        places: the equations where a size left 1.
+        fixes: what scales with width through the user's own constants.
+        disputed: those that are used at two sizes.
+        unfixed: values whose size was used as if they had no fix.
+        misfits: fixes of an earlier walk that do not bring their value to order one.
+        findings: what was seen and can't be corrected.
+    """
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    decided: list[bool] = dataclasses.field(default_factory=list)
+    contractions: dict[int, list[Use]] = dataclasses.field(default_factory=dict)
+    kernels: set[int] = dataclasses.field(default_factory=set)
+    products: dict[EqnPath, Product] = dataclasses.field(default_factory=dict)
+    activations: dict[EqnPath, int] = dataclasses.field(default_factory=dict)
+    operands: dict[EqnPath, tuple[Operand, ...]] = dataclasses.field(default_factory=dict)
+    heads: dict[str, None] = dataclasses.field(default_factory=dict)
+    places: dict[EqnPath, JaxprEqn] = dataclasses.field(default_factory=dict)
+    fixes: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
+    disputed: set[EqnPath] = dataclasses.field(default_factory=set)
+    unfixed: set[EqnPath] = dataclasses.field(default_factory=set)
+    misfits: set[EqnPath] = dataclasses.field(default_factory=set)
+    findings: dict[tuple[str, EqnPath], Finding] = dataclasses.field(default_factory=dict)
+
+    def copy(self) -> Record:
+        """A record to go back to: the body of a loop is walked again until its facts no longer change.
+
+        What is known of one equation is written again on each walk, and is shared: a value that enters the
+        next walk may have left order one at an equation of the last.
+        """
+        shared: dict[str, Any] = {
+            "activations": self.activations,
+            "operands": self.operands,
+            "places": self.places,
+        }
+        contractions = {number: list(uses) for number, uses in self.contractions.items()}
+        copied: dict[str, Any] = {
+            field.name: copy.copy(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if field.name not in shared
+        }
+        return Record(**{**copied, **shared, "contractions": contractions})
+
+    def resolved_uses(self) -> list[Use]:
+        """The uses of parameters, those that stayed undecided resolved."""
+        out: list[Use] = []
+        for number, use in enumerate(self.uses):
+            contractions = self.contractions.get(number)
+            if contractions and (not self.decided[number] or number in self.kernels):
+                out.extend(contractions)
+            else:
+                out.append(use)
+        return out
+
+    def sums(self) -> frozenset[EqnPath]:
+        """Where undecided uses turned out to be contracted: `(x * kernel).sum()`."""
+        return frozenset(
+            use.site for number, uses in self.contractions.items() if not self.decided[number] for use in uses
+        )
+
+    def undisputed_fixes(self) -> list[Fix]:
+        """The fixes whose value is used at one size, one entry per equation."""
+        return [fix for site, fix in self.fixes.items() if site not in self.disputed]
+
+    def unforeseen(self, foreseen: Mapping[EqnPath, Fix]) -> dict[EqnPath, Fix]:
+        """The fixes of values whose size was used elsewhere in this walk as if they had none.
+
+        `h = x * sqrt(d)` is corrected for `tanh(h)`; from then on `h / sqrt(d)` has another size.
+
+        Args:
+            foreseen: the fixes that this walk started with.
+        """
+        sites = self.unfixed.intersection(self.fixes) - foreseen.keys() - self.disputed
+        return {site: self.fixes[site] for site in sites}

@@ -187,7 +187,7 @@ def _multiply(
         interp.becomes_data(pair, side.value)
 
     kinds = (left.value.kind, right.value.kind)
-    interp.activations[pair.site] = 1 if kinds[0] == "param" else 0
+    interp.record.activations[pair.site] = 1 if kinds[0] == "param" else 0
     if kinds == ("const", "const"):
         return [dataclasses.replace(data, kind="const")]
     if "param" not in kinds:
@@ -312,7 +312,7 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
     out_axis, in_axis, *space = dims.rhs_spec
     ((shape, base),) = pair.shapes()
     contracted = rhs.sizes((in_axis, *space))
-    interp.activations[pair.site] = 0
+    interp.record.activations[pair.site] = 0
     data = Value(shape, base, "data", size=_size_of_product(interp, pair, lhs, rhs, contracted))
     if rhs.kind == "param":
         for view in rhs.views:
