@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,17 @@ def test_what_is_not_a_float_is_compiled_once_for_each_combination():
 # ---- divergence and pruning ------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def stored_study(file: pathlib.Path) -> Iterator[optuna.Study]:
+    """The study in a database, which is closed afterwards: Python 3.13 warns of one that is not."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
+    try:
+        yield optuna.load_study(study_name="s", storage=storage)
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def test_a_trial_that_diverges_is_recorded_as_such_and_is_never_the_best(tmp_path: pathlib.Path):
     def run(hparams, key):
         return {"loss": jnp.where(hparams["x"] > 1, jnp.nan, hparams["x"]) + 0 * jax.random.uniform(key)}
@@ -91,9 +104,9 @@ def test_a_trial_that_diverges_is_recorded_as_such_and_is_never_the_best(tmp_pat
     assert [(trial.loss, trial.diverged) for trial in found.trials] == [(0.5, False), (None, True)]
     assert found.best is not None
     assert found.best.number == 0
-    stored = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'a.db'}")
-    assert [trial.value for trial in stored.trials] == [0.5, math.inf]
-    assert [trial.user_attrs.get("diverged", False) for trial in stored.trials] == [False, True]
+    with stored_study(tmp_path / "a.db") as stored:
+        assert [trial.value for trial in stored.trials] == [0.5, math.inf]
+        assert [trial.user_attrs.get("diverged", False) for trial in stored.trials] == [False, True]
     text = json.loads(found.to_json())
     assert [trial["loss"] for trial in text["trials"]] == [0.5, None]
     all_lost = sweep(run, {"x": [2.0]}, trials=1, sampler="grid")
@@ -156,9 +169,9 @@ def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp
     assert third.trials == second.trials
     assert len(ran) == len(set(ran)) == 5
     assert third.modes == {}
-    stored = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'a.db'}")
-    assert stored.user_attrs["mujax"]["width"] == 8
-    attrs = stored.trials[0].user_attrs
+    with stored_study(tmp_path / "a.db") as stored:
+        assert stored.user_attrs["mujax"]["width"] == 8
+        attrs = stored.trials[0].user_attrs
     assert attrs["hparams"] == first.trials[0].hparams
     assert (attrs["seed"], attrs["seeds"], attrs["mode"], attrs["steps"]) == (0, 1, "loop", 1)
     assert attrs["metrics"]["other"] == pytest.approx(-first.trials[0].hparams["x"])
