@@ -486,6 +486,8 @@ def test_a_worker_that_lost_the_lock_takes_nothing_from_others(
     assert optuna.get_all_study_names(memory) == ["s"]
 
 
+# Filters of warnings belong to the process: a worker in a thread sees those of another.
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_many_workers_at_once_exceed_nothing(memory: InMemoryStorage, threads: None) -> None:
     workers = [SharedStudy.open("s", SPACE, storage=memory) for _ in range(4)]
     done: list[list[Lease]] = [[] for _ in workers]
