@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -148,6 +149,17 @@ def is_trivial(eqn: JaxprEqn) -> bool:
     return [size for size in before if size != 1] == [size for size in after if size != 1]
 
 
+def _laid_out(value: Value, shape: Shape, base: Shape, move: Callable[[View], View]) -> Value:
+    """The value with its views moved to other axes, under the same identity."""
+    return dataclasses.replace(
+        value,
+        shape=shape,
+        base=base,
+        views=tuple(move(view) for view in value.views),
+        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
+    )
+
+
 def reshaped_value(value: Value, shape: Shape) -> Value:
     """The value after a trivial reshape that the base's program does not have."""
     base = fit(value.base, shape)
@@ -159,13 +171,7 @@ def reshaped_value(value: Value, shape: Shape) -> Value:
         axes = tuple(() if axis is None else view.axes[axis] for axis in keep)
         return dataclasses.replace(view, axes=axes)
 
-    return dataclasses.replace(
-        value,
-        shape=shape,
-        base=base,
-        views=tuple(move(view) for view in value.views),
-        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
-    )
+    return _laid_out(value, shape, base, move)
 
 
 def resized(value: Value, shape: Shape, base: Shape) -> Value:
@@ -185,13 +191,7 @@ def resized(value: Value, shape: Shape, base: Shape) -> Value:
         )
         return dataclasses.replace(view, axes=axes)
 
-    return dataclasses.replace(
-        value,
-        shape=shape,
-        base=base,
-        views=tuple(move(view) for view in value.views),
-        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
-    )
+    return _laid_out(value, shape, base, move)
 
 
 def strip_leading(value: Value) -> Value:
@@ -201,12 +201,7 @@ def strip_leading(value: Value) -> Value:
         stack = {factor.axis for factor in view.axes[0] if factor.axis is not None}
         return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack)
 
-    return value.replace(
-        shape=value.shape[1:],
-        base=value.base[1:],
-        views=tuple(strip(view) for view in value.views),
-        pending=tuple(Pending(p.use, strip(p.view)) for p in value.pending),
-    )
+    return _laid_out(value, value.shape[1:], value.base[1:], strip).replace()
 
 
 def add_leading(value: Value, shape: Shape, base: Shape) -> Value:
@@ -216,13 +211,7 @@ def add_leading(value: Value, shape: Shape, base: Shape) -> Value:
     def stack(view: View) -> View:
         return dataclasses.replace(view, axes=(lead, *view.axes))
 
-    return value.replace(
-        shape=shape,
-        base=base,
-        const=value.const,
-        views=tuple(stack(view) for view in value.views),
-        pending=tuple(Pending(p.use, stack(p.view)) for p in value.pending),
-    )
+    return _laid_out(value, shape, base, stack).replace()
 
 
 def mismatch_error(b: JaxprEqn | None, t: JaxprEqn | None) -> TraceMismatchError:
