@@ -33,19 +33,19 @@ if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2*
 
 # Files whose tests trace at the most: `pytest -m abstract` is what one runs while working.
 _ABSTRACT = {
-    "test_blame.py",
-    "test_config.py",
-    "test_fit.py",
+    "test_config_file.py",
+    "test_cost.py",
+    "test_faults.py",
     "test_house.py",
-    "test_hyper.py",
-    "test_infshape.py",
+    "test_hyperparameters.py",
+    "test_optimum.py",
     "test_primitives.py",
     "test_rules.py",
-    "test_savings.py",
+    "test_slopes.py",
     "test_source.py",
+    "test_spec.py",
     "test_specs.py",
     "test_trace.py",
-    "test_verdict.py",
 }
 
 

@@ -479,7 +479,9 @@ def test_a_looked_up_axis_that_grows_is_a_vocabulary_and_an_error():
     with pytest.raises(mujax.ShapeMismatchError) as caught:
         read(Case(lambda w: (w, 5), use, None))
     line = use.__code__.co_firstlineno
-    assert str(caught.value).startswith("k: axis 0 is looked up by index at tests/unit/test_trace.py:")
+    assert str(caught.value).startswith(
+        "k: axis 0 is looked up by index at tests/unit/core/trace/test_trace.py:"
+    )
     assert f"test_trace.py:{line}, so its size is a vocabulary and not a width" in str(caught.value)
     assert "expected 8 as in the base, got 24" in str(caught.value)
 

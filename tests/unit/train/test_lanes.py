@@ -273,7 +273,7 @@ def test_one_run_keeps_its_state_and_can_be_ended():
 
 _SPLIT = """
 import sys, json
-sys.path[:0] = ["tests/unit"]
+sys.path[:0] = ["tests/unit/train"]
 import jax, numpy as np
 from test_lanes import *
 found = {}

@@ -420,7 +420,9 @@ def test_a_hook_inside_of_a_custom_vjp_is_an_error():
         evaluate(program, [X, K], {site: TIMES})
     text = str(caught.value)
     assert re.match(
-        r"tests/unit/test_forward\.py:\d+: expected the correction to stand outside of custom_vjp_call", text
+        r"tests/unit/core/program/test_evaluate\.py:\d+: expected the correction to stand outside of "
+        r"custom_vjp_call",
+        text,
     )
     assert "move the product out of it" in text
     # On its result, a hook is fine.

@@ -123,7 +123,7 @@ def test_a_vocabulary_that_differs():
 
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     with refused(
-        mujax.ShapeMismatchError, "Embed_0/embedding: axis 0 is looked up by index at", "test_init.py:",
+        mujax.ShapeMismatchError, "Embed_0/embedding: axis 0 is looked up by index at", "test_mup_init.py:",
         "its size is a vocabulary and not a width; expected 11 as in the base, got 13",
     ):  # fmt: skip
         mujax.mup_init(Net(WIDTH, 13), Net(BASE, 11), tokens)
@@ -277,7 +277,7 @@ class Opaque(nn.Module):
 def _line_of(text: str) -> str:
     with open(__file__) as file:
         (number,) = (n for n, line in enumerate(file, 1) if line.strip().endswith(text))
-    return f"test_init.py:{number}"
+    return f"test_mup_init.py:{number}"
 
 
 @pytest.mark.filterwarnings("ignore::mujax.errors.MujaxWarning")
@@ -390,7 +390,7 @@ def test_corrections_name_the_users_own_line(mlp):
         pytest.approx(1 / R),
     )
     file, line = correction.where.rsplit(":", 1)
-    assert file.endswith("tests/unit/test_init.py")
+    assert file.endswith("tests/unit/core/test_mup_init.py")
     with open(__file__) as source:
         assert source.readlines()[int(line) - 1].strip() == "return self.out(self.encode(x, train))"
 
@@ -838,8 +838,8 @@ def test_a_multiplier_inside_of_a_function_with_its_own_derivative():
     params = mup.init(KEY, X)
     plain = mup.apply(params, X)
     with refused(
-        mujax.ConfigError, "test_init.py:", "expected the product that attention_mult multiplies to stand "
-        "outside of custom_vjp_call", "leave out attention_mult",
+        mujax.ConfigError, "test_mup_init.py:", "expected the product that attention_mult multiplies to "
+        "stand outside of custom_vjp_call", "leave out attention_mult",
     ):  # fmt: skip
         mup.with_multipliers(attention_mult=2.0).apply(params, X)
     # What can be reached is multiplied.
