@@ -187,7 +187,7 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
                 "same role with roles=."
             )
         correction = found[0][1]
-        if correction is not None:
+        if correction is not None and site not in analysis.unscaled:
             out[site] = correction
     return out
 

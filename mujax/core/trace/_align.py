@@ -27,7 +27,6 @@ from mujax.core.trace._values import (
     UNKNOWN,
     Axis,
     Factor,
-    Pending,
     Shape,
     Size,
     Value,
@@ -156,7 +155,7 @@ def _laid_out(value: Value, shape: Shape, base: Shape, move: Callable[[View], Vi
         shape=shape,
         base=base,
         views=tuple(move(view) for view in value.views),
-        pending=tuple(Pending(p.use, move(p.view)) for p in value.pending),
+        pending=tuple(dataclasses.replace(p, view=move(p.view)) for p in value.pending),
     )
 
 

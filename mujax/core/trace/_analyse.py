@@ -10,6 +10,7 @@ from jax.extend import core as jex
 
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._parity import Parity
 from mujax.core.trace._uses import Finding, Fix, Operand, Product, Record, Use
 from mujax.core.trace._values import Size, Value, fit, whole
 from mujax.core.trace.primitives import PRIMITIVES
@@ -27,6 +28,7 @@ class Analysis:
         activations: per product, which of its operands is an activation.
         operands: what each equation reads.
         fixes: what scales with width through constants in the program, and what would put it right.
+        unscaled: products of readouts that must not get a factor of their own.
         findings: what was seen and can't be put right.
     """
 
@@ -36,6 +38,7 @@ class Analysis:
     activations: Mapping[EqnPath, int]
     operands: Mapping[EqnPath, tuple[Operand, ...]]
     fixes: Sequence[Fix]
+    unscaled: frozenset[EqnPath]
     findings: Sequence[Finding]
 
 
@@ -69,13 +72,13 @@ def analyse(
         if path is None:
             scale = (state or {}).get(position)
             size = Size(1.0 if scale is None else scale)
-            inputs.append(Value(shape, base_shape, "data", size=size, state=scale is not None))
+            raw = scale is not None or shape == base_shape
+            inputs.append(Value(shape, base_shape, "data", size=size, state=scale is not None, raw=raw))
         else:
             shapes[path] = (shape, base_shape)
             size = Size((prescribed or {}).get(path, 1.0))
-            inputs.append(
-                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
-            )
+            view = whole(path, shape, base_shape)
+            inputs.append(Value(shape, base_shape, "param", views=(view,), size=size, parity=Parity.of(path)))
 
     def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Record:
         interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums, fixed=fixed)
@@ -106,6 +109,7 @@ def analyse(
         record.activations,
         record.operands,
         record.undisputed_fixes(),
+        frozenset(record.unscaled),
         list(record.findings.values()),
     )
 

@@ -37,6 +37,7 @@ from mujax.core.trace._align import (
     resized,
     strip_leading,
 )
+from mujax.core.trace._parity import sum_of
 from mujax.core.trace._uses import (
     AxisRole,
     Finding,
@@ -84,6 +85,7 @@ class Interpreter:
 
     Attributes:
         exact: as given.
+        sizes_are_known: whether the parameters' sizes are those that the parametrization prescribes.
         record: what was noted.
     """
 
@@ -97,6 +99,7 @@ class Interpreter:
         fixed: Mapping[EqnPath, Fix] | None = None,
     ) -> None:
         self.exact = exact
+        self.sizes_are_known = bool(prescribed)
         self.known_sums = sums
         self._fixed = fixed or {}
         self._rules = rules
@@ -258,7 +261,9 @@ class Interpreter:
         if value.kind == "const":
             return value.size if value.size.total == 0 or self.exact else ONE
         scales = {
-            self._prescribed.get(view.path, 1.0) for view in value.views if not (view.reduced or view.inner)
+            self._prescribed.get(view.path, 1.0)
+            for view in value.views
+            if not (view.reduced or view.inner or view.bent)
         } - {1.0}
         if value.size.total is None or len(scales) > 1:
             return UNKNOWN
@@ -352,6 +357,8 @@ class Interpreter:
         """
         outs = self._program(base, target, inputs, ())
         for value in outs:
+            if value.kind == "param" and value.raw:
+                self.becomes_data(Pair(base.jaxpr.eqns[-1], target.jaxpr.eqns[-1], ()), value)
             self.decide(value)
             # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
             if not value.size.normalised:
@@ -412,7 +419,13 @@ class Interpreter:
     def _apply(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
         rule = self._rules.get(pair.name)
         if rule is not None:
-            return rule(self, pair, ins)
+            outs = rule(self, pair, ins)
+            for value in outs:
+                if value.kind == "param":
+                    value.raw = any(v.raw or v.state for v in ins)
+                elif value.kind == "data":
+                    value.raw = all(v.kind == "const" or (v.kind == "data" and v.raw) for v in ins)
+            return outs
         inner = list(zip(subprograms(pair.base), subprograms(pair.target), strict=True))
         match [big.kind for _, big in inner]:
             case []:
@@ -572,14 +585,18 @@ class Interpreter:
         views = tuple(dict.fromkeys(view for value in values for view in value.views))
         const = first.const if all(value.const == first.const for value in values) else None
         size = common(value.size for value in values) or UNKNOWN
-        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), size)
+        out = Value(first.shape, first.base, kind, const, views if kind == "param" else (), size)
+        if kind == "param":
+            out.parity = sum_of(value.sign for value in values)
+        out.raw = (any if kind == "param" else all)(value.raw or value.kind == "const" for value in values)
+        return out
 
     def _settled(self, pair: Pair, value: Value) -> Value:
         return dataclasses.replace(value, size=self.settle(pair.place, value))
 
 
 def _same_facts(a: Value, b: Value) -> bool:
-    if (a.kind, a.const, set(a.views)) != (b.kind, b.const, set(b.views)):
+    if (a.kind, a.const, set(a.views), a.raw) != (b.kind, b.const, set(b.views), b.raw):
         return False
     if a.size.total is None or b.size.total is None:
         return a.size.total is b.size.total

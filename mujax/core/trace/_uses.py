@@ -191,6 +191,7 @@ class Record:
         disputed: those that are used at two sizes.
         unfixed: values whose size was used as if they had no fix.
         misfits: fixes of an earlier walk that do not bring their value to order one.
+        unscaled: products of readouts that must not get a factor of their own.
         findings: what was seen and can't be corrected.
     """
 
@@ -207,6 +208,7 @@ class Record:
     disputed: set[EqnPath] = dataclasses.field(default_factory=set)
     unfixed: set[EqnPath] = dataclasses.field(default_factory=set)
     misfits: set[EqnPath] = dataclasses.field(default_factory=set)
+    unscaled: set[EqnPath] = dataclasses.field(default_factory=set)
     findings: dict[tuple[str, EqnPath], Finding] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> Record:

@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal, NamedTuple
 
+from mujax.core.trace._parity import INDEPENDENT, Parity, product_of
+
 Kind = Literal["const", "param", "data"]
 _ORDER: dict[Kind, int] = {"const": 0, "param": 1, "data": 2}
 
@@ -44,6 +46,7 @@ class View:
         inner: parameter axes that were contracted with another parameter.
         reduced: whether it is a statistic (a norm, a mean) that lacks an axis which grows.
         thinned: whether it lacks an axis that does not: it still shows what becomes of the others.
+        bent: whether it went through a function that does not become linear as its argument shrinks.
     """
 
     path: str
@@ -53,6 +56,12 @@ class View:
     inner: frozenset[int] = frozenset()
     reduced: bool = False
     thinned: bool = False
+    bent: bool = False
+
+    @property
+    def growing(self) -> int:
+        """How many of the value's axes hold an axis of the parameter that grows."""
+        return sum(any(f.axis is not None and f.size != f.base for f in axis) for axis in self.axes)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,10 +74,12 @@ class Pending:
     Attributes:
         use: number of the use in the interpreter's log.
         view: the parameter's layout in the value at hand.
+        entrywise: whether the value is any entrywise function of the parameter and not linear in it.
     """
 
     use: int
     view: View
+    entrywise: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,6 +177,10 @@ class Value:
         products: products of two activations that this value is linear in.
         heads: parameters whose product this value is linear in.
         state: whether it depends on parameters and stored state only, and on no input: a statistic.
+        raw: for kind `"data"`, whether it is computed from inputs without a width, randomness and stored
+            state alone, so that it is no activation; for `"param"`, whether such a value is in it.
+        parity: for kind `"param"`, how its sign follows the parameters'; None where not yet known.
+        clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -179,12 +194,22 @@ class Value:
     products: frozenset[tuple[int | str, ...]] = frozenset()
     heads: frozenset[str] = frozenset()
     state: bool = False
+    raw: bool = False
+    parity: Parity | None = None
+    clipped: tuple[float, Parity] | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
     @property
     def ndim(self) -> int:
         """Rank in the target."""
         return len(self.shape)
+
+    @property
+    def sign(self) -> Parity:
+        """How its sign follows the parameters'."""
+        if self.kind != "param":
+            return INDEPENDENT
+        return self.parity or product_of(Parity.of(view.path).any for view in self.views)
 
     def sizes(self, axes: Iterable[int]) -> tuple[int, int]:
         """Product of the sizes of some axes, in the base and in the target; symbolic batch axes left out."""

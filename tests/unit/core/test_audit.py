@@ -144,13 +144,13 @@ FINDINGS = {
         _modulated,
         "computed kernel",
         "modulated",
-        r"kernel is multiplied with values computed from data",
+        r"kernel is combined with values computed from data",
     ),
     "SpectralNorm": (
         _spectral_norm,
         "computed kernel",
         "spectral",
-        r"out/kernel is multiplied with values computed from .* check its size by hand at two widths",
+        r"out/kernel is combined with values computed from .* check its size by hand at two widths",
     ),
 }
 

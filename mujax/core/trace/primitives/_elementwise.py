@@ -8,15 +8,19 @@ from typing import Final
 
 from mujax.core.program import EqnPath
 from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._parity import Parity, product_of, sum_of
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
     Pending,
+    Shape,
     Size,
     Value,
+    View,
     common,
     product,
+    same,
     widest,
 )
 from mujax.core.trace.primitives._fold import fold_constants
@@ -29,17 +33,80 @@ SizeRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Size]], Size]
 def common_size(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
     """A sum or a choice: terms of one size, or each is put right first.
 
-    A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is.
+    A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is; neither
+    has stored state beside a parameter (the frozen kernel that a low-rank pair is added to).
     """
-    moving = [size for value, size in zip(ins, sizes, strict=True) if interp.exact or value.kind != "const"]
+    weights = any(value.kind == "param" for value in ins)
+    moving = [
+        size
+        for value, size in zip(ins, sizes, strict=True)
+        if interp.exact or not (value.kind == "const" or (weights and value.state))
+    ]
     alike = common(moving or sizes)
     if alike is not None:
         return interp.sized(pair, alike)
-    if interp.exact or any(size.total is None for size in moving) or all(v.kind != "data" for v in ins):
+    if interp.exact or any(size.total is None for size in moving):
+        return UNKNOWN
+    if all(value.kind != "data" or value.raw for value in ins):
+        _report_unlike_terms(interp, pair, ins, sizes)
+        return next((s for v, s in zip(ins, sizes, strict=True) if v.kind == "param"), UNKNOWN)
+    if _report_expanded_square(interp, pair, ins, sizes):
         return UNKNOWN
     for value in ins:
         interp.settle(pair.place, value)
     return ONE
+
+
+def _report_unlike_terms(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]
+) -> None:
+    """Reports a kernel that is added to something which does not scale as it does."""
+    views = [view for value in ins for view in value.views]
+    shown = [view for view in views if view.growing > 1 and not view.bent]
+    # A product of parameters is known relative to its prescribed size only.
+    if not interp.sizes_are_known or not shown or any(view.inner for view in views):
+        return
+    terms = ", ".join(
+        f"{size.total:.4g}" for value, size in zip(ins, sizes, strict=True) if value.kind != "const"
+    )
+    interp.find(
+        "unlike terms",
+        pair.site,
+        pair.place,
+        f"{shown[0].path} is combined with something that scales differently with width: from base to target "
+        f"the terms of {pair.name} change by factors of {terms}; scale the other terms in the model as the "
+        "parameter scales (as 1/sqrt(fan-in) for a hidden kernel), so that their sum keeps its proportions",
+    )
+
+
+def _report_expanded_square(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]
+) -> bool:
+    """Reports a readout's product that is one term of `|z|^2 - 2 z.c + |c|^2`.
+
+    A factor on it would break the identity. Returns whether it is one.
+    """
+    sums = [size.total for size in sizes if size.total and abs(size.degree - 1) < 1e-6 and size.summed != 1]
+    heads = frozenset[str]().union(*(value.heads for value in ins))
+    products = [
+        use
+        for use in interp.record.uses
+        if use.path in heads
+        and use.kind == "contraction"
+        and any(same(total, use.contracted[1] / use.contracted[0]) for total in sums)
+    ]
+    if not products or not interp.sizes_are_known:
+        return False
+    interp.record.unscaled |= {use.site for use in products}
+    interp.find(
+        "expanded square",
+        pair.site,
+        pair.place,
+        f"the product of {products[0].path} at {products[0].where} is added to sums of squares that grow "
+        f"{max(sums):.4g} times from base to target, as in |z|^2 - 2 z.c + |c|^2, and gets no factor, which "
+        "would change what the terms add up to; divide the whole sum by its width in the model",
+    )
+    return True
 
 
 def order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
@@ -49,6 +116,31 @@ def order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequ
     for value in ins:
         interp.settle(pair.place, value)
     return ONE
+
+
+def _tangent(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """A function close to its argument near zero: of a kernel whose entries shrink, it is the kernel."""
+    size = sizes[0]
+    if interp.exact or ins[0].kind != "param" or size.is_one:
+        return order_one(interp, pair, ins, sizes)
+    return size if size.total is not None and size.total < 1 else UNKNOWN
+
+
+def _step(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+    """A function of steps of fixed height, as rounding is."""
+    size = sizes[0]
+    if interp.exact or ins[0].kind != "param" or size.is_one:
+        return order_one(interp, pair, ins, sizes)
+    if interp.sizes_are_known and size.total is not None and ins[0].views:
+        interp.find(
+            "fixed steps",
+            pair.site,
+            pair.place,
+            f"{ins[0].views[0].path} goes into {pair.name}, whose steps have the same height at every width, "
+            f"while its entries change by a factor of {size.total:.4g} from base to target; divide it by its "
+            "largest entry or by its standard deviation first, and multiply with that afterwards",
+        )
+    return UNKNOWN
 
 
 def _exponential(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
@@ -107,6 +199,46 @@ def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Seque
     return interp.sized(pair, product(sizes), *sizes)
 
 
+SignRule = Callable[[Pair, Sequence[Value]], Parity]
+"""Parity of a result, where all operands that are not constant are functions of parameters."""
+
+
+def _any_sign(pair: Pair, ins: Sequence[Value]) -> Parity:
+    return product_of(value.sign.any for value in ins)
+
+
+def _odd(pair: Pair, ins: Sequence[Value]) -> Parity:
+    return ins[0].sign
+
+
+def _even(pair: Pair, ins: Sequence[Value]) -> Parity:
+    return ins[0].sign.even
+
+
+def _sign_of_sum(pair: Pair, ins: Sequence[Value]) -> Parity:
+    # Zeros are of any sign.
+    return sum_of(value.sign for value in ins if not (value.const and not any(value.const)))
+
+
+def _sign_of_product(pair: Pair, ins: Sequence[Value]) -> Parity:
+    return product_of(value.sign for value in ins)
+
+
+def _sign_of_choice(pair: Pair, ins: Sequence[Value]) -> Parity:
+    return _any_sign(pair, ins[:1]) * _sign_of_sum(pair, ins[1:])
+
+
+def _sign_of_power(pair: Pair, ins: Sequence[Value]) -> Parity:
+    return ins[0].sign if pair.params["y"] % 2 else ins[0].sign.even
+
+
+def _sign_of_clamp(pair: Pair, ins: Sequence[Value]) -> Parity:
+    low, value, high = ins
+    if low.const and high.const and low.const[1] == -high.const[1]:
+        return value.sign
+    return _any_sign(pair, ins)
+
+
 @dataclasses.dataclass(frozen=True)
 class Elementwise:
     """An elementwise primitive.
@@ -115,11 +247,15 @@ class Elementwise:
         size: the size of the result.
         linear: operands that the result is linear in, with the others fixed.
         logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
+        sign: the parity of the result.
+        bends: whether it is a function that does not become linear as its argument shrinks.
     """
 
     size: SizeRule = order_one
     linear: tuple[int, ...] = ()
     logits: bool = True
+    sign: SignRule = _any_sign
+    bends: bool = False
 
     def __call__(self, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
         """Applies the rule."""
@@ -128,28 +264,93 @@ class Elementwise:
         if folded is not None:
             return [folded]
         kind = widest(value.kind for value in ins)
-        sizes = [interp.meet(value) if kind == "data" else value.size for value in ins]
+        weights = kind != "data" or _are_weights(ins, shape, base)
+        sizes = [value.size if weights else interp.meet(value) for value in ins]
         size = self.size(interp, pair, ins, sizes)
-        if kind != "data":
-            views = [broadcast_view(view, value, shape, base) for value in ins for view in value.views]
-            return [Value(shape, base, kind, views=tuple(dict.fromkeys(views)), size=size)]
+        if weights:
+            return [self._of_weights(pair, ins, shape, base, size)]
         pending: list[Pending] = []
         for position, value in enumerate(ins):
-            if position not in self.linear:
-                interp.becomes_data(pair, value)
-                continue
-            pending += broadcast_pending(value, shape, base)
+            linear = position in self.linear
+            for p in broadcast_pending(value, shape, base):
+                if linear or _may_be_kernel(p.view):
+                    pending.append(dataclasses.replace(p, entrywise=p.entrywise or not linear))
+                else:
+                    interp.decide(dataclasses.replace(value, pending=(p,)))
             for view in value.views:
-                use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=False)
-                pending.append(Pending(use, broadcast_view(view, value, shape, base)))
+                open_ = linear or _may_be_kernel(view)
+                use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=not open_)
+                if open_:
+                    pending.append(Pending(use, broadcast_view(view, value, shape, base), not linear))
         out = Value(shape, base, kind, size=size, pending=tuple(pending))
         if self.logits:
             out.products = frozenset[EqnPath]().union(*(value.products for value in ins))
             out.heads = frozenset[str]().union(*(value.heads for value in ins))
         return [out]
 
+    def _of_weights(self, pair: Pair, ins: Sequence[Value], shape: Shape, base: Shape, size: Size) -> Value:
+        """A function of parameters, of constants, and perhaps of data that is no activation."""
+        views = [
+            dataclasses.replace(
+                broadcast_view(view, value, shape, base), bent=view.bent or (self.bends and not view.reduced)
+            )
+            for value in ins
+            for view in value.views
+        ]
+        kind = "param" if views else "const"
+        out = Value(shape, base, kind, views=tuple(dict.fromkeys(views)), size=size)
+        if kind == "param":
+            out.parity, out.clipped = _clipped(pair, ins, size) or (self.sign(pair, ins), None)
+        return out
 
-_IDENTITY: Final = Elementwise(common_size, linear=(0,))
+
+def _are_weights(ins: Sequence[Value], shape: Shape, base: Shape) -> bool:
+    """Whether a parameter meets data that is no activation and has no axes besides the parameter's.
+
+    A kernel that is masked, quantised with a stored scale or has noise added to it is a kernel still. Data
+    with axes of its own (a batch) makes an activation of a parameter.
+    """
+    if not any(value.kind == "param" for value in ins):
+        return False
+    if not all(value.kind != "data" or value.raw or value.state for value in ins):
+        return False
+    views = [broadcast_view(view, value, shape, base) for value in ins for view in value.views]
+    return all(
+        size == 1 or any(factor.axis is not None for view in views for factor in view.axes[axis])
+        for axis, size in enumerate(shape)
+    )
+
+
+def _may_be_kernel(view: View) -> bool:
+    """Whether the parameter is shaped as a hidden kernel: two axes of the value grow with it."""
+    return view.growing > 1
+
+
+def _clipped(
+    pair: Pair, ins: Sequence[Value], size: Size
+) -> tuple[Parity, tuple[float, Parity] | None] | None:
+    """The parity of a value that is cut off below and then above, as `jnp.clip` does; None: anything else.
+
+    Bounds that differ in sign only keep it. A bound away from zero no longer matters where entries shrink.
+    """
+    if pair.name not in ("max", "min"):
+        return None
+    for value, bound in (ins, ins[::-1]):
+        if value.kind != "param" or bound.const is None:
+            continue
+        limit = bound.const[1]
+        if pair.name == "max" and limit < 0:
+            shrinks = size.total is not None and size.total < 1
+            return (value.sign if shrinks else value.sign.any), (limit, value.sign)
+        if pair.name == "min" and limit > 0 and value.clipped is not None:
+            low, before = value.clipped
+            # The bounds of an integer type: -128 and 127.
+            return (before if abs(limit + low) <= 0.02 * limit else value.sign.any), None
+    return None
+
+
+_IDENTITY: Final = Elementwise(common_size, linear=(0,), sign=_odd)
+_TANGENT: Final = Elementwise(_tangent, logits=False, sign=_odd)
 
 
 ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
@@ -157,53 +358,48 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
         ["convert_element_type", "neg", "real", "imag", "reduce_precision", "conj"],
         _IDENTITY,
     ),
-    "stop_gradient": Elementwise(common_size),
-    "bitcast_convert_type": Elementwise(common_size, logits=False),
-    "mul": Elementwise(_product, linear=(0, 1)),
-    "div": Elementwise(_quotient, linear=(0,)),
-    **dict.fromkeys(["add", "add_any", "sub", "clamp"], Elementwise(common_size)),
-    **dict.fromkeys(["max", "min", "rem", "nextafter"], Elementwise(common_size, logits=False)),
-    "select_n": Elementwise(_chosen),
-    "abs": Elementwise(common_size, logits=False),
-    "square": Elementwise(_power_of(2), logits=False),
+    "stop_gradient": Elementwise(common_size, sign=_odd),
+    "bitcast_convert_type": Elementwise(common_size, logits=False, bends=True),
+    "mul": Elementwise(_product, linear=(0, 1), sign=_sign_of_product),
+    "div": Elementwise(_quotient, linear=(0,), sign=_sign_of_product),
+    **dict.fromkeys(["add", "add_any", "sub"], Elementwise(common_size, sign=_sign_of_sum)),
+    "complex": Elementwise(common_size, linear=(0, 1), sign=_sign_of_sum),
+    "clamp": Elementwise(common_size, sign=_sign_of_clamp),
+    **dict.fromkeys(["max", "min", "rem"], Elementwise(common_size, logits=False)),
+    "nextafter": Elementwise(common_size, logits=False, sign=_odd),
+    "select_n": Elementwise(_chosen, sign=_sign_of_choice),
+    "abs": Elementwise(common_size, logits=False, sign=_even),
+    "square": Elementwise(_power_of(2), logits=False, sign=_even),
     "sqrt": Elementwise(_power_of(0.5), logits=False),
-    "one_minus_square": Elementwise(_one_minus_square, logits=False),
-    "reciprocal": Elementwise(_power_of(-1), logits=False),
-    "cbrt": Elementwise(_power_of(1 / 3), logits=False),
+    "one_minus_square": Elementwise(_one_minus_square, logits=False, sign=_even),
+    "reciprocal": Elementwise(_power_of(-1), logits=False, sign=_odd),
+    "cbrt": Elementwise(_power_of(1 / 3), logits=False, sign=_odd),
     "rsqrt": Elementwise(_power_of(-0.5), logits=False),
-    "integer_pow": Elementwise(_integer_pow, logits=False),
+    "integer_pow": Elementwise(_integer_pow, logits=False, sign=_sign_of_power),
     "pow": Elementwise(_pow, logits=False),
     **dict.fromkeys(
         ["eq", "ne", "lt", "le", "gt", "ge", "eq_to", "le_to", "lt_to"],
         Elementwise(_comparison, logits=False),
     ),
-    **dict.fromkeys(["sign", "is_finite", "atan2"], Elementwise(_always_one, logits=False)),
-    **dict.fromkeys(["exp", "exp2"], Elementwise(_exponential, logits=False)),
-    "tanh": Elementwise(),
+    "sign": Elementwise(_always_one, logits=False, sign=_odd),
+    **dict.fromkeys(["is_finite", "atan2"], Elementwise(_always_one, logits=False)),
+    **dict.fromkeys(["exp", "exp2"], Elementwise(_exponential, logits=False, bends=True)),
+    "tanh": Elementwise(_tangent, sign=_odd),
+    **dict.fromkeys(
+        ["asin", "asinh", "atan", "atanh", "erf", "erf_inv", "expm1", "log1p", "sin", "sinh", "tan"], _TANGENT
+    ),
+    "round": Elementwise(_step, logits=False, sign=_odd),
+    **dict.fromkeys(["ceil", "floor"], Elementwise(_step, logits=False)),
+    **dict.fromkeys(["cos", "cosh"], Elementwise(logits=False, sign=_even, bends=True)),
     # Linear in its coefficients, which stand behind the variable.
-    "polynomial": Elementwise(linear=tuple(range(1, 256)), logits=False),
+    "polynomial": Elementwise(linear=tuple(range(1, 256)), logits=False, bends=True),
     **dict.fromkeys(
         [
-            *["acos", "acosh", "and", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "ceil"],
-            *["clz", "complex", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "expm1"],
-            *[
-                "floor",
-                "igamma",
-                "igamma_grad_a",
-                "igammac",
-                "lgamma",
-                "log",
-                "log1p",
-                "log2",
-                "logistic",
-                "mulhi",
-                "not",
-                "or",
-            ],
-            *["polygamma", "population_count", "random_gamma_grad", "regularized_incomplete_beta", "round"],
-            *["shift_left", "shift_right_arithmetic", "shift_right_logical", "sin", "sinh", "tan", "xor"],
-            *["zeta"],
+            *["acos", "acosh", "and", "bessel_i0e", "bessel_i1e", "clz", "digamma", "erfc", "igamma"],
+            *["igamma_grad_a", "igammac", "lgamma", "log", "log2", "logistic", "mulhi", "not", "or"],
+            *["polygamma", "population_count", "random_gamma_grad", "regularized_incomplete_beta"],
+            *["shift_left", "shift_right_arithmetic", "shift_right_logical", "xor", "zeta"],
         ],
-        Elementwise(logits=False),
+        Elementwise(logits=False, bends=True),
     ),
 }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mujax.core.trace._align import resized
 from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._parity import sum_of
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
@@ -137,7 +138,10 @@ def pad_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Valu
     interp.becomes_data(pair, ins[1])
     ((shape, base),) = pair.shapes()
     out = _sliced(interp, pair, ins[0], shape, base)
-    return [out.replace(size=common_size(interp, pair, ins, [value.size for value in ins]), const=None)]
+    size = common_size(interp, pair, ins, [value.size for value in ins])
+    filler = ins[1].const
+    sign = out.sign if filler and not any(filler) else out.sign + ins[1].sign
+    return [out.replace(size=size, const=None, parity=sign)]
 
 
 def concatenate_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -152,7 +156,7 @@ def concatenate_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
     views = tuple(
         dict.fromkeys(_part(view, at, value, shape[at], base[at]) for value in ins for view in value.views)
     )
-    return [Value(shape, base, kind, views=views, size=size)]
+    return [Value(shape, base, kind, views=views, size=size, parity=sum_of(value.sign for value in ins))]
 
 
 def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
@@ -183,7 +187,7 @@ def stack_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Va
         return dataclasses.replace(view, axes=(*view.axes[:at], new, *view.axes[at:]))
 
     views = tuple(dict.fromkeys(insert(view) for value in ins for view in value.views))
-    return [Value(shape, base, kind, views=views, size=size)]
+    return [Value(shape, base, kind, views=views, size=size, parity=sum_of(value.sign for value in ins))]
 
 
 def unstack_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:

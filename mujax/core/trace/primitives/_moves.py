@@ -33,7 +33,9 @@ def broadcast_view(view: View, value: Value, shape: Shape, base: Shape) -> View:
 
 
 def broadcast_pending(value: Value, shape: Shape, base: Shape) -> tuple[Pending, ...]:
-    return tuple(Pending(p.use, broadcast_view(p.view, value, shape, base)) for p in value.pending)
+    return tuple(
+        dataclasses.replace(p, view=broadcast_view(p.view, value, shape, base)) for p in value.pending
+    )
 
 
 def move_views(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape, move: Move) -> Value:
@@ -56,5 +58,5 @@ def move_views(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base
         if moved is None:
             interp.decide(Value((), (), "data", pending=(p,)))
         else:
-            pending.append(Pending(p.use, moved))
+            pending.append(dataclasses.replace(p, view=moved))
     return value.replace(shape=shape, base=base, views=tuple(views), pending=tuple(pending))

@@ -10,6 +10,7 @@ from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
+    Pending,
     Shape,
     Size,
     Value,
@@ -43,7 +44,7 @@ def _reduced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: 
 def reduce_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """`reduce_max` and the like: axes go away, entries keep their size."""
     interp.decide(ins[0])
-    alone = dataclasses.replace(ins[0], pending=())
+    alone = dataclasses.replace(ins[0], pending=(), parity=ins[0].sign.any)
     return [_reduced(interp, pair, alone, shape, base) for shape, base in pair.shapes()]
 
 
@@ -56,10 +57,17 @@ def reduce_sum_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> li
         if all(isinstance(value.shape[axis], int) for axis in gone):
             return [constant(value.const[0] * base_size, value.const[1] * size, shape, base)]
         value = dataclasses.replace(value, const=None)
-    # A row that was looked up and is summed whole is an embedding that is pooled, and no kernel.
-    pooled = tuple(p for p in value.pending if p.view.picked and not _leaves_axes(p.view, gone))
+    # A row that was looked up and is summed whole is an embedding that is pooled, and no kernel. Neither is
+    # what was added to an activation.
+    pooled = tuple(
+        p for p in value.pending if p.entrywise or (p.view.picked and not _leaves_axes(p.view, gone))
+    )
     interp.decide(dataclasses.replace(value, pending=pooled))
     value = dataclasses.replace(value, pending=tuple(p for p in value.pending if p not in pooled))
+    mixed = tuple(_mixed(p, gone) for p in value.pending if _mixes(p.view, gone))
+    value = dataclasses.replace(
+        value, pending=tuple(p for p in value.pending if not _mixes(p.view, gone)) + mixed
+    )
     kernels = (
         frozenset(p.view.path for p in value.pending) if interp.contract_later(pair, value, gone) else None
     )
@@ -75,6 +83,22 @@ def reduce_sum_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> li
             # Over the parameter's own axes: of order one by its rule, as any product with it.
             base_size, size = value.sizes(axis for axis in gone if not _shows_parameter(value, axis))
     return [out.replace(size=interp.sized(pair, value.size.over(ratio(base_size, size)), value.size))]
+
+
+def _mixes(view: View, gone: Sequence[int]) -> bool:
+    """Whether a sum over some axes leaves a hidden kernel: a mixture of experts' kernels."""
+    summed = [f for axis in gone for f in view.axes[axis] if f.axis is not None]
+    return bool(summed) and all(f.size == f.base for f in summed) and view.growing > 1
+
+
+def _mixed(pending: Pending, gone: Sequence[int]) -> Pending:
+    """The undecided use of the experts' kernels in their mixture; the experts are copies of one kernel."""
+    view = pending.view
+    experts = {f.axis for axis in gone for f in view.axes[axis] if f.axis is not None}
+    axes = tuple(() if position in gone else axis for position, axis in enumerate(view.axes))
+    return dataclasses.replace(
+        pending, view=dataclasses.replace(view, axes=axes, picked=view.picked | experts)
+    )
 
 
 def _shows_parameter(value: Value, axis: int) -> bool:
@@ -118,6 +142,9 @@ def _size_of_product(
     sizes = [interp.meet(left), interp.meet(right)]
     grows = ratio(*contracted)
     kinds = {left.kind, right.kind}
+    if not all(_is_kernel_of_mean_zero(value) for value in (left, right)) and grows != 1.0:
+        # A coherent sum, or one that is reported.
+        return UNKNOWN
     if kinds == {"param"}:
         # Of the prescribed size if both are.
         return interp.sized(pair, product(sizes))
@@ -139,6 +166,10 @@ def _size_of_product(
     if fixed:
         return interp.sized(pair, product(sizes), *sizes)
     return interp.sized(pair, product(sizes).over(grows))
+
+
+def _is_kernel_of_mean_zero(value: Value) -> bool:
+    return value.kind != "param" or (value.sign.is_centred and not any(view.bent for view in value.views))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +206,28 @@ def _multiply(
 
     def weight(side: _Side, other: _Side) -> Value:
         kind = "statistic" if other.value.state else "contraction"
+        mixes = other.value.kind == "data" and not (other.value.raw or other.value.state)
+        pending: list[Pending] = []
+        bent = _bent_kernels(side)
         for view in side.value.views:
-            interp.use(
+            if view.path in bent:
+                interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))
+                continue
+            mixture = mixes and _mixes(view, side.contract)
+            use = interp.use(
                 pair, view, kind,
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
+                decided=not mixture,
             )  # fmt: skip
+            if mixture:
+                # Whether these are the kernels of a layer shows when the mixture is contracted in its turn.
+                experts = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
+                placed = place(view, side is left)
+                pending.append(Pending(use, dataclasses.replace(placed, picked=view.picked | experts)))
         interp.decide(side.value)
-        return dataclasses.replace(data, heads=_kernels(side.value, side.contract))
+        if other.value.kind != "const" and kind == "contraction":
+            _report_kernel(interp, pair, side)
+        return dataclasses.replace(data, heads=_kernels(side.value, side.contract), pending=tuple(pending))
 
     def activation(side: _Side) -> None:
         interp.becomes_data(pair, side.value)
@@ -206,6 +252,12 @@ def _multiply(
         side, other = (left, right) if kinds[0] == "param" else (right, left)
         activation(other)
         return [weight(side, other)]
+    if not wide and left.value.raw != right.value.raw:
+        side, other = (right, left) if left.value.raw else (left, right)
+        if not any(view.growing for view in other.value.views):
+            # An input with a gain or a bias of its own.
+            activation(other)
+            return [weight(side, other)]
     # Two functions of parameters. Over an infinite axis, the one that leaves finite axes only is a set of
     # learned vectors (latent queries, a class token) and plays the activation.
     if wide:
@@ -221,7 +273,56 @@ def _multiply(
         for view in side.value.views:
             inner = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
             views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
-    return [dataclasses.replace(data, kind="param", views=tuple(views))]
+    sign = left.value.sign * right.value.sign
+    return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
+
+
+def _bent_kernels(side: _Side) -> list[str]:
+    """The parameters of which a growing axis is contracted after a function that bends."""
+    return [view.path for view in side.value.views if view.bent and _contracts_width(view, side.contract)]
+
+
+def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
+    """Reports a kernel of which a parametrization's initial values and learning rate are not right."""
+    if not interp.sizes_are_known:
+        return
+    if side.value.raw and side.value.size.total is None:
+        interp.find(
+            "computed kernel",
+            pair.site,
+            pair.place,
+            f"{side.value.views[0].path} is combined with values computed from data or state before it is a "
+            "kernel here, so how the kernel scales is not known; check its size by hand at two widths",
+        )
+        return
+    bent = _bent_kernels(side)
+    if bent:
+        interp.find(
+            "kernel through a function",
+            pair.site,
+            pair.place,
+            f"{bent[0]} goes through a function that is not linear near zero before it is a kernel here, so "
+            "that no rule for its initial values and learning rate is known, and it keeps the base's; check "
+            "the size of this product at two widths, and give the parameter a role with roles= and the "
+            "product a factor in the model",
+        )
+        return
+    own = [view.path for view in side.value.views if _contracts_width(view, side.contract)]
+    if own and not side.value.sign.is_centred:
+        interp.find(
+            "kernel with a mean",
+            pair.site,
+            pair.place,
+            f"the kernel that is computed from {own[0]} has entries whose mean is not zero, so that this "
+            "product grows in proportion to its fan-in; subtract the mean over the fan-in, or divide the "
+            "product by its fan-in in the model",
+        )
+
+
+def _contracts_width(view: View, contract: Sequence[int]) -> bool:
+    return not view.reduced and any(
+        f.axis is not None and f.size != f.base for axis in contract for f in view.axes[axis]
+    )
 
 
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
@@ -244,22 +345,32 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> Literal["picked", "
         alone = dataclasses.replace(side.value, pending=(pending,))
         if not _grows(pending.view):
             interp.decide(alone)
-        elif _leaves_axes(pending.view, side.gone) and interp.contract_later(pair, alone, side.contract):
+        elif _is_kernel(pending, side) and interp.contract_later(pair, alone, side.contract):
             interp.is_kernel(pending.use)
             kernel = kernel or "picked"
-            if not (pending.view.picked or interp.exact):
+            if (pending.entrywise or not pending.view.picked) and not interp.exact:
                 kernel = "computed"
                 interp.find(
                     "computed kernel",
                     pair.site,
                     pair.place,
-                    f"{pending.view.path} is multiplied with values computed from data or state before it is "
+                    f"{pending.view.path} is combined with values computed from data or state before it is "
                     "a kernel here, so how the kernel scales is not known; check its size by hand at two "
                     "widths",
                 )
         else:
             interp.decide(alone)
     return kernel
+
+
+def _is_kernel(pending: Pending, side: _Side) -> bool:
+    if pending.entrywise:
+        # A bias has one axis that grows, and it is gone; positions keep one that does not.
+        left = [axis for position, axis in enumerate(pending.view.axes) if position not in side.gone]
+        return _contracts_width(pending.view, side.contract) and any(
+            f.axis is not None and f.size != f.base for axis in left for f in axis
+        )
+    return _leaves_axes(pending.view, side.gone)
 
 
 def dot_general_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -326,6 +437,7 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
                 axes = tuple(axis[1:] if n == out_axis else a for n, a in enumerate(view.axes))
                 view = dataclasses.replace(view, axes=axes, stack=view.stack | copies)
             interp.use(pair, view, "contraction", fan_in=(in_axis, *space), contracted=contracted)
+        _report_kernel(interp, pair, _Side(rhs, (in_axis, *space), ()))
         interp.becomes_data(pair, lhs)
     else:
         for value in ins:
