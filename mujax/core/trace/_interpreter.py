@@ -38,6 +38,7 @@ from mujax.core.trace._align import (
     strip_leading,
 )
 from mujax.core.trace._parity import sum_of
+from mujax.core.trace._spread import Spread, spread_of_result
 from mujax.core.trace._uses import (
     AxisRole,
     Finding,
@@ -192,6 +193,8 @@ class Interpreter:
         """
         touched = False
         for pending in value.pending:
+            if pending.product:
+                continue
             mine = [axis for axis in axes if any(f.axis is not None for f in pending.view.axes[axis])]
             if not mine:
                 continue
@@ -206,6 +209,18 @@ class Interpreter:
             )
             self.record.contractions.setdefault(pending.use, []).append(use)
         return touched
+
+    def copies(self, value: Value, batch: Sequence[int]) -> None:
+        """Notes that these axes of an activation are a batch of a product with a parameter.
+
+        Where they are axes of the kernel that the activation comes from, as those of experts are, that kernel
+        is as many matrices as the next one.
+        """
+        for pending in value.pending:
+            if pending.product:
+                axes = {f.axis for axis in batch for f in pending.view.axes[axis] if f.axis is not None}
+                known = self.record.copies.get(pending.use, frozenset())
+                self.record.copies[pending.use] = known | axes
 
     def is_kernel(self, use: int) -> None:
         """Notes that an undecided use was contracted as a kernel, whatever else is computed from it."""
@@ -420,6 +435,8 @@ class Interpreter:
         rule = self._rules.get(pair.name)
         if rule is not None:
             outs = rule(self, pair, ins)
+            if self.exact:
+                self._spread(pair, ins, outs)
             for value in outs:
                 if value.kind == "param":
                     value.raw = any(v.raw or v.state for v in ins)
@@ -436,6 +453,13 @@ class Interpreter:
                 return self._branches(pair, inner, ins)
             case _:
                 return self._loop(pair, inner, ins)
+
+    @staticmethod
+    def _spread(pair: Pair, ins: Sequence[Value], outs: Sequence[Value]) -> None:
+        """Notes how the results of an initialiser's equation are distributed."""
+        spreads = [Spread(v.const[1], 0.0) if v.const else v.spread for v in ins]
+        for value in outs:
+            value.spread = None if value.const else spread_of_result(pair.target, spreads)
 
     def unknown(self, pair: Pair, ins: Sequence[Value]) -> list[Value]:
         """The outputs of a primitive without a rule: data without facts."""

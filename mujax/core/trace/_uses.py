@@ -26,6 +26,9 @@ UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
 
 AxisRole = Literal["fan_in", "fan_out", "stack", "inner"]
 
+Part = tuple[int, AxisRole, int, int]
+"""Part of an axis: (parameter axis, role, target size, base size)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Use:
@@ -42,7 +45,7 @@ class Use:
 
     path: str
     kind: UseKind
-    axes: tuple[tuple[int, AxisRole, int, int], ...]
+    axes: tuple[Part, ...]
     site: EqnPath
     contracted: tuple[int, int]
     eqn: JaxprEqn
@@ -173,6 +176,11 @@ def paired_shapes(base: Atom, target: Atom) -> tuple[Shape, Shape]:
     return shape, fit(shape_of(base), shape)
 
 
+def _as_copies(part: Part, copies: frozenset[int]) -> Part:
+    axis, role, size, base = part
+    return (axis, "stack", size, base) if axis in copies and role == "fan_out" else part
+
+
 @dataclasses.dataclass
 class Record:
     """Everything that a walk notes.
@@ -181,6 +189,7 @@ class Record:
         uses: the uses of parameters, in program order.
         decided: for each of them, whether nothing that follows can change what it is.
         contractions: what undecided uses turned out to be, where they were contracted: number -> uses.
+        copies: axes of a parameter that are a batch of the next layer's product: number of the use -> axes.
         kernels: the undecided uses that were contracted as kernels, whatever else is computed from them.
         products: the products of two activations.
         activations: for each product, which of its operands is an activation: the first of two.
@@ -198,6 +207,7 @@ class Record:
     uses: list[Use] = dataclasses.field(default_factory=list)
     decided: list[bool] = dataclasses.field(default_factory=list)
     contractions: dict[int, list[Use]] = dataclasses.field(default_factory=dict)
+    copies: dict[int, frozenset[int]] = dataclasses.field(default_factory=dict)
     kernels: set[int] = dataclasses.field(default_factory=set)
     products: dict[EqnPath, Product] = dataclasses.field(default_factory=dict)
     activations: dict[EqnPath, int] = dataclasses.field(default_factory=dict)
@@ -239,6 +249,9 @@ class Record:
                 out.extend(contractions)
             else:
                 out.append(use)
+            copies = self.copies.get(number)
+            if copies and out[-1] is use:
+                out[-1] = dataclasses.replace(use, axes=tuple(_as_copies(part, copies) for part in use.axes))
         return out
 
     def sums(self) -> frozenset[EqnPath]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, Literal, NamedTuple
 
 from mujax.core.trace._parity import INDEPENDENT, Parity, product_of
+from mujax.core.trace._spread import Spread
 
 Kind = Literal["const", "param", "data"]
 _ORDER: dict[Kind, int] = {"const": 0, "param": 1, "data": 2}
@@ -75,11 +76,14 @@ class Pending:
         use: number of the use in the interpreter's log.
         view: the parameter's layout in the value at hand.
         entrywise: whether the value is any entrywise function of the parameter and not linear in it.
+        product: whether the value is a function of the parameter's product, whose axes the view shows. The
+            use is decided; which of those axes are copies shows where they are a batch of another product.
     """
 
     use: int
     view: View
     entrywise: bool = False
+    product: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -181,6 +185,7 @@ class Value:
             state alone, so that it is no activation; for `"param"`, whether such a value is in it.
         parity: for kind `"param"`, how its sign follows the parameters'; None where not yet known.
         clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
+        spread: in an initialiser, the distribution of the entries; None where it is not known.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -197,6 +202,7 @@ class Value:
     raw: bool = False
     parity: Parity | None = None
     clipped: tuple[float, Parity] | None = None
+    spread: Spread | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
     @property

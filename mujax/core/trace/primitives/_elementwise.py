@@ -273,7 +273,7 @@ class Elementwise:
         for position, value in enumerate(ins):
             linear = position in self.linear
             for p in broadcast_pending(value, shape, base):
-                if linear or _may_be_kernel(p.view):
+                if linear or p.product or _may_be_kernel(p.view):
                     pending.append(dataclasses.replace(p, entrywise=p.entrywise or not linear))
                 else:
                     interp.decide(dataclasses.replace(value, pending=(p,)))

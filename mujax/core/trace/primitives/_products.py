@@ -224,7 +224,10 @@ def _multiply(
                 experts = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
                 placed = place(view, side is left)
                 pending.append(Pending(use, dataclasses.replace(placed, picked=view.picked | experts)))
+            elif _may_have_copies(placed := place(view, side is left)):
+                pending.append(Pending(use, placed, entrywise=True, product=True))
         interp.decide(side.value)
+        interp.copies(other.value, other.batch)
         if other.value.kind != "const" and kind == "contraction":
             _report_kernel(interp, pair, side)
         return dataclasses.replace(data, heads=_kernels(side.value, side.contract), pending=tuple(pending))
@@ -275,6 +278,12 @@ def _multiply(
             views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
     sign = left.value.sign * right.value.sign
     return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
+
+
+def _may_have_copies(view: View) -> bool:
+    """Whether the product of a kernel has an axis of the kernel that does not grow, beside another one."""
+    own = [f for axis in view.axes for f in axis if f.axis is not None and f.size > 1]
+    return len(own) > 1 and any(f.size == f.base for f in own)
 
 
 def _bent_kernels(side: _Side) -> list[str]:
@@ -343,6 +352,8 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> Literal["picked", "
     kernel = None
     for pending in side.value.pending:
         alone = dataclasses.replace(side.value, pending=(pending,))
+        if pending.product:
+            continue
         if not _grows(pending.view):
             interp.decide(alone)
         elif _is_kernel(pending, side) and interp.contract_later(pair, alone, side.contract):
