@@ -246,6 +246,7 @@ class Elementwise:
     Attributes:
         size: the size of the result.
         linear: operands that the result is linear in, with the others fixed.
+        terms: operands that the result is a sum of, or a choice from.
         logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
         sign: the parity of the result.
         bends: whether it is a function that does not become linear as its argument shrinks.
@@ -253,6 +254,7 @@ class Elementwise:
 
     size: SizeRule = order_one
     linear: tuple[int, ...] = ()
+    terms: tuple[int, ...] = ()
     logits: bool = True
     sign: SignRule = _any_sign
     bends: bool = False
@@ -272,9 +274,10 @@ class Elementwise:
         pending: list[Pending] = []
         for position, value in enumerate(ins):
             linear = position in self.linear
+            stays = linear or position in self.terms
             for p in broadcast_pending(value, shape, base):
-                if linear or p.product or _may_be_kernel(p.view):
-                    pending.append(dataclasses.replace(p, entrywise=p.entrywise or not linear))
+                if stays or p.product or _may_be_kernel(p.view):
+                    pending.append(dataclasses.replace(p, entrywise=p.entrywise or not stays))
                 else:
                     interp.decide(dataclasses.replace(value, pending=(p,)))
             for view in value.views:
@@ -362,12 +365,12 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     "bitcast_convert_type": Elementwise(common_size, logits=False, bends=True),
     "mul": Elementwise(_product, linear=(0, 1), sign=_sign_of_product),
     "div": Elementwise(_quotient, linear=(0,), sign=_sign_of_product),
-    **dict.fromkeys(["add", "add_any", "sub"], Elementwise(common_size, sign=_sign_of_sum)),
+    **dict.fromkeys(["add", "add_any", "sub"], Elementwise(common_size, terms=(0, 1), sign=_sign_of_sum)),
     "complex": Elementwise(common_size, linear=(0, 1), sign=_sign_of_sum),
     "clamp": Elementwise(common_size, sign=_sign_of_clamp),
     **dict.fromkeys(["max", "min", "rem"], Elementwise(common_size, logits=False)),
     "nextafter": Elementwise(common_size, logits=False, sign=_odd),
-    "select_n": Elementwise(_chosen, sign=_sign_of_choice),
+    "select_n": Elementwise(_chosen, terms=tuple(range(1, 256)), sign=_sign_of_choice),
     "abs": Elementwise(common_size, logits=False, sign=_even),
     "square": Elementwise(_power_of(2), logits=False, sign=_even),
     "sqrt": Elementwise(_power_of(0.5), logits=False),
