@@ -19,7 +19,7 @@ from jax import lax
 from mujax.core.program import Insertion, evaluate
 from mujax.core.trace import analyse
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._values import Value, whole
+from mujax.core.trace._values import Value, parameter
 from mujax.core.trace.primitives import PRIMITIVES
 
 ROWS, WIDTHS = 3, (8, 16, 32, 64)
@@ -165,7 +165,7 @@ def reported(small, big) -> float | None:
         else:
             path = PARAMS[position - 1]
             shapes[path] = (shape, base)
-            inputs.append(Value(shape, base, "param", views=(whole(path, shape, base),)))
+            inputs.append(parameter(path, shape, base))
     (out,) = AsItIs(PRIMITIVES, shapes).run(small, big, inputs)
     ratio = big.jaxpr.invars[0].aval.shape[1] / BASE
     return None if out.size.total is None else math.log(out.size.total) / math.log(ratio)

@@ -10,9 +10,8 @@ from jax.extend import core as jex
 
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._parity import Parity
 from mujax.core.trace._uses import Finding, Fix, Operand, Product, Record, Use
-from mujax.core.trace._values import Size, Value, fit, whole
+from mujax.core.trace._values import Size, Value, fit, parameter
 from mujax.core.trace.primitives import PRIMITIVES
 from mujax.errors import TraceMismatchError
 
@@ -77,8 +76,7 @@ def analyse(
         else:
             shapes[path] = (shape, base_shape)
             size = Size((prescribed or {}).get(path, 1.0))
-            view = whole(path, shape, base_shape)
-            inputs.append(Value(shape, base_shape, "param", views=(view,), size=size, parity=Parity.of(path)))
+            inputs.append(parameter(path, shape, base_shape, size))
 
     def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Record:
         interpreter = Interpreter(PRIMITIVES, shapes, prescribed, sums=sums, fixed=fixed)

@@ -300,6 +300,11 @@ def whole(path: str, shape: Shape, base: Shape) -> View:
     return View(path, tuple((Factor(axis, size, small),) for axis, size, small in axes))
 
 
+def parameter(path: str, shape: Shape, base: Shape, size: Size = ONE) -> Value:
+    """A parameter as it is stored; its entries start symmetric about zero."""
+    return Value(shape, base, "param", views=(whole(path, shape, base),), size=size, parity=Parity.of(path))
+
+
 def broadcast_axis(size: int, base: int) -> Axis:
     """An axis that holds no parameter axis."""
     return () if (size, base) == (1, 1) else (Factor(None, size, base),)
