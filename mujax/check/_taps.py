@@ -96,7 +96,7 @@ def find_taps(
     for site, here in uses.items():
         if kind := _kind(here, params):
             paths = tuple(dict.fromkeys(use.path for use in here))
-            operand = _param_operand(eqns[site], analysis.operands.get(site, ()))
+            operand = _param_operand(eqns[site], analysis.flow.operands(site))
             found[site] = Tap(paths[0], kind, site, here[0].where, paths, operand)
     for product in analysis.products:
         kind = "logits" if product.logits else "mixing"
@@ -178,7 +178,7 @@ def _norms(program: ClosedJaxpr, analysis: Analysis, site: EqnPath = ()) -> Iter
         here = (*site, index)
         for inner in subprograms(eqn):
             yield from _norms(inner.program, analysis, (*here, inner.step))
-        operands = analysis.operands.get(here, ())
+        operands = analysis.flow.operands(here)
         name, atoms = eqn.primitive.name, eqn.invars
         from_root = [None if isinstance(atom, jex.Literal) else roots.get(atom) for atom in atoms]
         if name in ("rsqrt", "sqrt") and operands and operands[0].kind == "data":
@@ -266,7 +266,7 @@ def chain(program: ClosedJaxpr, analysis: Analysis, site: EqnPath) -> Iterator[S
             yield Step(site, 1.0, product=True)
             return
         eqn = jaxpr.eqns[index]
-        constant = _constant_step(eqn, eqn.invars.index(out), analysis.operands.get(site, ()))
+        constant = _constant_step(eqn, eqn.invars.index(out), analysis.flow.operands(site))
         if constant is None:
             return
         yield Step(site, constant)

@@ -104,7 +104,7 @@ def read_call(
     findings = list(analysis.findings)
     reached = None
     if share and depth is not None and depth.ratio != 1:
-        reached = _known_branches(spec, find_branches(program, call.params, depth.residual, part=True))
+        reached = _known_branches(spec, find_branches(analysis.flow, depth.residual, part=True))
     if share:
         for site, correction in _of_products(spec, analysis).items():
             found.setdefault(site, []).append(correction)

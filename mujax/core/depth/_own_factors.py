@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from mujax.core.depth._branches import Branch, Branches, Depth
-from mujax.core.depth._graph import Graph
+from mujax.core.depth._nodes import Nodes
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Fix
+from mujax.core.trace import Fix, flow_of
 from mujax.errors import DepthError
 from mujax.spec import ParamSpec
 
@@ -20,7 +20,7 @@ _OWN_REMEDY: Final = (
 
 
 def refuse_own_factors(
-    base: Branches, target: Branches, depth: Depth, fixes: Sequence[Fix], spec: Mapping[str, ParamSpec]
+    branches: Branches, depth: Depth, fixes: Sequence[Fix], spec: Mapping[str, ParamSpec]
 ) -> None:
     """Refuses a model whose branches are multiplied with a power of the depth already.
 
@@ -28,8 +28,7 @@ def refuse_own_factors(
     layers, as a constant of every branch that is 1/L, 1/sqrt(L) or the like.
 
     Args:
-        base: the branches of the base.
-        target: the branches of the target.
+        branches: the residual branches.
         depth: how deep the two are.
         fixes: constants that scale from base to target.
         spec: the parameters; what scales as their widths do is no matter of depth.
@@ -40,22 +39,22 @@ def refuse_own_factors(
     if depth.ratio == 1:
         return
     widths = _widths(spec)
-    for small, big in zip(base.found, target.found, strict=True):
-        for before, after in zip(small.constants, big.constants, strict=False):
+    for branch in branches.found:
+        for before, after in branch.constants:
             ratio = after / before if before else 0.0
-            power = _power(ratio, depth.ratio, big.tolerance)
-            of_depth = _power(before, depth.base, big.tolerance) is not None
-            if power is not None and (of_depth or not _of_width(ratio, widths, big.tolerance)):
+            power = _power(ratio, depth.ratio, branch.tolerance)
+            of_depth = _power(before, depth.base, branch.tolerance) is not None
+            if power is not None and (of_depth or not _of_width(ratio, widths, branch.tolerance)):
                 raise DepthError(
-                    f"{big.where}: expected a residual branch without a factor for depth, found one "
+                    f"{branch.where}: expected a residual branch without a factor for depth, found one "
                     f"multiplied with {before:.4g} in the base and {after:.4g} in the target, which falls "
                     f"with the power {power:g} of the depth; {_OWN_REMEDY}."
                 )
-    first, *others = target.found
-    for constant in first.constants:
-        named = _power_of_depth(constant, depth, target.count, first.tolerance)
+    first, *others = branches.found
+    for _, constant in first.constants:
+        named = _power_of_depth(constant, depth, branches.count, first.tolerance)
         everywhere = all(
-            any(math.isclose(constant, own, rel_tol=first.tolerance) for own in other.constants)
+            any(math.isclose(constant, one, rel_tol=first.tolerance) for _, one in other.constants)
             for other in others
         )
         if named is not None and everywhere:
@@ -64,7 +63,7 @@ def refuse_own_factors(
                 f"multiplied with {constant:.4g}, which is {named}; {_OWN_REMEDY}."
             )
     for fix in fixes:
-        power = power_of_fix(fix, target, depth, spec)
+        power = power_of_fix(fix, branches, depth, spec)
         if power is not None:
             raise DepthError(
                 f"{fix.where}: expected nothing inside of residual branches to scale with depth, found a "
@@ -188,10 +187,11 @@ def _width_laws(param: ParamSpec) -> list[float]:
 
 def _init_constants(program: ClosedJaxpr, outputs: Mapping[int, str]) -> dict[str, float]:
     """What random numbers of a fixed scale are multiplied with, by path."""
-    graph = Graph.of(program, {})
+    flow = flow_of(program)
+    nodes = Nodes(flow)
     found = {}
     for position, path in outputs.items():
-        constants = list(graph.constants(graph.outs[position]))
+        constants = [constant for _, constant in nodes.constants(nodes.at(flow.outputs[position]))]
         if constants:
             found[path] = abs(math.prod(constants))
     return found

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mujax.core.depth._branches import Branches, Depth, find_branches
-from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Finding
+from mujax.core.trace import Finding, Flow
 from mujax.errors import ConfigError, DepthError
 from mujax.spec import MupSpec, Parametrization
 
@@ -76,32 +75,20 @@ def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
     return depth
 
 
-def plan_branches(
-    depth: Depth,
-    base: ClosedJaxpr,
-    base_params: Mapping[int, str],
-    target: ClosedJaxpr,
-    params: Mapping[int, str],
-) -> tuple[Branches, Branches]:
+def plan_branches(depth: Depth, flow: Flow) -> Branches:
     """The residual branches of base and target.
 
     Raises:
-        DepthError: they can't be told, there is none, or they are not the same in both.
+        DepthError: they cannot be determined, or there is none.
     """
-    small = find_branches(base, base_params, depth.residual)
-    big = find_branches(target, params, depth.residual)
-    if not big.found:
+    branches = find_branches(flow, depth.residual)
+    if not branches.found:
         raise DepthError(
             "depth: expected residual branches, found no addition x + f(x) in the traced call; mark what is "
             "added "
             "with mujax.residual_branch(...), or leave out depth=."
         )
-    if [branch.params for branch in small.found] != [branch.params for branch in big.found]:
-        raise DepthError(
-            f"depth: expected the same residual branches in base and target, found {len(small.found)} and "
-            f"{len(big.found)}; build both with the same code."
-        )
-    return small, big
+    return branches
 
 
 def with_depth_of_branches(spec: MupSpec, branches: Branches, depth: Depth) -> MupSpec:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mujax.core.program._source import where
@@ -32,6 +33,12 @@ def shape_of(atom: Atom) -> tuple[int, ...]:
 def dtype_of(atom: Atom) -> Any:
     """The dtype of a value; None for what is no array."""
     return getattr(atom.aval, "dtype", None)
+
+
+def is_float(atom: Atom) -> bool:
+    """Whether a value is an array of floating-point or complex numbers."""
+    dtype = dtype_of(atom)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def under_named_axes() -> bool:

@@ -12,6 +12,7 @@ verdict.
 from mujax.core.trace._analyse import (
     Analysis as Analysis,
     analyse as analyse,
+    flow_of as flow_of,
     read_constants as read_constants,
     read_scales as read_scales,
 )
@@ -19,7 +20,10 @@ from mujax.core.trace._roles import read as read, resolve as resolve, telling as
 from mujax.core.trace._uses import (
     Finding as Finding,
     Fix as Fix,
+    Flow as Flow,
+    Loop as Loop,
     Operand as Operand,
     Product as Product,
     Use as Use,
+    Visit as Visit,
 )

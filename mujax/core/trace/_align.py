@@ -199,7 +199,7 @@ def strip_leading(value: Value) -> Value:
 
     def strip(view: View) -> View:
         stack = {factor.axis for factor in view.axes[0] if factor.axis is not None}
-        return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack)
+        return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack, part=True)
 
     return _laid_out(value, value.shape[1:], value.base[1:], strip).replace()
 

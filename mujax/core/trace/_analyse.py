@@ -10,7 +10,7 @@ from jax.extend import core as jex
 
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._uses import Finding, Fix, Operand, Product, Record, Use
+from mujax.core.trace._uses import Finding, Fix, Flow, Product, Record, Use
 from mujax.core.trace._values import Size, Value, fit, whole
 from mujax.core.trace.primitives import PRIMITIVES
 from mujax.errors import TraceMismatchError
@@ -25,7 +25,7 @@ class Analysis:
         products: products of two activations.
         heads: parameters whose product is an output of the program.
         activations: per product, which of its operands is an activation.
-        operands: what each equation reads.
+        flow: which value is computed from which.
         fixes: what scales with width through constants in the program, and what would put it right.
         findings: what was seen and can't be put right.
     """
@@ -34,7 +34,7 @@ class Analysis:
     products: Sequence[Product]
     heads: Sequence[str]
     activations: Mapping[EqnPath, int]
-    operands: Mapping[EqnPath, tuple[Operand, ...]]
+    flow: Flow
     fixes: Sequence[Fix]
     findings: Sequence[Finding]
 
@@ -104,10 +104,16 @@ def analyse(
         list(record.products.values()),
         list(record.heads),
         record.activations,
-        record.operands,
+        record.flow,
         record.undisputed_fixes(),
         list(record.findings.values()),
     )
+
+
+def flow_of(program: ClosedJaxpr) -> Flow:
+    """Which value of an initialiser is computed from which."""
+    _, flow = _initial(program, program)
+    return flow
 
 
 def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
@@ -117,7 +123,7 @@ def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
         Per output, the ratio; 0 for identically zero; None where the program does not tell.
     """
     try:
-        return [value.size.total for value in _initial(base, target)]
+        return [value.size.total for value in _initial(base, target)[0]]
     except TraceMismatchError:
         count = len(target.jaxpr.outvars)
         if count == 1:
@@ -130,18 +136,20 @@ def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
 def read_constants(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How those outputs of two initialisers scale that are one known number; None for the others."""
     try:
-        return [value.size.total if value.const else None for value in _initial(base, target)]
+        return [value.size.total if value.const else None for value in _initial(base, target)[0]]
     except TraceMismatchError:
         return [None] * len(target.jaxpr.outvars)
 
 
-def _initial(base: ClosedJaxpr, target: ClosedJaxpr) -> list[Value]:
-    """The outputs of two initialisers."""
+def _initial(base: ClosedJaxpr, target: ClosedJaxpr) -> tuple[list[Value], Flow]:
+    """The outputs of two initialisers, and how the values flow to them."""
     inputs = [
         Value(shape := _shape(big), fit(_shape(small), shape), "data")
         for small, big in zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)
     ]
-    return Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
+    interpreter = Interpreter(PRIMITIVES, {}, exact=True)
+    outs = interpreter.run(base, target, inputs)
+    return outs, interpreter.record.flow
 
 
 def _only(program: ClosedJaxpr, which: slice) -> ClosedJaxpr:

@@ -18,6 +18,8 @@ from mujax.core.program import (
     Jaxpr,
     JaxprEqn,
     Subprogram,
+    Var,
+    is_float,
     is_library_function,
     primitive_name,
     shape_of,
@@ -41,18 +43,21 @@ from mujax.core.trace._uses import (
     AxisRole,
     Finding,
     Fix,
+    Loop,
     Operand,
     Pair,
     Product,
     Record,
     Use,
     UseKind,
+    Visit,
     paired_shapes,
 )
 from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
     ZERO,
+    Factor,
     Shape,
     Size,
     Value,
@@ -148,6 +153,7 @@ class Interpreter:
                 pair.site,
                 contracted,
                 pair.place,
+                view.part,
             ),
             decided,
         )
@@ -350,7 +356,11 @@ class Interpreter:
         Raises:
             TraceMismatchError: the programs differ in more than sizes.
         """
+        flow = self.record.flow
+        for number, (value, var) in enumerate(zip(inputs, target.jaxpr.invars, strict=True)):
+            self._makes(value, var, ("input", number), ())
         outs = self._program(base, target, inputs, ())
+        flow.outputs[:] = [value.origin for value in outs]
         for value in outs:
             self.decide(value)
             # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
@@ -400,23 +410,38 @@ class Interpreter:
         ]
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
-        outs = self._apply(pair, ins)
-        self.record.operands[pair.site] = tuple(
-            Operand(value.kind, None if value.const is None else value.const[1]) for value in ins
-        )
+        rule = self._rules.get(pair.name)
+        inner = () if rule else tuple(zip(subprograms(pair.base), subprograms(pair.target), strict=True))
+        if inner:
+            self.record.flow.control[pair.site] = pair.target
+            outs = self._control(pair, inner, ins)
+        else:
+            first = len(self.record.uses)
+            outs = rule(self, pair, ins) if rule else self.unknown(pair, ins)
+            for value in outs:
+                value.origin = pair.site
+            self.record.flow.visits[pair.site] = Visit(
+                pair.target,
+                tuple(map(_operand, ins)),
+                widest(value.kind for value in outs),
+                tuple(self.record.uses[first:]),
+            )
         if any(value.state for value in ins) and all(value.state or value.kind != "data" for value in ins):
             for value in outs:
                 value.state = value.kind == "data"
         return outs
 
-    def _apply(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
-        rule = self._rules.get(pair.name)
-        if rule is not None:
-            return rule(self, pair, ins)
-        inner = list(zip(subprograms(pair.base), subprograms(pair.target), strict=True))
+    def _makes(self, value: Value, var: Var, site: EqnPath, sources: Sequence[Value]) -> None:
+        """Records a value that no equation makes."""
+        value.origin = None
+        if is_float(var):
+            value.origin = site
+            self.record.flow.visits[site] = Visit(None, tuple(map(_operand, sources)), value.kind)
+
+    def _control(
+        self, pair: Pair, inner: Sequence[tuple[Subprogram, Subprogram]], ins: Sequence[Value]
+    ) -> Sequence[Value]:
         match [big.kind for _, big in inner]:
-            case []:
-                return self.unknown(pair, ins)
             case ["call"]:
                 return self._call(pair, *inner[0], ins)
             case ["branch", *_]:
@@ -471,9 +496,16 @@ class Interpreter:
     ) -> list[Value]:
         """`scan` and `while`: the last program is the body, one before it the condition."""
         _, body = inner[-1]
+        variables = body.program.jaxpr.invars
         carries = [body.operands[number] for number, _ in body.carried]
+        starts = [ins[operand] for operand in carries]
+
+        def place(number: int) -> EqnPath:
+            return (*pair.site, body.step, "carry", number)
 
         def iteration(state: Sequence[Value]) -> list[Value]:
+            for (number, _), value, start in zip(body.carried, state, starts, strict=True):
+                self._makes(value, variables[number], place(number), [start])
             current = dict(enumerate(ins)) | dict(zip(carries, state, strict=True))
             outs: list[Value] = []
             for small, big in inner:
@@ -484,11 +516,30 @@ class Interpreter:
                 outs = self._inside(pair, small, big, given)
             return outs
 
-        outs = self._fixpoint(pair, [ins[operand] for operand in carries], iteration, len(carries))
+        outs = self._fixpoint(pair, starts, iteration, len(carries))
+        self.record.flow.loops[pair.site] = Loop(
+            body.length,
+            tuple(site for number, _ in body.carried if (site := place(number)) in self.record.flow.visits),
+            tuple(value.origin for value in outs[: len(carries)] if value.origin is not None),
+            tuple(
+                layer for number in sorted(body.sliced) for layer in self._layers(ins[body.operands[number]])
+            ),
+        )
         return [
             add_leading(value, *pair.shapes()[result]) if number in body.stacked else value
             for number, (value, result) in enumerate(zip(outs, body.results, strict=True))
         ]
+
+    def _layers(self, value: Value) -> list[tuple[str, int]]:
+        """The parameters that a value which is scanned over is made of, and the axis of each that is whole
+        in front."""
+        found = []
+        for view in value.views if value.kind == "param" else ():
+            shape, base = self._param_shapes[view.path]
+            for axis, sizes in enumerate(zip(shape, base, strict=True)):
+                if view.axes[0] == (Factor(axis, *sizes),):
+                    found.append((view.path, axis))
+        return found
 
     def _fixpoint(
         self,
@@ -526,6 +577,7 @@ class Interpreter:
             joined = [self._join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
             if all(_same_facts(a, b) for a, b in zip(entered, joined, strict=True)):
                 for value, out in zip(joined, outs[:carry], strict=True):
+                    value.origin = out.origin
                     if value.kind == "data":
                         self.becomes_data(pair, out)
                 return [*joined, *outs[carry:]]
@@ -556,7 +608,8 @@ class Interpreter:
         for values in zip(*branches, strict=True):
             alike = common(value.size for value in values) is not None
             joined.append(self._join(values if alike else [self._settled(pair, value) for value in values]))
-        for number, value in enumerate(joined):
+        for number, (value, var) in enumerate(zip(joined, pair.target.outvars, strict=True)):
+            self._makes(value, var, (*pair.site, "join", number), [branch[number] for branch in branches])
             for branch in branches:
                 if value.kind == "data":
                     self.becomes_data(pair, branch[number])
@@ -576,6 +629,10 @@ class Interpreter:
 
     def _settled(self, pair: Pair, value: Value) -> Value:
         return dataclasses.replace(value, size=self.settle(pair.place, value))
+
+
+def _operand(value: Value) -> Operand:
+    return Operand(value.kind, value.const, value.origin)
 
 
 def _same_facts(a: Value, b: Value) -> bool:

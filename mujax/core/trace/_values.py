@@ -44,6 +44,7 @@ class View:
         inner: parameter axes that were contracted with another parameter.
         reduced: whether it is a statistic (a norm, a mean) that lacks an axis which grows.
         thinned: whether it lacks an axis that does not: it still shows what becomes of the others.
+        part: whether only a part of the parameter is left: a slice, or one layer of a stack.
     """
 
     path: str
@@ -53,6 +54,7 @@ class View:
     inner: frozenset[int] = frozenset()
     reduced: bool = False
     thinned: bool = False
+    part: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ class Value:
         products: products of two activations that this value is linear in.
         heads: parameters whose product this value is linear in.
         state: whether it depends on parameters and stored state only, and on no input: a statistic.
+        origin: the visit that made it; None for a constant that the program holds.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -179,6 +182,7 @@ class Value:
     products: frozenset[tuple[int | str, ...]] = frozenset()
     heads: frozenset[str] = frozenset()
     state: bool = False
+    origin: tuple[int | str, ...] | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
     @property

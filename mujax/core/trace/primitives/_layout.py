@@ -107,12 +107,13 @@ def _sliced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: S
             zip(shape, base, strict=True),
             strict=True,
         ):
-            part = _cut(axis, *sizes)
-            if part is None:
+            left = _cut(axis, *sizes)
+            if left is None:
                 return None
-            axes.append(part[0])
-            picked |= part[1]
-        return dataclasses.replace(view, axes=tuple(axes), picked=picked)
+            axes.append(left[0])
+            picked |= left[1]
+        part = view.part or (value.shape, value.base) != (shape, base)
+        return dataclasses.replace(view, axes=tuple(axes), picked=picked, part=part)
 
     views = []
     for view in value.views:

@@ -20,6 +20,7 @@ import mujax
 from mujax import rules
 from mujax.core.depth import find_branches
 from mujax.core.frontends import frontend
+from mujax.core.trace import analyse
 from mujax.models._resnet import ResNet, ResNetConfig
 from mujax.models._transformer import Transformer, TransformerConfig
 from mujax.spec import Parametrization, ParamSpec
@@ -226,7 +227,8 @@ FOUND: dict[Callable[..., Any], list[set[str]]] = {
 def branches(model: Any, *inputs: Any, residual=(), **kwargs: Any):
     end = frontend(model)
     call = end.example(end.trace_init(inputs, kwargs).variables, inputs, kwargs)
-    return find_branches(jax.make_jaxpr(call.function)(*call.leaves), call.params, residual)
+    program = jax.make_jaxpr(call.function)(*call.leaves)
+    return find_branches(analyse(program, program, call.params).flow, residual)
 
 
 @pytest.mark.parametrize("body", FOUND, ids=lambda body: body.__name__)
