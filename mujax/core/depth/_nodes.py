@@ -76,11 +76,10 @@ class Nodes:
 
     def _node(self, site: EqnPath, visit: Visit) -> Node:
         eqn, operands = visit.eqn, visit.operands
+        floats = [True] * len(operands) if eqn is None else map(is_float, eqn.invars)
         inputs = tuple(
-            self._numbers.get(operand.origin)
-            if operand.origin is not None and operand.kind != "const" and (eqn is None or is_float(atom))
-            else None
-            for operand, atom in zip(operands, operands if eqn is None else eqn.invars, strict=True)
+            self.at(operand.origin) if is_floating and operand.kind != "const" else None
+            for operand, is_floating in zip(operands, floats, strict=True)
         )
         uses: dict[str, bool] = {}
         for use in visit.uses:

@@ -100,6 +100,11 @@ def gain_and_bias(w, x):
     return x + (gain * mlp(w, x) + bias)
 
 
+def gated_by_a_number(w, x):
+    """Flamingo's gate."""
+    return x + jnp.tanh(Param(nn.initializers.zeros, (), name="gate")()) * mlp(w, x)
+
+
 def peri_norm(w, x):
     return x + nn.LayerNorm(name="peri")(mlp(w, x))
 
@@ -206,6 +211,7 @@ FOUND: dict[Callable[..., Any], list[set[str]]] = {
     dropout: [MLP],
     gate: [MLP | {"gate/kernel"}],
     gain_and_bias: [MLP | {"gain/p", "bias/p"}],
+    gated_by_a_number: [MLP | {"gate/p"}],
     peri_norm: [MLP | {"peri/scale", "peri/bias"}],
     experts: [{"router/kernel", "experts/p"}],
     weighted_sum: [MLP],
@@ -1111,6 +1117,23 @@ def test_layers_that_share_their_parameters_are_a_finding(scan):
     with pytest.warns(mujax.MujaxWarning, match="f is used in 4 residual branches"):
         mup = mujax.mup_init(build(8), build(4), X, depth=(2, 4))
     assert [finding.kind for finding in mup.findings] == ["shared layer"]
+
+
+@pytest.mark.parametrize("loop", ["fori_loop", "slice"])
+def test_layers_that_pick_their_own_part_share_nothing(loop):
+    def apply(params, x):
+        def layer(number, x):
+            return x + jnp.tanh(x @ params["f"][number])
+
+        if loop == "fori_loop":
+            return lax.fori_loop(0, 4, layer, x)
+        for number in range(4):
+            x = layer(number, x)
+        return x
+
+    net = mujax.Functional(lambda key, x: {"f": jax.random.normal(key, (4, 7, 7))}, apply)
+    found = branches(net, X)
+    assert (found.count, found.params, found.shared) == (4, {"f"}, {})
 
 
 def test_one_norm_for_the_two_branches_of_a_layer_is_not_shared_by_layers():
