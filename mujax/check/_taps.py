@@ -28,11 +28,11 @@ from mujax.core.program import (
     equations,
     program_at,
     scope,
+    source_line,
     subprograms,
     tappable,
-    where,
 )
-from mujax.core.trace import Analysis, Operand, Use, read
+from mujax.core.trace import Analysis, Operand, Use, axes_of_use
 from mujax.spec import ParamSpec
 
 TapKind = Literal["product", "readout", "lookup", "vector", "logits", "mixing", "norm", "output"]
@@ -106,8 +106,8 @@ def find_taps(
         found[product.site] = Tap(f"{name} {kind}", kind, product.site, product.where, (), operand)
     for site, reads in _norms(program, analysis):
         if site not in found:
-            name = _module(eqns[site]) or where(eqns[site])
-            found[site] = Tap(f"{name} norm", "norm", site, where(eqns[site]), reads=reads)
+            name = _module(eqns[site]) or source_line(eqns[site])
+            found[site] = Tap(f"{name} norm", "norm", site, source_line(eqns[site]), reads=reads)
     order = {site: number for number, site in enumerate(eqns)}
     taps = [
         found[site]
@@ -138,7 +138,7 @@ def _kind(uses: Sequence[Use], params: Mapping[str, ParamSpec]) -> TapKind | Non
         return "vector"
     if use.kind in ("contraction", "statistic"):
         param = params[use.path]
-        is_readout = read(use, param.shape, param.base_shape).role == "output"
+        is_readout = axes_of_use(use, param.shape, param.base_shape).role == "output"
         return "readout" if is_readout else "product"
     return None
 

@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Shaped
 
 from mujax.core.depth._nodes import Node, Nodes, bits, scanned_layers
-from mujax.core.program import EqnPath, JaxprEqn, checkpoint_label, dtype_of, shape_of, where
+from mujax.core.program import EqnPath, JaxprEqn, checkpoint_label, dtype_of, shape_of, source_line
 from mujax.core.trace import Flow
 from mujax.errors import DepthError
 
@@ -95,7 +95,7 @@ class Branch:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,9 +210,10 @@ class _Search:
         for glob, found in by_glob.items():
             if not (found or self.part):
                 raise DepthError(
-                    f"residual: expected globs of module scopes or of parameters, but {glob!r} matches "
-                    "nothing in the traced call; the first scope with a parameter is "
-                    f"{self._first_scope()!r}."
+                    where="residual",
+                    expected="globs of module scopes or of parameters",
+                    got=f"{glob!r}, which matches nothing in the traced call",
+                    remedy=f"the first scope with a parameter is {self._first_scope()!r}",
                 )
             marked |= found
         return marked, by_glob
@@ -360,8 +361,10 @@ class _Search:
             branch = self._projected(total)
             if branch is None:
                 raise DepthError(
-                    f"{where(self._equation(total.node))}: expected an addition x + f(x) whose branch can "
-                    f"be told from its stream, found {found}; {_REMEDY}."
+                    where=source_line(self._equation(total.node)),
+                    expected="an addition x + f(x) whose branch can be distinguished from its stream",
+                    got=found,
+                    remedy=_REMEDY,
                 )
             inside = self._inside(total, branch)
             self.branches[total.node] = (branch, total.past, inside)
@@ -417,9 +420,10 @@ class _Search:
             if inner:
                 one = self._equation((inner & -inner).bit_length() - 1)
                 raise DepthError(
-                    f"{where(self._equation(number))}: expected residual branches one after the "
-                    f"other, found one whose inside has another that is added at {where(one)}; "
-                    f"{_REMEDY}."
+                    where=source_line(self._equation(number)),
+                    expected="residual branches one after the other",
+                    got=f"one that contains another, which is added at {source_line(one)}",
+                    remedy=_REMEDY,
                 )
 
     def _check_marks(self) -> None:
@@ -428,15 +432,18 @@ class _Search:
             within |= inside
         for number in bits(self._where(_is_mark) & ~within):
             raise DepthError(
-                f"{where(self._equation(number))}: expected what mujax.residual_branch marks to be "
-                "added to a stream of its shape, found no such addition; put the mark on what is added."
+                where=source_line(self._equation(number)),
+                expected="what mujax.residual_branch marks to be added to a stream of its shape",
+                got="no such addition",
+                remedy="put the mark on what is added",
             )
         for glob, found in self.by_glob.items():
             if found and not found & within:
                 raise DepthError(
-                    f"residual: expected {glob!r} to name what is inside of residual branches, but nothing "
-                    "that it matches is on one side only of an addition to a stream; mark what is added "
-                    "with mujax.residual_branch(...)."
+                    where="residual",
+                    expected=f"{glob!r} to name what is inside of residual branches",
+                    got="no match on one side only of an addition to a stream",
+                    remedy="mark what is added with mujax.residual_branch(...)",
                 )
 
     def _check_shared(self, result: Branches) -> None:
@@ -448,9 +455,10 @@ class _Search:
         for number in bits(self.users & ~within):
             for path in sorted(inside.intersection(self.nodes[number].uses)):
                 raise DepthError(
-                    f"{path}: expected it to be used inside of residual branches or outside of them, found "
-                    f"both; outside at {where(self._equation(number))}. Use separate parameters, or "
-                    f"{_REMEDY}."
+                    where=path,
+                    expected="it to be used inside of residual branches or outside of them",
+                    got=f"both, outside at {source_line(self._equation(number))}",
+                    remedy=f"use separate parameters, or {_REMEDY}",
                 )
 
     # ---- what is said of them ----------------------------------------------------------------------
@@ -522,7 +530,7 @@ class _Search:
 
     def _used(self, nodes: int) -> dict[str, str]:
         return {
-            path: where(self._equation(number))
+            path: source_line(self._equation(number))
             for number in bits(nodes)
             for path in sorted(self.nodes[number].uses)
         }

@@ -45,10 +45,10 @@ def refuse_own_factors(
             power = _power(ratio, depth.ratio, branch.tolerance)
             of_depth = _power(before, depth.base, branch.tolerance) is not None
             if power is not None and (of_depth or not _of_width(ratio, widths, branch.tolerance)):
-                raise DepthError(
-                    f"{branch.where}: expected a residual branch without a factor for depth, found one "
-                    f"multiplied with {before:.4g} in the base and {after:.4g} in the target, which falls "
-                    f"with the power {power:g} of the depth; {_OWN_REMEDY}."
+                raise _own_factor(
+                    branch,
+                    f"{before:.4g} in the base and {after:.4g} in the target, which falls with the power "
+                    f"{power:g} of the depth",
                 )
     first, *others = branches.found
     for _, constant in first.constants:
@@ -58,17 +58,25 @@ def refuse_own_factors(
             for other in others
         )
         if named is not None and everywhere:
-            raise DepthError(
-                f"{first.where}: expected a residual branch without a factor for depth, found one "
-                f"multiplied with {constant:.4g}, which is {named}; {_OWN_REMEDY}."
-            )
+            raise _own_factor(first, f"{constant:.4g}, which is {named}")
     for fix in fixes:
         power = power_of_fix(fix, branches, depth, spec)
         if power is not None:
             raise DepthError(
-                f"{fix.where}: expected nothing inside of residual branches to scale with depth, found a "
-                f"constant that falls with its power {power:g} from base to target; {_OWN_REMEDY}."
+                where=fix.where,
+                expected="nothing inside of residual branches to scale with depth",
+                got=f"a constant that falls with its power {power:g} from base to target",
+                remedy=_OWN_REMEDY,
             )
+
+
+def _own_factor(branch: Branch, factor: str) -> DepthError:
+    return DepthError(
+        where=branch.where,
+        expected="a residual branch without a factor for depth",
+        got=f"one multiplied with {factor}",
+        remedy=_OWN_REMEDY,
+    )
 
 
 def power_of_fix(fix: Fix, branches: Branches, depth: Depth, spec: Mapping[str, ParamSpec]) -> float | None:
@@ -140,10 +148,11 @@ def refuse_scaled_init(
         power = next((p for law in laws if (p := _power(ratio / law, depth.ratio, 1e-4)) is not None), None)
         if power is not None:
             raise DepthError(
-                f"{path}: expected initial values whose scale does not depend on depth, found a standard "
-                f"deviation that falls with its power {power:g} from base to target. Use an initialiser "
-                "that does not know the number of layers (with batch_axis= where it makes all layers at "
-                "once), or leave out depth=."
+                where=path,
+                expected="initial values whose scale does not depend on depth",
+                got=f"a standard deviation that falls with its power {power:g} from base to target",
+                remedy="use an initialiser that does not depend on the number of layers (with batch_axis= "
+                "where it makes all layers at once), or leave out depth=",
             )
     scales = _init_constants(program, outputs)
     for branch in branches.found:
@@ -169,9 +178,10 @@ def _refuse_odd_ones(
                 named = _power_of_depth(scale / reference, depth, count, 1e-4)
                 if named is not None:
                     raise DepthError(
-                        f"{path}: expected initial values whose scale does not depend on depth, found those "
-                        f"of {other} times {scale / reference:.4g}, which is {named}. Use the same "
-                        "initialiser for both, or leave out depth=."
+                        where=path,
+                        expected="initial values whose scale does not depend on depth",
+                        got=f"those of {other} times {scale / reference:.4g}, which is {named}",
+                        remedy="use the same initialiser for both, or leave out depth=",
                     )
 
 

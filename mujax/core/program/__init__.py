@@ -54,5 +54,5 @@ from mujax.core.program._source import (
     is_library_function as is_library_function,
     is_of_user as is_of_user,
     scope as scope,
-    where as where,
+    source_line as source_line,
 )

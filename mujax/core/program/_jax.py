@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mujax.core.program._source import where
+from mujax.core.program._source import source_line
 from mujax.errors import MujaxError
 
 Jaxpr: TypeAlias = jex.Jaxpr
@@ -209,10 +209,12 @@ def _parameter(eqn: JaxprEqn, *names: str) -> Any:
         if name in eqn.params:
             return eqn.params[name]
     raise MujaxError(
-        f"{where(eqn)}: expected the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the "
-        f"parameter {' or '.join(map(repr, names))}, found {', '.join(map(repr, sorted(eqn.params)))}; this "
-        "JAX release is newer than this mujax: report it to mujax with this sentence, and use JAX 0.12.0.1 "
-        "until then."
+        where=source_line(eqn),
+        expected=f"the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the parameter "
+        f"{' or '.join(map(repr, names))}",
+        got=", ".join(map(repr, sorted(eqn.params))),
+        remedy="this JAX release is newer than this mujax: report it to mujax with this sentence, and use "
+        "JAX 0.12.0.1 until then",
     )
 
 

@@ -16,7 +16,11 @@ from mujax.core.trace._analyse import (
     read_constants as read_constants,
     read_scales as read_scales,
 )
-from mujax.core.trace._roles import read as read, resolve as resolve, telling as telling
+from mujax.core.trace._roles import (
+    axes_of_use as axes_of_use,
+    informative_uses as informative_uses,
+    resolve as resolve,
+)
 from mujax.core.trace._uses import (
     Finding as Finding,
     Fix as Fix,

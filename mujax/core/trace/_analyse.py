@@ -11,7 +11,7 @@ from jax.extend import core as jex
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Finding, Fix, Flow, Product, Record, Use
-from mujax.core.trace._values import Size, Value, fit, whole
+from mujax.core.trace._values import Scale, Value, fit, whole
 from mujax.core.trace.primitives import PRIMITIVES
 from mujax.errors import TraceMismatchError
 
@@ -23,7 +23,7 @@ class Analysis:
     Attributes:
         uses: per parameter path, its uses in program order.
         products: products of two activations.
-        heads: parameters whose product is an output of the program.
+        output_params: parameters whose product is an output of the program.
         activations: per product, which of its operands is an activation.
         flow: which value is computed from which.
         fixes: what scales with width through constants in the program, and what would put it right.
@@ -32,7 +32,7 @@ class Analysis:
 
     uses: Mapping[str, Sequence[Use]]
     products: Sequence[Product]
-    heads: Sequence[str]
+    output_params: Sequence[str]
     activations: Mapping[EqnPath, int]
     flow: Flow
     fixes: Sequence[Fix]
@@ -67,14 +67,14 @@ def analyse(
         base_shape = fit(tuple(getattr(small.aval, "shape", ())), shape)
         path = params.get(position)
         if path is None:
-            scale = (state or {}).get(position)
-            size = Size(1.0 if scale is None else scale)
-            inputs.append(Value(shape, base_shape, "data", size=size, state=scale is not None))
+            stored = (state or {}).get(position)
+            scale = Scale(1.0 if stored is None else stored)
+            inputs.append(Value(shape, base_shape, "data", scale=scale, state=stored is not None))
         else:
             shapes[path] = (shape, base_shape)
-            size = Size((prescribed or {}).get(path, 1.0))
+            scale = Scale((prescribed or {}).get(path, 1.0))
             inputs.append(
-                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
+                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), scale=scale)
             )
 
     def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Record:
@@ -102,7 +102,7 @@ def analyse(
     return Analysis(
         dict(uses),
         list(record.products.values()),
-        list(record.heads),
+        list(record.output_params),
         record.activations,
         record.flow,
         record.undisputed_fixes(),
@@ -123,7 +123,7 @@ def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
         Per output, the ratio; 0 for identically zero; None where the program does not tell.
     """
     try:
-        return [value.size.total for value in _initial(base, target)[0]]
+        return [value.scale.total for value in _initial(base, target)[0]]
     except TraceMismatchError:
         count = len(target.jaxpr.outvars)
         if count == 1:
@@ -136,7 +136,7 @@ def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
 def read_constants(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How those outputs of two initialisers scale that are one known number; None for the others."""
     try:
-        return [value.size.total if value.const else None for value in _initial(base, target)[0]]
+        return [value.scale.total if value.const else None for value in _initial(base, target)[0]]
     except TraceMismatchError:
         return [None] * len(target.jaxpr.outvars)
 

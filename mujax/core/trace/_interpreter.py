@@ -23,8 +23,8 @@ from mujax.core.program import (
     is_library_function,
     primitive_name,
     shape_of,
+    source_line,
     subprograms,
-    where,
 )
 from mujax.core.trace._align import (
     add_leading,
@@ -58,8 +58,8 @@ from mujax.core.trace._values import (
     UNKNOWN,
     ZERO,
     Factor,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     common,
@@ -230,7 +230,7 @@ class Interpreter:
 
     def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
         """Logs a product of two activations."""
-        self.record.products[pair.site] = Product(pair.site, contracted, left.heads, pair.place)
+        self.record.products[pair.site] = Product(pair.site, contracted, left.linear_in, pair.place)
 
     def logits(self, value: Value) -> None:
         """Notes that a value goes into an exponential."""
@@ -239,46 +239,46 @@ class Interpreter:
 
     # ---- sizes -------------------------------------------------------------------------------------
 
-    def sized(self, pair: Pair, size: Size, *operands: Size) -> Size:
-        """The size of an equation's result, with the place where its scale left 1."""
+    def scale_at(self, pair: Pair, scale: Scale, *operands: Scale) -> Scale:
+        """The scale of an equation's result, with the place where its scale left 1."""
         fix = self._fixed.get(pair.site)
         if fix is not None:
-            size = size.scaled(fix.factor)
-            if not size.is_one:
+            scale = scale.scaled(fix.factor)
+            if not scale.is_one:
                 self.record.misfits.add(pair.site)
-        out = size.at(pair.site, *operands)
-        self.record.unfixed |= size.through - out.origins
+        out = scale.at(pair.site, *operands)
+        self.record.unfixed |= scale.through - out.origins
         if pair.site in out.origins:
             self.record.places[pair.site] = pair.place
         return out
 
-    def meet(self, value: Value) -> Size:
-        """The size that an operand brings to the data.
+    def scale_against_prescribed(self, value: Value) -> Scale:
+        """The scale that an operand brings to the data.
 
-        A parameter brings its size relative to what the parametrization prescribes for it: the rules make
-        a product with a parameter of the prescribed size come out at 1. An array that the program closes
+        A parameter brings its scale relative to what the parametrization prescribes for it: the rules make
+        a product with a parameter of the prescribed scale come out at 1. An array that the program closes
         over is of order one.
         """
         if value.kind == "data" or value.const is not None:
-            return value.size
+            return value.scale
         if value.kind == "const":
-            return value.size if value.size.total == 0 or self.exact else ONE
+            return value.scale if value.scale.total == 0 or self.exact else ONE
         scales = {
             self._prescribed.get(view.path, 1.0) for view in value.views if not (view.reduced or view.inner)
         } - {1.0}
-        if value.size.total is None or len(scales) > 1:
+        if value.scale.total is None or len(scales) > 1:
             return UNKNOWN
-        if value.size.total == 0:
+        if value.scale.total == 0:
             return ZERO
-        size = Size(value.size.total / (scales.pop() if scales else 1.0))
-        return ONE if size.is_one else size
+        scale = Scale(value.scale.total / (scales.pop() if scales else 1.0))
+        return ONE if scale.is_one else scale
 
-    def settle(self, place: JaxprEqn | None, value: Value, report: bool = True) -> Size:
+    def require_order_one(self, place: JaxprEqn | None, value: Value, report: bool = True) -> Scale:
         """Requires entries of order one: inserts a correction, or records a finding.
 
         Constants that scale with width are held at the base's value. A coherent sum that is divided by
         the root of its length (attention logits) is divided by its length; a value that was divided by a
-        norm gets back its size. Anything else is reported.
+        norm gets back its scale. Anything else is reported.
 
         Args:
             place: the equation that consumes it; None at the end of a program without equations.
@@ -286,38 +286,38 @@ class Interpreter:
             report: whether to record what can't be corrected; else it may still cancel further on.
 
         Returns:
-            Its size from here on.
+            Its scale from here on.
         """
-        size = value.size
-        if self.exact or value.kind != "data" or size.total is None or size.is_one:
-            return size
+        scale = value.scale
+        if self.exact or value.kind != "data" or scale.total is None or scale.is_one:
+            return scale
         if value.state:
             # A step of a power iteration: it computes a norm, and must compute the same norm.
             return UNKNOWN
-        if size.nearly_one:
+        if scale.nearly_one:
             return ONE
-        constants = size.total / size.summed
-        attention = abs(size.degree - 1) < _TOLERANCE
+        constants = scale.total / scale.summed
+        attention = abs(scale.degree - 1) < _TOLERANCE
         if attention:
-            known = size.summed != 1 and -0.98 < math.log(constants) / math.log(size.summed) < -0.02
+            known = scale.summed != 1 and -0.98 < math.log(constants) / math.log(scale.summed) < -0.02
         else:
-            known = abs(size.degree) < _TOLERANCE or size.normalised
+            known = abs(scale.degree) < _TOLERANCE or scale.normalised
         if not (known or report):
-            return size
-        for site in size.origins:
+            return scale
+        for site in scale.origins:
             if known:
-                self._fix(site, 1 / size.total, attention)
+                self._fix(site, 1 / scale.total, attention)
             else:
                 eqn = self.record.places[site]
                 self.find(
                     "unscaled sum" if same(constants, 1.0) else "unknown scale",
                     site,
                     eqn,
-                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {size.total:.4g} "
-                    "times from base to target where "
-                    f"it is used at {where(place) if place else 'the end'}, and its factor fits no known "
-                    "pattern (a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow "
-                    "with width (for attention logits with_multipliers(attention_mult=...) will do)",
+                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {scale.total:.4g} "
+                    f"times from base to target where it is used at "
+                    f"{source_line(place) if place else 'the end'}, and its factor fits no known pattern "
+                    "(a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with width (for attention logits "
+                    "with_multipliers(attention_mult=...) will do)",
                 )
         return ONE
 
@@ -332,13 +332,12 @@ class Interpreter:
                 site,
                 known.eqn,
                 f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and "
-                f"{factor:.4g}; "
-                "compute the two uses from separate products",
+                f"{factor:.4g}; compute the two uses from separate products",
             )
 
     def find(self, kind: str, site: EqnPath, eqn: JaxprEqn, message: str) -> None:
         """Logs something that can't be put right."""
-        self.record.findings[kind, site] = Finding(kind, message, where(eqn))
+        self.record.findings[kind, site] = Finding(kind, message, source_line(eqn))
 
     # ---- the walk ----------------------------------------------------------------------------------
 
@@ -364,9 +363,9 @@ class Interpreter:
         for value in outs:
             self.decide(value)
             # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
-            if not value.size.normalised:
-                self.settle(last_equation(target), value)
-            self.record.heads.update(dict.fromkeys(sorted(value.heads)))
+            if not value.scale.normalised:
+                self.require_order_one(last_equation(target), value)
+            self.record.output_params.update(dict.fromkeys(sorted(value.linear_in)))
         return outs
 
     def _program(
@@ -374,9 +373,9 @@ class Interpreter:
     ) -> list[Value]:
         if len(base.consts) != len(target.consts):
             raise TraceMismatchError(
-                f"the traced programs of base and target must close over the same arrays; found "
-                f"{len(base.consts)} in the base and {len(target.consts)} in the target. Use a larger base, "
-                "so that the model's Python code takes the same path at both widths."
+                expected="programs of base and target that close over the same arrays",
+                got=f"{len(base.consts)} in the base and {len(target.consts)} in the target",
+                remedy="use a larger base, so that the model's code takes the same path at both widths",
             )
         consts = [
             closed_over(small, big, self.exact) for small, big in zip(base.consts, target.consts, strict=True)
@@ -464,7 +463,7 @@ class Interpreter:
                 "width",
             )
         return [
-            Value(shape, base, "const" if kind == "const" else "data", size=UNKNOWN)
+            Value(shape, base, "const" if kind == "const" else "data", scale=UNKNOWN)
             for shape, base in pair.shapes()
         ]
 
@@ -550,7 +549,7 @@ class Interpreter:
     ) -> list[Value]:
         """Runs the body of a loop until the facts about its carry no longer change.
 
-        A carry may have a size of its own if the body keeps it; where it does not, the carry is put right
+        A carry may have a scale of its own if the body keeps it; where it does not, the carry is put right
         when it enters and after each step.
         """
         settled: set[int] = set()
@@ -563,7 +562,7 @@ class Interpreter:
             moved = {
                 number
                 for number, (a, b) in enumerate(zip(entered, outs[:carry], strict=True))
-                if number not in settled and common([a.size, b.size]) is None
+                if number not in settled and common([a.scale, b.scale]) is None
             }
             if moved:
                 self.record = before
@@ -606,7 +605,7 @@ class Interpreter:
         ]
         joined = []
         for values in zip(*branches, strict=True):
-            alike = common(value.size for value in values) is not None
+            alike = common(value.scale for value in values) is not None
             joined.append(self._join(values if alike else [self._settled(pair, value) for value in values]))
         for number, (value, var) in enumerate(zip(joined, pair.target.outvars, strict=True)):
             self._makes(value, var, (*pair.site, "join", number), [branch[number] for branch in branches])
@@ -624,11 +623,11 @@ class Interpreter:
         kind = widest(value.kind for value in values)
         views = tuple(dict.fromkeys(view for value in values for view in value.views))
         const = first.const if all(value.const == first.const for value in values) else None
-        size = common(value.size for value in values) or UNKNOWN
-        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), size)
+        scale = common(value.scale for value in values) or UNKNOWN
+        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), scale)
 
     def _settled(self, pair: Pair, value: Value) -> Value:
-        return dataclasses.replace(value, size=self.settle(pair.place, value))
+        return dataclasses.replace(value, scale=self.require_order_one(pair.place, value))
 
 
 def _operand(value: Value) -> Operand:
@@ -638,6 +637,6 @@ def _operand(value: Value) -> Operand:
 def _same_facts(a: Value, b: Value) -> bool:
     if (a.kind, a.const, set(a.views)) != (b.kind, b.const, set(b.views)):
         return False
-    if a.size.total is None or b.size.total is None:
-        return a.size.total is b.size.total
-    return same(a.size.total, b.size.total) and a.size.origins == b.size.origins
+    if a.scale.total is None or b.scale.total is None:
+        return a.scale.total is b.scale.total
+    return same(a.scale.total, b.scale.total) and a.scale.origins == b.scale.origins

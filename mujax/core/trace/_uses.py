@@ -14,7 +14,7 @@ from mujax.core.program import (
     JaxprEqn,
     is_of_user,
     shape_of,
-    where,
+    source_line,
 )
 from mujax.core.trace._values import Kind, Shape, fit
 
@@ -49,7 +49,7 @@ class Use:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Product:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Fix:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ class Record:
         products: the products of two activations.
         activations: for each product, which of its operands is an activation: the first of two.
         flow: which value of the target is computed from which.
-        heads: the parameters whose product is, up to linear steps, an output of the program.
+        output_params: the parameters whose product is, up to linear steps, an output of the program.
         places: the equations where a size left 1.
         fixes: what scales with width through the user's own constants.
         disputed: those that are used at two sizes.
@@ -261,7 +261,7 @@ class Record:
     products: dict[EqnPath, Product] = dataclasses.field(default_factory=dict)
     activations: dict[EqnPath, int] = dataclasses.field(default_factory=dict)
     flow: Flow = dataclasses.field(default_factory=Flow)
-    heads: dict[str, None] = dataclasses.field(default_factory=dict)
+    output_params: dict[str, None] = dataclasses.field(default_factory=dict)
     places: dict[EqnPath, JaxprEqn] = dataclasses.field(default_factory=dict)
     fixes: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
     disputed: set[EqnPath] = dataclasses.field(default_factory=set)
