@@ -11,7 +11,7 @@ from mujax import rules
 from mujax.core.depth import Branches, Depth, find_branches, power_of_fix
 from mujax.core.frontends import Call
 from mujax.core.program import ClosedJaxpr, EqnPath, blocked, loses_derivative
-from mujax.core.trace import Analysis, Finding, Use, analyse, read, telling
+from mujax.core.trace import Analysis, Finding, Use, analyse, axes_of_use, informative_uses
 from mujax.errors import DepthError, MujaxError, RoleError
 from mujax.spec import MupSpec, Parametrization, ParamSpec
 
@@ -104,7 +104,7 @@ def read_call(
     findings = list(analysis.findings)
     reached = None
     if share and depth is not None and depth.ratio != 1:
-        reached = _known_branches(spec, find_branches(program, call.params, depth.residual, part=True))
+        reached = _known_branches(spec, find_branches(analysis.flow, depth.residual, part=True))
     if share:
         for site, correction in _of_products(spec, analysis).items():
             found.setdefault(site, []).append(correction)
@@ -170,7 +170,7 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
     """The factor of each product with an output weight or a tied embedding, by place."""
     at: dict[EqnPath, list[tuple[Use, Correction | None]]] = {}
     for path, uses in analysis.uses.items():
-        for use in telling(uses):
+        for use in informative_uses(uses):
             if use.kind in ("contraction", "statistic") and any(role == "fan_in" for _, role, *_ in use.axes):
                 at.setdefault(use.site, []).append(
                     (use, _correction(path, spec[path], use, spec.parametrization))
@@ -208,7 +208,7 @@ def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) 
 def _reads_out(param: ParamSpec, use: Use) -> bool:
     """Whether a product is one of an output weight, or the readout use of an input weight."""
     if param.role == "input":
-        return read(use, param.shape, param.base_with_layers, param.infinite).role == "output"
+        return axes_of_use(use, param.shape, param.base_with_layers, param.infinite).role == "output"
     return param.role == "output"
 
 
@@ -239,7 +239,7 @@ def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
     """The output weights and tied embeddings whose product is an output of the model."""
     return [
         path
-        for path in analysis.heads
+        for path in analysis.output_params
         if any(_reads_out(spec[path], use) for use in analysis.uses[path] if use.kind == "contraction")
     ]
 

@@ -137,9 +137,14 @@ def mup_init(
         wide = _traced(delta, inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
-    layers = scanned_layers(wide.program, wide.call.params)
     spec = describe_parameters(
-        target.initial, small.initial, wide.initial, analysis, roles or {}, chosen, layers
+        target.initial,
+        small.initial,
+        wide.initial,
+        analysis,
+        roles or {},
+        chosen,
+        scanned_layers(analysis.flow),
     )
     own = own_scales(target.end, small.end, target.initial, small.initial, inputs, kwargs)
     stored = stored_scales(target.initial, small.initial)
@@ -147,13 +152,15 @@ def mup_init(
     plan, findings = None, ()
     if depth is not None:
         plan = plan_depth(depth, residual, spec)
-        branches = plan_branches(plan, small.program, small.call.params, target.program, target.call.params)
-        spec = with_depth_of_branches(spec, branches[1], plan)
-        refuse_scaled_init(spec, branches[1], plan, own, target.initial.program, target.initial.params)
-        findings = findings_of_depth(branches[1])
+        if wide is not target:
+            analysis = analyse(small.program, target.program, target.call.params)
+        branches = plan_branches(plan, analysis.flow)
+        spec = with_depth_of_branches(spec, branches, plan)
+        refuse_scaled_init(spec, branches, plan, own, target.initial.program, target.initial.params)
+        findings = findings_of_depth(branches)
         reading = read_call(spec, off, stored, *programs, plan)
         if "residual" not in off:
-            refuse_own_factors(*branches, plan, reading.analysis.fixes, spec)
+            refuse_own_factors(branches, plan, reading.analysis.fixes, spec)
     else:
         _refuse_layers_alone(spec)
         reading = read_call(spec, off, stored, *programs)

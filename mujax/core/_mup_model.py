@@ -26,8 +26,8 @@ from mujax.core.program import (
     blocked,
     equation_at,
     evaluate,
+    source_line,
     under_named_axes,
-    where,
 )
 from mujax.core.trace import Finding
 from mujax.errors import ConfigError, SpecMismatchError
@@ -297,10 +297,10 @@ class MupModel:
             for site in reading.multiplier_sites[name]:
                 if block := blocked(program, site):
                     raise ConfigError(
-                        f"{where(equation_at(program, site))}: expected the product that {name} multiplies "
-                        f"to stand outside of {block}, whose inside can't be changed without losing what it "
-                        f"is for; leave out {name}, move the product out of it, or give your own function "
-                        "the constant."
+                        f"{source_line(equation_at(program, site))}: expected the product that {name} "
+                        f"multiplies to stand outside of {block}, whose inside can't be changed without "
+                        f"losing what it is for; leave out {name}, move the product out of it, or give "
+                        "your own function the constant."
                     )
                 factors.setdefault(site, []).append(value)
         return {

@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mujax.core.program._source import where
+from mujax.core.program._source import source_line
 from mujax.errors import MujaxError
 
 Jaxpr: TypeAlias = jex.Jaxpr
@@ -32,6 +33,12 @@ def shape_of(atom: Atom) -> tuple[int, ...]:
 def dtype_of(atom: Atom) -> Any:
     """The dtype of a value; None for what is no array."""
     return getattr(atom.aval, "dtype", None)
+
+
+def is_float(atom: Atom) -> bool:
+    """Whether a value is an array of floating-point or complex numbers."""
+    dtype = dtype_of(atom)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def under_named_axes() -> bool:
@@ -202,10 +209,12 @@ def _parameter(eqn: JaxprEqn, *names: str) -> Any:
         if name in eqn.params:
             return eqn.params[name]
     raise MujaxError(
-        f"{where(eqn)}: expected the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the "
-        f"parameter {' or '.join(map(repr, names))}, found {', '.join(map(repr, sorted(eqn.params)))}; this "
-        "JAX release is newer than this mujax: report it to mujax with this sentence, and use JAX 0.12.0.1 "
-        "until then."
+        where=source_line(eqn),
+        expected=f"the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the parameter "
+        f"{' or '.join(map(repr, names))}",
+        got=", ".join(map(repr, sorted(eqn.params))),
+        remedy="this JAX release is newer than this mujax: report it to mujax with this sentence, and use "
+        "JAX 0.12.0.1 until then",
     )
 
 

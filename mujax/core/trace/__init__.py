@@ -12,14 +12,22 @@ verdict.
 from mujax.core.trace._analyse import (
     Analysis as Analysis,
     analyse as analyse,
+    flow_of as flow_of,
     read_constants as read_constants,
     read_scales as read_scales,
 )
-from mujax.core.trace._roles import read as read, resolve as resolve, telling as telling
+from mujax.core.trace._roles import (
+    axes_of_use as axes_of_use,
+    informative_uses as informative_uses,
+    resolve as resolve,
+)
 from mujax.core.trace._uses import (
     Finding as Finding,
     Fix as Fix,
+    Flow as Flow,
+    Loop as Loop,
     Operand as Operand,
     Product as Product,
     Use as Use,
+    Visit as Visit,
 )

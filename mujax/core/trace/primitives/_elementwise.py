@@ -1,4 +1,4 @@
-"""Elementwise primitives: what they do to sizes, and what they are linear in."""
+"""Elementwise primitives: what they do to scales, and what they are linear in."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
     Pending,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     common,
@@ -26,48 +26,48 @@ from mujax.core.trace._values import (
 from mujax.core.trace.primitives._fold import fold_constants
 from mujax.core.trace.primitives._moves import broadcast_pending, broadcast_view
 
-SizeRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Size]], Size]
-"""Size of a result from the operands and the sizes that they bring."""
+ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scale]
+"""Scale of a result from the operands and the scales that they bring."""
 
 
-def common_size(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """A sum or a choice: terms of one size, or each is put right first.
+def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """A sum or a choice: terms of one scale, or each is put right first.
 
     A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is; neither
     has stored state beside a parameter (the frozen kernel that a low-rank pair is added to).
     """
     weights = any(value.kind == "param" for value in ins)
     moving = [
-        size
-        for value, size in zip(ins, sizes, strict=True)
+        scale
+        for value, scale in zip(ins, scales, strict=True)
         if interp.exact or not (value.kind == "const" or (weights and value.state))
     ]
-    alike = common(moving or sizes)
+    alike = common(moving or scales)
     if alike is not None:
-        return interp.sized(pair, alike)
-    if interp.exact or any(size.total is None for size in moving):
+        return interp.scale_at(pair, alike)
+    if interp.exact or any(scale.total is None for scale in moving):
         return UNKNOWN
     if all(value.kind != "data" or value.raw for value in ins):
-        _report_unlike_terms(interp, pair, ins, sizes)
-        return next((s for v, s in zip(ins, sizes, strict=True) if v.kind == "param"), UNKNOWN)
-    if _report_expanded_square(interp, pair, ins, sizes):
+        _report_unlike_terms(interp, pair, ins, scales)
+        return next((s for v, s in zip(ins, scales, strict=True) if v.kind == "param"), UNKNOWN)
+    if _report_expanded_square(interp, pair, ins, scales):
         return UNKNOWN
     for value in ins:
-        interp.settle(pair.place, value)
+        interp.require_order_one(pair.place, value)
     return ONE
 
 
 def _report_unlike_terms(
-    interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
 ) -> None:
     """Reports a kernel that is added to something which does not scale as it does."""
     views = [view for value in ins for view in value.views]
     shown = [view for view in views if view.growing > 1 and not view.bent]
-    # A product of parameters is known relative to its prescribed size only.
-    if not interp.sizes_are_known or not shown or any(view.inner for view in views):
+    # A product of parameters is known relative to its prescribed scale only.
+    if not interp.scales_are_known or not shown or any(view.inner for view in views):
         return
     terms = ", ".join(
-        f"{size.total:.4g}" for value, size in zip(ins, sizes, strict=True) if value.kind != "const"
+        f"{scale.total:.4g}" for value, scale in zip(ins, scales, strict=True) if value.kind != "const"
     )
     interp.find(
         "unlike terms",
@@ -80,14 +80,16 @@ def _report_unlike_terms(
 
 
 def _report_expanded_square(
-    interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
 ) -> bool:
     """Reports a readout's product that is one term of `|z|^2 - 2 z.c + |c|^2`.
 
     A factor on it would break the identity. Returns whether it is one.
     """
-    sums = [size.total for size in sizes if size.total and abs(size.degree - 1) < 1e-6 and size.summed != 1]
-    heads = frozenset[str]().union(*(value.heads for value in ins))
+    sums = [
+        scale.total for scale in scales if scale.total and abs(scale.degree - 1) < 1e-6 and scale.summed != 1
+    ]
+    heads = frozenset[str]().union(*(value.linear_in for value in ins))
     products = [
         use
         for use in interp.record.uses
@@ -95,7 +97,7 @@ def _report_expanded_square(
         and use.kind == "contraction"
         and any(same(total, use.contracted[1] / use.contracted[0]) for total in sums)
     ]
-    if not products or not interp.sizes_are_known:
+    if not products or not interp.scales_are_known:
         return False
     interp.record.unscaled |= {use.site for use in products}
     interp.find(
@@ -109,94 +111,96 @@ def _report_expanded_square(
     return True
 
 
-def order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """A nonlinear function: its arguments must be of one size at every width."""
+def order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """A nonlinear function: its arguments must be of one scale at every width."""
     if interp.exact:
-        return ONE if all(size.is_one for size in sizes) else UNKNOWN
+        return ONE if all(scale.is_one for scale in scales) else UNKNOWN
     for value in ins:
-        interp.settle(pair.place, value)
+        interp.require_order_one(pair.place, value)
     return ONE
 
 
-def _tangent(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _tangent(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     """A function close to its argument near zero: of a kernel whose entries shrink, it is the kernel."""
-    size = sizes[0]
-    if interp.exact or ins[0].kind != "param" or size.is_one:
-        return order_one(interp, pair, ins, sizes)
-    return size if size.total is not None and size.total < 1 else UNKNOWN
+    scale = scales[0]
+    if interp.exact or ins[0].kind != "param" or scale.is_one:
+        return order_one(interp, pair, ins, scales)
+    return scale if scale.total is not None and scale.total < 1 else UNKNOWN
 
 
-def _step(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _step(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     """A function of steps of fixed height, as rounding is."""
-    size = sizes[0]
-    if interp.exact or ins[0].kind != "param" or size.is_one:
-        return order_one(interp, pair, ins, sizes)
-    if interp.sizes_are_known and size.total is not None and ins[0].views:
+    scale = scales[0]
+    if interp.exact or ins[0].kind != "param" or scale.is_one:
+        return order_one(interp, pair, ins, scales)
+    if interp.scales_are_known and scale.total is not None and ins[0].views:
         interp.find(
             "fixed steps",
             pair.site,
             pair.place,
             f"{ins[0].views[0].path} goes into {pair.name}, whose steps have the same height at every width, "
-            f"while its entries change by a factor of {size.total:.4g} from base to target; divide it by its "
-            "largest entry or by its standard deviation first, and multiply with that afterwards",
+            f"while its entries change by a factor of {scale.total:.4g} from base to target; divide it by "
+            "its largest entry or by its standard deviation first, and multiply with that afterwards",
         )
     return UNKNOWN
 
 
-def _exponential(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _exponential(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     interp.logits(ins[0])
-    return order_one(interp, pair, ins, sizes)
+    return order_one(interp, pair, ins, scales)
 
 
-def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     return ONE
 
 
-def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """Zeros and ones. How many of each there are tells only on entries of the same size at every width."""
-    if interp.exact and not all(size.is_one for size in sizes):
+def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """Zeros and ones. How many of each there are tells only on entries of the same scale at every width."""
+    if interp.exact and not all(scale.is_one for scale in scales):
         return UNKNOWN
     return ONE
 
 
-def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    if interp.exact and not sizes[0].is_one:
+def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    if interp.exact and not scales[0].is_one:
         return UNKNOWN
-    return common_size(interp, pair, ins[1:], sizes[1:])
+    return common_scale(interp, pair, ins[1:], scales[1:])
 
 
-def _power_of(exponent: float) -> SizeRule:
-    def size(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-        return interp.sized(pair, sizes[0].power(exponent))
+def _power_of(exponent: float) -> ScaleRule:
+    def scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+        return interp.scale_at(pair, scales[0].power(exponent))
 
-    return size
-
-
-def _integer_pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    return interp.sized(pair, sizes[0].power(float(pair.params["y"])))
+    return scale
 
 
-def _pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _integer_pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    return interp.scale_at(pair, scales[0].power(float(pair.params["y"])))
+
+
+def _pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     exponent = ins[1].const
     if exponent is not None and exponent[0] == exponent[1]:
-        return interp.sized(pair, sizes[0].power(exponent[1]))
-    return order_one(interp, pair, ins, sizes)
+        return interp.scale_at(pair, scales[0].power(exponent[1]))
+    return order_one(interp, pair, ins, scales)
 
 
-def _one_minus_square(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _one_minus_square(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
+) -> Scale:
     """`1 - x * x`, one primitive since JAX 0.11: as the difference of a constant and a square."""
     if interp.exact:
-        return ONE if sizes[0].is_one else UNKNOWN
-    return interp.sized(pair, sizes[0].power(2))
+        return ONE if scales[0].is_one else UNKNOWN
+    return interp.scale_at(pair, scales[0].power(2))
 
 
-def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    both = (sizes[0], sizes[1].power(-1))
-    return interp.sized(pair, product(both), *both)
+def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    both = (scales[0], scales[1].power(-1))
+    return interp.scale_at(pair, product(both), *both)
 
 
-def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    return interp.sized(pair, product(sizes), *sizes)
+def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    return interp.scale_at(pair, product(scales), *scales)
 
 
 SignRule = Callable[[Pair, Sequence[Value]], Parity]
@@ -244,7 +248,7 @@ class Elementwise:
     """An elementwise primitive.
 
     Attributes:
-        size: the size of the result.
+        scale: the scale of the result.
         linear: operands that the result is linear in, with the others fixed.
         terms: operands that the result is a sum of, or a choice from.
         logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
@@ -252,7 +256,7 @@ class Elementwise:
         bends: whether it is a function that does not become linear as its argument shrinks.
     """
 
-    size: SizeRule = order_one
+    scale: ScaleRule = order_one
     linear: tuple[int, ...] = ()
     terms: tuple[int, ...] = ()
     logits: bool = True
@@ -267,10 +271,10 @@ class Elementwise:
             return [folded]
         kind = widest(value.kind for value in ins)
         weights = kind != "data" or _are_weights(ins, shape, base)
-        sizes = [value.size if weights else interp.meet(value) for value in ins]
-        size = self.size(interp, pair, ins, sizes)
+        scales = [value.scale if weights else interp.scale_against_prescribed(value) for value in ins]
+        scale = self.scale(interp, pair, ins, scales)
         if weights:
-            return [self._of_weights(pair, ins, shape, base, size)]
+            return [self._of_weights(pair, ins, shape, base, scale)]
         pending: list[Pending] = []
         for position, value in enumerate(ins):
             linear = position in self.linear
@@ -285,13 +289,13 @@ class Elementwise:
                 use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=not open_)
                 if open_:
                     pending.append(Pending(use, broadcast_view(view, value, shape, base), not linear))
-        out = Value(shape, base, kind, size=size, pending=tuple(pending))
+        out = Value(shape, base, kind, scale=scale, pending=tuple(pending))
         if self.logits:
             out.products = frozenset[EqnPath]().union(*(value.products for value in ins))
-            out.heads = frozenset[str]().union(*(value.heads for value in ins))
+            out.linear_in = frozenset[str]().union(*(value.linear_in for value in ins))
         return [out]
 
-    def _of_weights(self, pair: Pair, ins: Sequence[Value], shape: Shape, base: Shape, size: Size) -> Value:
+    def _of_weights(self, pair: Pair, ins: Sequence[Value], shape: Shape, base: Shape, scale: Scale) -> Value:
         """A function of parameters, of constants, and perhaps of data that is no activation."""
         views = [
             dataclasses.replace(
@@ -301,9 +305,9 @@ class Elementwise:
             for view in value.views
         ]
         kind = "param" if views else "const"
-        out = Value(shape, base, kind, views=tuple(dict.fromkeys(views)), size=size)
+        out = Value(shape, base, kind, views=tuple(dict.fromkeys(views)), scale=scale)
         if kind == "param":
-            out.parity, out.clipped = _clipped(pair, ins, size) or (self.sign(pair, ins), None)
+            out.parity, out.clipped = _clipped(pair, ins, scale) or (self.sign(pair, ins), None)
         return out
 
 
@@ -330,7 +334,7 @@ def _may_be_kernel(view: View) -> bool:
 
 
 def _clipped(
-    pair: Pair, ins: Sequence[Value], size: Size
+    pair: Pair, ins: Sequence[Value], scale: Scale
 ) -> tuple[Parity, tuple[float, Parity] | None] | None:
     """The parity of a value that is cut off below and then above, as `jnp.clip` does; None: anything else.
 
@@ -343,7 +347,7 @@ def _clipped(
             continue
         limit = bound.const[1]
         if pair.name == "max" and limit < 0:
-            shrinks = size.total is not None and size.total < 1
+            shrinks = scale.total is not None and scale.total < 1
             return (value.sign if shrinks else value.sign.any), (limit, value.sign)
         if pair.name == "min" and limit > 0 and value.clipped is not None:
             low, before = value.clipped
@@ -352,7 +356,7 @@ def _clipped(
     return None
 
 
-_IDENTITY: Final = Elementwise(common_size, linear=(0,), sign=_odd)
+_IDENTITY: Final = Elementwise(common_scale, linear=(0,), sign=_odd)
 _TANGENT: Final = Elementwise(_tangent, logits=False, sign=_odd)
 
 
@@ -361,17 +365,17 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
         ["convert_element_type", "neg", "real", "imag", "reduce_precision", "conj"],
         _IDENTITY,
     ),
-    "stop_gradient": Elementwise(common_size, sign=_odd),
-    "bitcast_convert_type": Elementwise(common_size, logits=False, bends=True),
+    "stop_gradient": Elementwise(common_scale, sign=_odd),
+    "bitcast_convert_type": Elementwise(common_scale, logits=False, bends=True),
     "mul": Elementwise(_product, linear=(0, 1), sign=_sign_of_product),
     "div": Elementwise(_quotient, linear=(0,), sign=_sign_of_product),
-    **dict.fromkeys(["add", "add_any", "sub"], Elementwise(common_size, terms=(0, 1), sign=_sign_of_sum)),
-    "complex": Elementwise(common_size, linear=(0, 1), sign=_sign_of_sum),
-    "clamp": Elementwise(common_size, sign=_sign_of_clamp),
-    **dict.fromkeys(["max", "min", "rem"], Elementwise(common_size, logits=False)),
-    "nextafter": Elementwise(common_size, logits=False, sign=_odd),
+    **dict.fromkeys(["add", "add_any", "sub"], Elementwise(common_scale, terms=(0, 1), sign=_sign_of_sum)),
+    "complex": Elementwise(common_scale, linear=(0, 1), sign=_sign_of_sum),
+    "clamp": Elementwise(common_scale, sign=_sign_of_clamp),
+    **dict.fromkeys(["max", "min", "rem"], Elementwise(common_scale, logits=False)),
+    "nextafter": Elementwise(common_scale, logits=False, sign=_odd),
     "select_n": Elementwise(_chosen, terms=tuple(range(1, 256)), sign=_sign_of_choice),
-    "abs": Elementwise(common_size, logits=False, sign=_even),
+    "abs": Elementwise(common_scale, logits=False, sign=_even),
     "square": Elementwise(_power_of(2), logits=False, sign=_even),
     "sqrt": Elementwise(_power_of(0.5), logits=False),
     "one_minus_square": Elementwise(_one_minus_square, logits=False, sign=_even),

@@ -11,8 +11,8 @@ from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
     Pending,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     broadcast_axis,
@@ -78,11 +78,11 @@ def reduce_sum_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> li
     )  # fmt: skip
     out = _reduced(interp, pair, dataclasses.replace(value, pending=left), shape, base)
     if kernels is not None:
-        out.heads = kernels
+        out.linear_in = kernels
         if pair.site in interp.known_sums:
             # Over the parameter's own axes: of order one by its rule, as any product with it.
             base_size, size = value.sizes(axis for axis in gone if not _shows_parameter(value, axis))
-    return [out.replace(size=interp.sized(pair, value.size.over(ratio(base_size, size)), value.size))]
+    return [out.replace(scale=interp.scale_at(pair, value.scale.over(ratio(base_size, size)), value.scale))]
 
 
 def _mixes(view: View, gone: Sequence[int]) -> bool:
@@ -135,37 +135,37 @@ def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
     )
 
 
-def _size_of_product(
+def _scale_of_product(
     interp: Interpreter, pair: Pair, left: Value, right: Value, contracted: tuple[int, int]
-) -> Size:
-    """Size of a contraction: coherent between activations, of order one with a parameter by its rule."""
-    sizes = [interp.meet(left), interp.meet(right)]
+) -> Scale:
+    """Scale of a contraction: coherent between activations, of order one with a parameter by its rule."""
+    scales = [interp.scale_against_prescribed(left), interp.scale_against_prescribed(right)]
     grows = ratio(*contracted)
     kinds = {left.kind, right.kind}
     if not all(_is_kernel_of_mean_zero(value) for value in (left, right)) and grows != 1.0:
         # A coherent sum, or one that is reported.
         return UNKNOWN
     if kinds == {"param"}:
-        # Of the prescribed size if both are.
-        return interp.sized(pair, product(sizes))
+        # Of the prescribed scale if both are.
+        return interp.scale_at(pair, product(scales))
     if "param" in kinds:
         if left.state or right.state:
             return UNKNOWN
-        # Put right what can be before the product, so that each layer's own entries keep their size.
+        # Put right what can be before the product, so that each layer's own entries keep their scale.
         settled = [
-            interp.settle(pair.place, value, report=False) if value.kind == "data" else size
-            for value, size in zip((left, right), sizes, strict=True)
+            interp.require_order_one(pair.place, value, report=False) if value.kind == "data" else scale
+            for value, scale in zip((left, right), scales, strict=True)
         ]
-        return interp.sized(pair, product(settled), *settled)
+        return interp.scale_at(pair, product(settled), *settled)
     if grows == 1.0:
-        return interp.sized(pair, product(sizes), *sizes)
+        return interp.scale_at(pair, product(scales), *scales)
     if interp.exact:
         return UNKNOWN
-    # A constant that is not one number (a mask, a rotation) is taken to keep sizes.
+    # A constant that is not one number (a mask, a rotation) is taken to keep scales.
     fixed = any(value.kind == "const" and value.const is None for value in (left, right))
     if fixed:
-        return interp.sized(pair, product(sizes), *sizes)
-    return interp.sized(pair, product(sizes).over(grows))
+        return interp.scale_at(pair, product(scales), *scales)
+    return interp.scale_at(pair, product(scales).over(grows))
 
 
 def _is_kernel_of_mean_zero(value: Value) -> bool:
@@ -201,7 +201,7 @@ def _multiply(
     contracted = left.value.sizes(left.contract)
     wide = contracted[0] != contracted[1]
     data = Value(
-        shape, base, "data", size=_size_of_product(interp, pair, left.value, right.value, contracted)
+        shape, base, "data", scale=_scale_of_product(interp, pair, left.value, right.value, contracted)
     )
 
     def weight(side: _Side, other: _Side) -> Value:
@@ -230,7 +230,9 @@ def _multiply(
         interp.copies(other.value, other.batch)
         if other.value.kind != "const" and kind == "contraction":
             _report_kernel(interp, pair, side)
-        return dataclasses.replace(data, heads=_kernels(side.value, side.contract), pending=tuple(pending))
+        return dataclasses.replace(
+            data, linear_in=_kernels(side.value, side.contract), pending=tuple(pending)
+        )
 
     def activation(side: _Side) -> None:
         interp.becomes_data(pair, side.value)
@@ -242,11 +244,14 @@ def _multiply(
     if "param" not in kinds:
         kernels = {_settle(interp, pair, side) for side in (left, right)} - {None}
         if "computed" in kernels:
-            return [dataclasses.replace(data, size=UNKNOWN)]
+            return [dataclasses.replace(data, scale=UNKNOWN)]
         if kernels:
             # An expert's kernel that was looked up: of order one by its rule, as any kernel's product.
-            sizes = [interp.meet(left.value), interp.meet(right.value)]
-            return [dataclasses.replace(data, size=interp.sized(pair, product(sizes), *sizes))]
+            scales = [
+                interp.scale_against_prescribed(left.value),
+                interp.scale_against_prescribed(right.value),
+            ]
+            return [dataclasses.replace(data, scale=interp.scale_at(pair, product(scales), *scales))]
         if "const" in kinds or not left.contract:
             return [data]
         interp.product(pair, contracted, left.value)
@@ -293,9 +298,9 @@ def _bent_kernels(side: _Side) -> list[str]:
 
 def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
     """Reports a kernel of which a parametrization's initial values and learning rate are not right."""
-    if not interp.sizes_are_known:
+    if not interp.scales_are_known:
         return
-    if side.value.raw and side.value.size.total is None:
+    if side.value.raw and side.value.scale.total is None:
         interp.find(
             "computed kernel",
             pair.site,
@@ -435,7 +440,7 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
     ((shape, base),) = pair.shapes()
     contracted = rhs.sizes((in_axis, *space))
     interp.record.activations[pair.site] = 0
-    data = Value(shape, base, "data", size=_size_of_product(interp, pair, lhs, rhs, contracted))
+    data = Value(shape, base, "data", scale=_scale_of_product(interp, pair, lhs, rhs, contracted))
     if rhs.kind == "param":
         for view in rhs.views:
             axis = view.axes[out_axis]
@@ -455,4 +460,4 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
             interp.becomes_data(pair, value)
         if lhs.kind == rhs.kind == "data":
             interp.product(pair, contracted, lhs)
-    return [dataclasses.replace(data, heads=_kernels(rhs, (in_axis, *space)))]
+    return [dataclasses.replace(data, linear_in=_kernels(rhs, (in_axis, *space)))]
