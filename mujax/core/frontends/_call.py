@@ -1,4 +1,4 @@
-"""What mujax needs of a model: its traced initialiser and its calls, as pure functions of flat arrays."""
+"""A model's traced initialiser and its calls, as pure functions of flat arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mujax.spec import leaf_path
 
 Shape = tuple[int, ...]
 
-
 Static = dict[str, Any]
 
 
@@ -25,12 +24,12 @@ class Call:
     Attributes:
         function: flat arrays -> any pytree of arrays.
         leaves: the arrays, or their shapes.
-        params: which of them are parameters: position -> path.
-        state: which of them hold other state of the model (batch statistics): position -> path.
-        inputs: which of them are arrays of the user's positional arguments, and of the keyword arguments.
-        output: what `function` returns -> what the user's model returns.
-        static: everything that `function` depends on apart from the arrays; equal where two functions of
-            one model do the same.
+        params: the parameters among them: position -> path.
+        state: other state of the model among them (batch statistics): position -> path.
+        inputs: positions of the arrays in the user's positional arguments, and in the keyword arguments.
+        output: takes the model's own output out of the result of `function`.
+        static: everything else that `function` depends on; equal where two functions of one model do the
+            same.
     """
 
     function: Callable[..., Any]
@@ -42,7 +41,7 @@ class Call:
     static: tuple[Any, ...] = ()
 
     def trace(self) -> tuple[ClosedJaxpr, Any]:
-        """The function's program, and what it returns, as shapes."""
+        """The function's program and its outputs, as shapes."""
         return jax.make_jaxpr(self.function, return_shape=True)(*self.leaves)
 
 
@@ -51,10 +50,10 @@ class Initial:
     """An initialiser, traced.
 
     Attributes:
-        program: what it runs; the first input is the key.
+        program: its program; the first input is the key.
         variables: the pytree that it returns, with `jax.ShapeDtypeStruct` leaves.
-        params: which of its outputs are parameters: position -> path.
-        state: which hold other state of the model: position -> path.
+        params: the parameters among its outputs: position -> path.
+        state: other state of the model among them: position -> path.
     """
 
     program: ClosedJaxpr
@@ -69,7 +68,7 @@ class Initial:
 
 
 class Frontend(Protocol):
-    """What mujax needs of a model."""
+    """A model of one kind, as mujax uses it."""
 
     def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:
         """Traces the user's own initialiser."""
@@ -100,7 +99,7 @@ class Frontend(Protocol):
         ...
 
     def finish(self, variables: Any, result: Any) -> Any:
-        """What the user's call returns, given what the pure function returned."""
+        """The result of the user's call, from the result of the pure function."""
         ...
 
 
@@ -119,7 +118,7 @@ class Arguments:
     static: tuple[Any, ...]
 
     def after(self, count: int) -> tuple[range, range]:
-        """Positions of the positional and of the keyword ones, behind `count` other arrays."""
+        """Positions of the positional and of the keyword arrays, behind `count` others."""
         middle = count + self.positional
         return range(count, middle), range(middle, count + len(self.arrays))
 
@@ -146,7 +145,7 @@ def abstract(tree: Any) -> Any:
 
 
 def with_shape(shape: Shape, leaf: Any) -> jax.ShapeDtypeStruct:
-    """An abstract array that differs in shape only: a weak type makes another program, too."""
+    """An abstract array that differs from `leaf` in shape only; its weak type is kept."""
     return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
@@ -175,7 +174,7 @@ def sample(
         args, kw = arguments.rebuild(arrays)
         return pick(function(key, *args, **kw))
 
-    # As arguments: the forward pass of constants would be run, one operation after the other.
+    # As arguments: constants would be folded, one operation after the other.
     return jax.jit(flat)(key, *(jax.numpy.zeros(a.shape, a.dtype) for a in arguments.arrays))
 
 

@@ -35,9 +35,11 @@ def _no_static_arrays(module: nnx.Module) -> None:
         for name, value in vars(node).items():
             if isinstance(value, jax.Array) and (*map(str, path), name) not in held:
                 raise MujaxError(
-                    f"{'/'.join(map(str, (*path, name)))}: expected the arrays of an NNX module in "
-                    "variables, found a bare one; write nnx.data(...) or nnx.Variable(...) around it, or a "
-                    "Python number in its place."
+                    where="/".join(map(str, (*path, name))),
+                    expected="the arrays of an NNX module in variables",
+                    got="a bare one",
+                    remedy="write nnx.data(...) or nnx.Variable(...) around it, or a Python number in its "
+                    "place",
                 )
 
 
@@ -49,7 +51,9 @@ class NNXFrontend:
         module = self.factory(key if isinstance(key, nnx.Rngs) else nnx.Rngs(key))
         if not isinstance(module, nnx.Module):
             raise MujaxError(
-                f"model: expected an NNX factory that returns an nnx.Module, got {type(module).__name__}."
+                where="model",
+                expected="an NNX factory that returns an nnx.Module",
+                got=type(module).__name__,
             )
         return module
 
@@ -101,7 +105,7 @@ class NNXFrontend:
             run = functools.partial(method, module) if callable(method) else getattr(module, method)
             with warnings.catch_warnings():
                 if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-                    # Of a call that is only looked at, nothing that it sows is wanted.
+                    # A call that is only traced by mujax keeps nothing of what it sows.
                     warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)'", DeprecationWarning)
                 out = run(*args, **kw)
             # Parameters do not change in a call; all other state may.
@@ -124,12 +128,12 @@ class NNXFrontend:
 
 @functools.lru_cache(maxsize=64)
 def _abstract_parts(model: NNXFrontend) -> tuple[Any, Any]:
-    # Kept in two parts: a module can be changed, these can't.
+    # In two parts, which are immutable; a module is not.
     return nnx.split(nnx.eval_shape(lambda: model._build(jax.random.key(0))))
 
 
 def follow_mode(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Module:
-    """The base's module in the mode that the target's is in now (`eval()`, a changed setting)."""
+    """Gives the base's module the target's present mode (`eval()`, a changed setting)."""
     for (path, changed), (_, old), (_, mine) in zip(
         nnx.iter_modules(now), nnx.iter_modules(before), nnx.iter_modules(base), strict=False
     ):
@@ -139,8 +143,9 @@ def follow_mode(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Mo
             if hasattr(old, name) and getattr(old, name) != value:
                 if not hasattr(mine, name):
                     raise ShapeMismatchError(
-                        f"{'/'.join(map(str, path))}.{name}: expected it in the base as in the target, "
-                        "found none."
+                        where=f"{'/'.join(map(str, path))}.{name}",
+                        expected="it in the base as in the target",
+                        got="none",
                     )
                 setattr(mine, name, value)
     return base

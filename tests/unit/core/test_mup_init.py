@@ -86,7 +86,7 @@ def refused(error: type[Exception], *parts: str):
 
 def test_another_depth():
     with refused(
-        mujax.ShapeMismatchError, "hidden_1/", "expected the same parameters in base and target, found it in "
+        mujax.ShapeMismatchError, "hidden_1/", "expected the same parameters in base and target, got it in "
         "the target only", "not in depth",
     ):  # fmt: skip
         mujax.mup_init(MLP(WIDTH, depth=2), MLP(BASE, depth=1), X)
@@ -94,7 +94,7 @@ def test_another_depth():
 
 def test_a_parameter_that_the_target_lacks():
     with refused(
-        mujax.ShapeMismatchError, "first/bias: expected the same parameters", "found it in the base only"
+        mujax.ShapeMismatchError, "first/bias: expected the same parameters", "got it in the base only"
     ):
         mujax.mup_init(MLP(WIDTH, bias=False), MLP(BASE), X)
 
@@ -106,7 +106,7 @@ def test_another_rank():
         )
 
     with refused(
-        mujax.ShapeMismatchError, "k: expected the same rank in base and target, found shape (7, 8) in",
+        mujax.ShapeMismatchError, "k: expected the same rank in base and target, got shape (7, 8) in",
         "(7, 4, 6) in the target",
     ):  # fmt: skip
         mujax.mup_init(model(4, 6), model(8), X)
@@ -176,7 +176,7 @@ def test_what_needs_roles_needs_a_delta_at_the_base_width():
 def test_wrong_roles_are_refused_at_the_base_width_too():
     with refused(mujax.RoleError, "out/kernel: expected a role out of input, hidden, output, finite"):
         mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"out/kernel": "readout"})
-    with refused(mujax.RoleError, "roles: expected globs that match parameters, but 'nothing' matches none"):
+    with refused(mujax.RoleError, "roles: expected globs that match parameters, got 'nothing', which matches none"):
         mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"nothing": "output"})
 
 
@@ -199,7 +199,7 @@ def test_a_delta_must_vary_every_width_that_the_target_does():
 
     with refused(
         mujax.ShapeMismatchError, "kernel: expected the delta to differ from the base wherever the target "
-        "does, but target (", "vary every width in the delta",
+        "does, got target (", "vary every width in the delta",
     ):  # fmt: skip
         mujax.mup_init(Net(24, 48), Net(8, 16), X, delta=Net(12, 16))
     mujax.mup_init(Net(24, 48), Net(8, 16), X, delta=Net(12, 24))
@@ -674,13 +674,13 @@ def test_variables_of_other_widths(mlp):
 def test_variables_that_lack_a_parameter(mlp, variables):
     params = {name: leaves for name, leaves in variables["params"].items() if name != "out"}
     with refused(
-        mujax.SpecMismatchError, "out/bias: expected a parameter of shape (3,) as in mup_init, found none"
+        mujax.SpecMismatchError, "out/bias: expected a parameter of shape (3,) as in mup_init, got none"
     ):
         mlp.apply({"params": params}, X)
 
 
 def test_parameters_without_their_collection(mlp, variables):
-    with refused(mujax.SpecMismatchError, "expected a parameter of shape", "found none"):
+    with refused(mujax.SpecMismatchError, "expected a parameter of shape", "got none"):
         mlp.apply(variables["params"], X)
 
 
@@ -838,8 +838,8 @@ def test_a_multiplier_inside_of_a_function_with_its_own_derivative():
     params = mup.init(KEY, X)
     plain = mup.apply(params, X)
     with refused(
-        mujax.ConfigError, "test_mup_init.py:", "expected the product that attention_mult multiplies to "
-        "stand outside of custom_vjp_call", "leave out attention_mult",
+        mujax.ConfigError, "test_mup_init.py:", "expected the product that attention_mult multiplies "
+        "outside of custom_vjp_call", "leave out attention_mult",
     ):  # fmt: skip
         mup.with_multipliers(attention_mult=2.0).apply(params, X)
     # What can be reached is multiplied.
