@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend import core as jex
 
 from mujax import rules
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
@@ -31,30 +32,35 @@ from mujax.core.program import (
 )
 from mujax.core.trace import Finding
 from mujax.errors import ConfigError, SpecMismatchError
-from mujax.spec import MupSpec
+from mujax.spec import MupSpec, ParamSpec
 
 _PASS_VARIABLES: Final = "pass the variables that mup.init returns"
 
 
-class _KnownCall(NamedTuple):
+@dataclasses.dataclass
+class _KnownCall:
     """A call that was traced and read.
 
     Attributes:
         program: the target's program.
-        structure: of what it returns.
+        structure: the tree structure of its result.
         plan: its corrections; None where it gets none.
+        param_factors: factors on the parameters themselves, by position.
+        corrected: the program with its corrections, once it is needed again.
     """
 
     program: ClosedJaxpr
     structure: Any
     plan: Plan | None
+    param_factors: Mapping[int, float]
+    corrected: ClosedJaxpr | None = None
 
 
 class _KnownCalls:
-    """The calls that were read, so that an eager call is traced once, as a jitted function is.
+    """A cache of the calls that were read, so that an eager call is traced once, as a jitted function is.
 
-    A call is known again by its arrays' types, by everything else that its function depends on, and by the
-    settings of JAX that programs are traced under.
+    The key is the types of the call's arrays, everything else that its function depends on, and the settings
+    of JAX that programs are traced under.
     """
 
     _LIMIT: Final = 64
@@ -72,8 +78,8 @@ class _KnownCalls:
     def __init__(self) -> None:
         self._calls: collections.OrderedDict[Hashable, _KnownCall] = collections.OrderedDict()
 
-    def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> _KnownCall:
-        """What is known of a call, read where it is new.
+    def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> tuple[_KnownCall, bool]:
+        """A call, read where it is new, and whether it is kept for the next time.
 
         Args:
             call: the call.
@@ -82,7 +88,7 @@ class _KnownCalls:
         """
         if under_named_axes():
             # A program may hold the sizes of axes that are no part of the call.
-            return read()
+            return read(), False
         settings = tuple(getattr(jax.config, name, None) for name in self._SETTINGS)
         types = tuple(jax.typeof(leaf) for leaf in call.leaves)
         key = (corrected, call.static, types, settings, jax.sharding.get_abstract_mesh())
@@ -90,15 +96,18 @@ class _KnownCalls:
             known = self._calls.get(key)
         except TypeError:
             # A static argument that does not hash.
-            return read()
-        if known is None:
-            known = read()
-            # What the model closes over may belong to a transformation that is under way.
-            if not any(isinstance(const, Tracer) for const in known.program.consts):
-                self._calls[key] = known
-                if len(self._calls) > self._LIMIT:
-                    self._calls.popitem(last=False)
-        return known
+            return read(), False
+        if known is not None:
+            return known, True
+        known = read()
+        # What the model closes over may belong to a transformation that is under way.
+        if any(isinstance(const, Tracer) for const in known.program.consts):
+            return known, False
+        self._calls[key] = known
+        if len(self._calls) > self._LIMIT:
+            self._calls.popitem(last=False)
+        # A traced function runs once: its program is not worth tracing twice.
+        return known, not any(isinstance(leaf, Tracer) for leaf in call.leaves)
 
 
 def _concrete(tree: Any) -> Any:
@@ -182,30 +191,44 @@ class MupModel:
             SpecMismatchError: the variables do not have the shapes that `mup_init` saw.
         """
         call = self._target.call(variables, inputs, kwargs)
-        self._check(call)
-        entry = self._param_factors(call)
-        if not (self._may_correct or entry):
+        if not (self._may_correct or self._may_scale):
+            self._check(call)
             return self._target.finish(variables, call.function(*call.leaves))
-        known = self._known_calls.get(
+        known, again = self._known_calls.get(
             call, self._may_correct, lambda: self._read(call, variables, inputs, kwargs)
         )
-        leaves = [
-            leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
-            for position, leaf in enumerate(call.leaves)
+        if again and not self._multipliers:
+            outs = self._corrected(known, call)(*call.leaves)
+        else:
+            outs = self._evaluate(known, call.leaves)
+        return self._target.finish(variables, jax.tree.unflatten(known.structure, outs))
+
+    def _evaluate(self, known: _KnownCall, leaves: Sequence[Any]) -> list[Any]:
+        scaled = [
+            leaf
+            if (factor := known.param_factors.get(position)) is None
+            else leaf * jnp.asarray(factor, leaf.dtype)
+            for position, leaf in enumerate(leaves)
         ]
         insertions = {} if known.plan is None else self._insertions(known.program, known.plan)
-        outs = evaluate(known.program, leaves, insertions)
-        return self._target.finish(variables, jax.tree.unflatten(known.structure, outs))
+        return evaluate(known.program, scaled, insertions)
+
+    def _corrected(self, known: _KnownCall, call: Call) -> Callable[..., list[Any]]:
+        """The call's program with its corrections, built once: each scan keeps its compiled body."""
+        if known.corrected is None:
+            known.corrected = jax.make_jaxpr(lambda *leaves: self._evaluate(known, leaves))(*call.leaves)
+        return jex.jaxpr_as_fun(known.corrected)
 
     def _read(self, call: Call, variables: Any, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _KnownCall:
         """Traces a call at both widths and reads its corrections."""
+        self._check(call)
         program, shape = call.trace()
         plan = None
         if self._may_correct:
             small = base_call(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
             base, _ = small.trace()
             plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
-        return _KnownCall(program, jax.tree.structure(shape), plan)
+        return _KnownCall(program, jax.tree.structure(shape), plan, self._param_factors(call))
 
     def with_multipliers(
         self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
@@ -284,11 +307,18 @@ class MupModel:
         return {
             position: factor
             for position, path in call.params.items()
-            if rules.on_parameter(param := self.spec[path])
-            and (factor := rules.forward_factor(param, self.spec.parametrization)) != 1.0
+            if (factor := self._param_factor(self.spec[path])) != 1.0
         }
 
-    @property
+    def _param_factor(self, param: ParamSpec) -> float:
+        return rules.forward_factor(param, self.spec.parametrization) if rules.on_parameter(param) else 1.0
+
+    @functools.cached_property
+    def _may_scale(self) -> bool:
+        """Whether any parameter gets a factor of its own."""
+        return any(self._param_factor(param) != 1.0 for param in self.spec.values())
+
+    @functools.cached_property
     def _may_correct(self) -> bool:
         """Whether any product may get a factor; otherwise the call need not be traced."""
         grows = any(param.shape != param.base_shape or param.depth != 1 for param in self.spec.values())

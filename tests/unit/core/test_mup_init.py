@@ -1,6 +1,10 @@
 """mup_init and MupModel: what they refuse and how they say it, and that apply is the model's own apply."""
 
+import contextlib
+import functools
+import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -176,7 +180,9 @@ def test_what_needs_roles_needs_a_delta_at_the_base_width():
 def test_wrong_roles_are_refused_at_the_base_width_too():
     with refused(mujax.RoleError, "out/kernel: expected a role out of input, hidden, output, finite"):
         mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"out/kernel": "readout"})
-    with refused(mujax.RoleError, "roles: expected globs that match parameters, got 'nothing', which matches none"):
+    with refused(
+        mujax.RoleError, "roles: expected globs that match parameters, got 'nothing', which matches none"
+    ):
         mujax.mup_init(MLP(BASE), MLP(BASE), X, roles={"nothing": "output"})
 
 
@@ -768,6 +774,99 @@ def test_multipliers_reach_a_call_that_was_known_without():
     doubled = mup.with_multipliers(output_mult=2.0).apply(variables, X)
     np.testing.assert_allclose(doubled - plain, kernel_part, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(mup.apply(variables, X), plain)
+
+
+def test_a_known_call_under_transformations_gives_what_a_new_one_gives(counted):
+    mup, variables = counted
+    other = mujax.mup_init(_Counted(WIDTH), _Counted(BASE), X)
+    mup.apply(variables, X)
+
+    def loss(mup: mujax.MupModel, variables: Any) -> Any:
+        return (mup.apply(variables, X) ** 2).sum()
+
+    for run in (jax.grad, lambda f: jax.jit(jax.grad(f)), lambda f: lambda v: jax.jvp(f, (v,), (v,))):
+        both = [run(functools.partial(loss, one))(variables) for one in (mup, other)]
+        for ours, theirs in zip(*map(jax.tree.leaves, both), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    stacked = jnp.stack([X, 2 * X])
+    np.testing.assert_allclose(
+        jax.vmap(lambda x: mup.apply(variables, x))(stacked),
+        [mup.apply(variables, X), mup.apply(variables, 2 * X)],
+        rtol=1e-5,
+    )
+    with jax.disable_jit():
+        np.testing.assert_allclose(mup.apply(variables, X), other.apply(variables, X), rtol=1e-5)
+
+
+def test_a_known_call_has_its_side_effects_each_time():
+    seen: list[float] = []
+
+    class Net(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.relu(nn.Dense(self.width)(x))
+            jax.debug.callback(lambda value: seen.append(float(value)), h.sum())
+            return nn.Dense(3)(h)
+
+    mup = mujax.mup_init(Net(WIDTH), Net(BASE), X)
+    variables = mup.init(KEY, X)
+    jax.effects_barrier()
+    seen.clear()
+    for _ in range(3):
+        mup.apply(variables, X)
+    jax.effects_barrier()
+    assert len(seen) == 3
+
+
+def test_an_eager_call_compiles_its_loops_once():
+    class Block(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x, _):
+            q, k = nn.Dense(self.width)(x), nn.Dense(self.width)(x)
+            return nn.softmax(q @ k.T / self.width**0.5) @ x, None
+
+    class Net(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            h, _ = blocks(self.width)(nn.Dense(self.width)(x), None)
+            return nn.Dense(3)(h)
+
+    mup = mujax.mup_init(Net(WIDTH), Net(BASE), X)
+    assert "attention" in {correction.kind for correction in mup.corrections}
+    variables = mup.init(KEY, X)
+    first = mup.apply(variables, X)
+    with jax.log_compiles(), _compiled() as names:
+        again = mup.apply(variables, X)
+        assert names == []
+        # The negative twin: a loop that is written anew is compiled anew.
+        mup.with_multipliers(attention_mult=1.0).apply(variables, X)
+        assert names != []
+    np.testing.assert_array_equal(first, again)
+
+
+@contextlib.contextmanager
+def _compiled() -> Iterator[list[str]]:
+    """The names of what is compiled in the meantime."""
+    names: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if (message := record.getMessage()).startswith("Compiling"):
+                names.append(message)
+
+    logger, handler = logging.getLogger("jax"), Handler()
+    logger.addHandler(handler)
+    try:
+        yield names
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_the_sizes_of_named_axes_are_not_taken_from_another_call():
