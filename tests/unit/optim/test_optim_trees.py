@@ -582,7 +582,7 @@ class TestInsideFlax:
         model = NnxMLP(nnx.Rngs(0))
         model.first.kernel = Frozen(model.first.kernel[...])
         trained = nnx.All(nnx.Param, nnx.Not(Frozen))
-        with pytest.raises(SpecMismatchError, match=r"^first/kernel: .*MupSpec of that part"):
+        with pytest.raises(SpecMismatchError, match=r"^first/kernel: .*optax.set_to_zero"):
             nnx.Optimizer(model, mup_adam(LR, SPEC), wrt=trained)
         part = MupSpec({k: v for k, v in SPEC.items() if k != "first/kernel"}, SPEC.parametrization)
         nnx.Optimizer(model, mup_adam(LR, part), wrt=trained)
