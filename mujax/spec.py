@@ -288,7 +288,8 @@ class MupSpec(Mapping[str, ParamSpec]):
 
         Boxes (`nn.Partitioned`, `nnx.Variable`) and a `{"params": ...}` around the tree are looked through.
         A parameter may be absent only where an `optax.MaskedNode` or None stands in place of it or of a
-        subtree that holds it. Reads key paths and shapes, never values: a compiled program has nothing of it.
+        subtree that holds it, and from an `nnx.State`, which filters (`wrt=`) cut down. Reads key paths and
+        shapes, never values: a compiled program has nothing of it.
 
         Args:
             tree: parameters, gradients or updates.
@@ -321,6 +322,9 @@ class MupSpec(Mapping[str, ParamSpec]):
         for path, spec_path in known.items():
             expected = self[spec_path].shape
             if path not in found:
+                if found and extra is None and hasattr(tree, "filter"):
+                    # An `nnx.State`, of which a filter (`wrt=`) leaves out parameters without a trace.
+                    continue
                 if not _is_in(path, holes):
                     instead = "" if extra is None else f" but {found[extra][0]!r}, which the spec lacks"
                     raise SpecMismatchError(

@@ -172,8 +172,8 @@ def _known_branches(spec: MupSpec, branches: Branches) -> Branches:
                     where=path,
                     expected="it outside of residual branches as in the call that mup_init traced",
                     got=f"it inside of the one that is added at {branch.where}",
-                    remedy="pass mup_init the inputs and keyword arguments of a call that goes through all "
-                    "branches",
+                    remedy="pass mup_init the inputs and keyword arguments of a call that goes "
+                    "through all branches",
                 )
     return branches
 

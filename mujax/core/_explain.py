@@ -67,10 +67,9 @@ def explain(
         for c, n in collections.Counter(corrections).items()
     ] or ["  none"]
     lines += ["", "Found, and not corrected:"]
-    counts = collections.Counter(findings)
     lines += [
-        f"  {f.kind} at {f.where}: {f.message}" + (f" ({n} times)" if n > 1 else "")
-        for f, n in counts.items()
+        f"  {f.kind} at {f.where}: {f.message}" + (f" ({f.count} times)" if f.count > 1 else "")
+        for f in findings
     ] or ["  nothing"]
     return "\n".join(lines)
 

@@ -22,9 +22,9 @@ from mujax.core.depth import (
     with_depth,
     with_depth_of_branches,
 )
-from mujax.core.frontends import Call, Frontend, Initial, frontend
+from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Finding, analyse
+from mujax.core.trace import Finding, analyse, merged
 from mujax.errors import AuditError, MujaxWarning, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
@@ -38,18 +38,17 @@ class _Traced:
         initial: its initialiser.
         call: the example call.
         program: the call's program.
-        result: the call's outputs, as shapes.
+        result: the call's result.
     """
 
     end: Frontend
     initial: Initial
     call: Call
     program: ClosedJaxpr
-    result: Any
+    result: Result
 
 
-def _traced(model: Any, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _Traced:
-    end = frontend(model)
+def _traced(end: Frontend, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _Traced:
     initial = end.trace_init(inputs, kwargs)
     call = end.example(initial.variables, inputs, kwargs)
     return _Traced(end, initial, call, *call.trace())
@@ -131,12 +130,13 @@ def mup_init(
     """
     table = with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
     disabled = disabled_kinds(corrections or {})
-    target, small = _traced(model, inputs, kwargs), _traced(base, inputs, kwargs)
+    ends = frontend(model, "model"), frontend(base, "base")
+    target, small = (_traced(end, inputs, kwargs) for end in ends)
     check_same_parameters("target", target.initial, small.initial)
     # Where there is a delta, infinite axes and roles are read off it.
     wide = target
     if delta is not None:
-        wide = _traced(delta, inputs, kwargs)
+        wide = _traced(frontend(delta, "delta"), inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
     layers = scanned_layers(wide.program, wide.call.params)
@@ -170,7 +170,7 @@ def mup_init(
         spec=spec,
         init_scales=init_scales,
         corrections=plan.in_order(),
-        findings=(*findings, *plan.findings),
+        findings=merged((*findings, *plan.findings)),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),
@@ -182,14 +182,32 @@ def mup_init(
         _kwargs=dict(kwargs),
         _depth=layout,
     )
+    if _only_shrinks(spec):
+        message = (
+            "model: expected a target that is wider than its base, got one that is narrower in every axis "
+            "that differs; if the two are swapped, pass the large model first."
+        )
+        warnings.warn(MujaxWarning(message), stacklevel=2)
     if mup.findings:
         first, *others = mup.findings
+        times = "" if first.count == 1 else f" ({first.count} times)"
         more = f" There are {len(others)} more: see mup.findings." if others else ""
-        message = f"{first.where}: {first.message}.{more}"
+        message = f"{first.where}: {first.message}{times}.{more}"
         if strict:
             raise AuditError(message)
         warnings.warn(MujaxWarning(message), stacklevel=2)
     return mup
+
+
+def _only_shrinks(spec: MupSpec) -> bool:
+    """Whether the widths of target and base differ, and each of them is smaller in the target."""
+    pairs = [
+        pair
+        for param in spec.values()
+        for pair in zip(param.shape, param.base_with_layers, strict=True)
+        if pair[0] != pair[1]
+    ]
+    return bool(pairs) and all(size < base for size, base in pairs)
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:

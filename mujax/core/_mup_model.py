@@ -19,7 +19,7 @@ from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import explain
 from mujax.core._replay import Replay
 from mujax.core.depth import Depth
-from mujax.core.frontends import Call, Frontend, base_call
+from mujax.core.frontends import Call, Frontend, Result, base_call
 from mujax.core.program import (
     ClosedJaxpr,
     EqnPath,
@@ -43,14 +43,14 @@ class _KnownCall:
 
     Attributes:
         program: the target's program.
-        structure: the tree structure of its result.
+        build: makes the call's result from the program's outputs.
         plan: its corrections; None where it gets none.
         param_factors: factors on the parameters themselves, by position.
         corrected: the program with its corrections, once it is needed again.
     """
 
     program: ClosedJaxpr
-    structure: Any
+    build: Callable[[Sequence[Any]], Any]
     plan: Plan | None
     param_factors: Mapping[int, float]
     corrected: ClosedJaxpr | None = None
@@ -110,6 +110,12 @@ class _KnownCalls:
         return known, not any(isinstance(leaf, Tracer) for leaf in call.leaves)
 
 
+def _unused(program: ClosedJaxpr) -> frozenset[int]:
+    """The positions of inputs that no equation reads."""
+    read = {id(atom) for eqn in program.jaxpr.eqns for atom in eqn.invars}
+    return frozenset(position for position, var in enumerate(program.jaxpr.invars) if id(var) not in read)
+
+
 def _concrete(tree: Any) -> Any:
     """Zeros in place of arguments given as shapes."""
     return jax.tree.map(
@@ -138,7 +144,7 @@ class MupModel:
     _base: Frontend
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     _stored: Mapping[str, float]
-    _example: tuple[ClosedJaxpr, Call, Any]
+    _example: tuple[ClosedJaxpr, Call, Result]
     _plan: Plan
     _disabled: frozenset[Kind]
     _inputs: tuple[Any, ...]
@@ -201,7 +207,7 @@ class MupModel:
             outs = self._corrected(known, call)(*call.leaves)
         else:
             outs = self._evaluate(known, call.leaves)
-        return self._target.finish(variables, jax.tree.unflatten(known.structure, outs))
+        return self._target.finish(variables, known.build(outs))
 
     def _evaluate(self, known: _KnownCall, leaves: Sequence[Any]) -> list[Any]:
         scaled = [
@@ -222,13 +228,15 @@ class MupModel:
     def _read(self, call: Call, variables: Any, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _KnownCall:
         """Traces a call at both widths and reads its corrections."""
         self._check(call)
-        program, shape = call.trace()
+        program, result = call.trace()
         plan = None
         if self._may_correct:
-            small = base_call(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
+            small = base_call(
+                self._base, self._target, variables, inputs, kwargs, call, self._sizes, _unused(program)
+            )
             base, _ = small.trace()
             plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
-        return _KnownCall(program, jax.tree.structure(shape), plan, self._param_factors(call))
+        return _KnownCall(program, result.build, plan, self._param_factors(call))
 
     def with_multipliers(
         self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from mujax.core._corrections import Correction
-from mujax.core.frontends import Call
+from mujax.core.frontends import Call, Result
 from mujax.core.program import (
     ClosedJaxpr,
     EqnPath,
@@ -38,7 +38,7 @@ class Replay:
     Attributes:
         program: the traced call.
         call: the meaning of its flat inputs.
-        result: the outputs of the call's function, as shapes.
+        result: the result of the call's function.
         insertions: the factors of the forward pass.
         param_factors: factors on the parameters themselves, by position.
         variables: key -> flat variables.
@@ -50,7 +50,7 @@ class Replay:
 
     program: ClosedJaxpr
     call: Call
-    result: Any
+    result: Result
     insertions: Insertions
     param_factors: Mapping[int, float]
     variables: Callable[[Key[Array, ""]], list[Any]]
@@ -106,7 +106,7 @@ class Replay:
             factor = self.param_factors.get(position)
             leaves[position] = leaf if factor is None else leaf * jnp.asarray(factor, leaf.dtype)
         outs, records = evaluate_and_record(self.program, leaves, self.insertions, taps)
-        return self.call.output(jax.tree.unflatten(jax.tree.structure(self.result), outs)), records
+        return self.call.output(self.result.build(outs)), records
 
     def equation(self, site: EqnPath) -> JaxprEqn:
         """The equation at a place."""
@@ -118,7 +118,7 @@ class Replay:
 
     def output(self) -> Any:
         """The model's output, as shapes."""
-        return self.call.output(self.result)
+        return self.call.output(self.result.build(self.result.shapes))
 
     def _arrays(self, inputs: Sequence[Any]) -> list[Any]:
         given = [leaf for leaf in jax.tree.leaves(tuple(inputs)) if hasattr(leaf, "shape")]

@@ -4,6 +4,11 @@
 `_choose.py` selects one of them. The user's module is never changed.
 """
 
-from mujax.core.frontends._call import Call as Call, Frontend as Frontend, Initial as Initial
+from mujax.core.frontends._call import (
+    Call as Call,
+    Frontend as Frontend,
+    Initial as Initial,
+    Result as Result,
+)
 from mujax.core.frontends._choose import base_call as base_call, frontend as frontend
 from mujax.core.frontends._functional import Functional as Functional

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -40,9 +43,76 @@ class Call:
     output: Callable[[Any], Any] = lambda result: result
     static: tuple[Any, ...] = ()
 
-    def trace(self) -> tuple[ClosedJaxpr, Any]:
-        """The function's program and its outputs, as shapes."""
-        return jax.make_jaxpr(self.function, return_shape=True)(*self.leaves)
+    def trace(self) -> tuple[ClosedJaxpr, Result]:
+        """The function's program and its result."""
+        builds: list[Callable[[Sequence[Any]], Any]] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            outputs, build = _open(self.function(*arrays))
+            builds.append(build)
+            return outputs
+
+        program, shapes = jax.make_jaxpr(flat, return_shape=True)(*self.leaves)
+        return program, Result(shapes, builds[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of a traced call.
+
+    Attributes:
+        shapes: its arrays, flat, as shapes.
+        build: makes the result from flat arrays. All else in it (a string, None) is as it was in the trace.
+    """
+
+    shapes: Sequence[Any]
+    build: Callable[[Sequence[Any]], Any]
+
+
+def _open(result: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a result, flat, and a function that makes the result from such arrays.
+
+    A model may return what JAX does not take for a tree: strings, and objects that hold arrays, such as a
+    dataclass that was never registered. Of an object the attributes are replaced in a copy.
+    """
+    leaves, structure = jax.tree.flatten(result)
+    arrays: list[Any] = []
+    fills: list[Callable[[Sequence[Any]], Any]] = []
+    for leaf in leaves:
+        if is_array(leaf):
+            fills.append(operator.itemgetter(len(arrays)))
+            arrays.append(leaf)
+            continue
+        inside, build = _open(_attributes(leaf))
+        if inside:
+            taken = slice(len(arrays), len(arrays) + len(inside))
+            arrays += inside
+            # The arrays of the trace must not outlive it, so the copy is made without them.
+            empty = _with_attributes(leaf, dict.fromkeys(_attributes(leaf)))
+            fills.append(
+                lambda given, taken=taken, build=build, empty=empty: _with_attributes(
+                    empty, build(given[taken])
+                )
+            )
+        else:
+            fills.append(lambda given, leaf=leaf: leaf)
+    return arrays, lambda given: jax.tree.unflatten(structure, [fill(given) for fill in fills])
+
+
+def _attributes(leaf: Any) -> dict[str, Any]:
+    """The attributes of an object that may hold arrays."""
+    if isinstance(leaf, type | types.ModuleType) or callable(leaf):
+        return {}
+    if dataclasses.is_dataclass(leaf):
+        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    return dict(getattr(leaf, "__dict__", {}))
+
+
+def _with_attributes(leaf: Any, attributes: Mapping[str, Any]) -> Any:
+    made = copy.copy(leaf)
+    for name, value in attributes.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from flax import linen as nn, nnx
 
-from mujax.core.frontends._call import Call, Frontend, Shape, Static, with_shape
+from mujax.core.frontends._call import Call, Frontend, Shape, Static, is_array, with_shape
 from mujax.core.frontends._functional import Functional, FunctionalFrontend
 from mujax.core.frontends._linen import LinenFrontend
-from mujax.core.frontends._nnx import NNXFrontend, follow_mode
+from mujax.core.frontends._nnx import NNXFrontend, factory_of, follow_mode
 from mujax.errors import MujaxError, SpecMismatchError
 
 
-def frontend(model: Any) -> Frontend:
+def frontend(model: Any, name: str = "model") -> Frontend:
     """The front end of a model.
 
     Args:
         model: a Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`.
+        name: the argument that the model was given as, for errors.
 
     Raises:
         MujaxError: it is none of the three.
@@ -29,26 +30,34 @@ def frontend(model: Any) -> Frontend:
     if isinstance(model, Functional):
         return FunctionalFrontend(model)
     if isinstance(model, nnx.Module):
-        name = type(model).__name__
+        kind = type(model).__name__
         raise MujaxError(
-            where="model",
+            where=name,
             expected="an NNX factory (a function rngs -> module)",
-            got=f"an instance of {name}",
-            remedy=f"pass lambda rngs: {name}(..., rngs=rngs)",
+            got=f"an instance of {kind}",
+            remedy=f"pass lambda rngs: {kind}(..., rngs=rngs)",
+        )
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise MujaxError(
+            where=name,
+            expected="an instance of a Flax Linen module",
+            got=f"the class {model.__name__}",
+            remedy=f"pass {model.__name__}(...)",
         )
     if isinstance(getattr(model, "module", None), nn.Module):
         raise MujaxError(
-            where="model",
+            where=name,
             expected="a Flax Linen module",
             got=f"{type(model).__name__}, which holds one",
             remedy="pass its .module",
         )
     if callable(model):
-        return NNXFrontend(cast(Callable[[nnx.Rngs], nnx.Module], model))
+        return NNXFrontend(factory_of(model, name))
     raise MujaxError(
-        where="model",
+        where=name,
         expected="a Flax Linen module, an NNX factory rngs -> nnx.Module or mujax.Functional(init, apply)",
-        got=type(model).__name__,
+        got=f"the shape {tuple(model.shape)}" if is_array(model) else type(model).__name__,
+        remedy="call mup_init(model, base, *inputs)",
     )
 
 
@@ -60,6 +69,7 @@ def base_call(
     kwargs: Static,
     call: Call,
     sizes: Mapping[str, tuple[Shape, Shape]],
+    unused: Collection[int] = (),
 ) -> Call:
     """The base's counterpart of a call of the target.
 
@@ -71,6 +81,8 @@ def base_call(
         kwargs: keyword arguments, the same for both.
         call: the target's call.
         sizes: (target, base) shape of each parameter and of each piece of state, by path.
+        unused: positions in `call` that the target does not read; those that `mup_init` did not see, such as
+            a collection that another call returned, keep their shapes.
 
     Raises:
         SpecMismatchError: a shape in the call does not follow from those that `mup_init` saw.
@@ -89,7 +101,12 @@ def base_call(
     for which in (same.params, same.state):
         for position, path in which.items():
             leaf = call.leaves[position]
-            shape = small[path] if path in small else _base_shape(path, tuple(leaf.shape), sizes)
+            if path in small:
+                shape = small[path]
+            elif path not in sizes and position in unused:
+                shape = tuple(leaf.shape)
+            else:
+                shape = _base_shape(path, tuple(leaf.shape), sizes)
             leaves[position] = with_shape(shape, leaf)
     return dataclasses.replace(same, leaves=leaves)
 

@@ -166,7 +166,7 @@ def test_what_needs_roles_needs_a_delta_at_the_base_width():
     }
     for name, ask in asks.items():
         with refused(
-            mujax.RoleError, f"{name}: expected a spec with roles, found one whose target has the widths of "
+            mujax.RoleError, f"{name}: expected a spec with roles, got one whose target has the widths of "
             "its base", "pass delta= to mup_init",
         ):  # fmt: skip
             ask()
@@ -220,9 +220,32 @@ def test_a_delta_of_another_structure():
 
 def test_a_target_narrower_than_its_base():
     """Factors are ratios: they work both ways."""
-    mup = mujax.mup_init(MLP(BASE), MLP(WIDTH), X)
+    swapped = (
+        r"^model: expected a target that is wider than its base, .*; if the two are swapped, pass the large"
+    )
+    with pytest.warns(mujax.MujaxWarning, match=swapped):
+        mup = mujax.mup_init(MLP(BASE), MLP(WIDTH), X)
     assert [c.factor for c in mup.corrections] == [pytest.approx(R)]
     assert mup.init_scales["out/kernel"] == pytest.approx(R**-0.5)
+
+
+@pytest.mark.parametrize(("target", "base"), [(WIDTH, BASE), (BASE, BASE)])
+def test_no_warning_where_the_models_are_in_order(target, base):
+    """Warnings are errors here."""
+    mujax.mup_init(MLP(target), MLP(base), X)
+
+
+def test_no_warning_where_one_width_grows_and_another_shrinks():
+    def model(a: int, b: int) -> mujax.Functional:
+        return mujax.Functional(
+            lambda key, x: {"a": jax.random.normal(key, (7, a)), "b": jax.random.normal(key, (7, b))},
+            lambda params, x: ((x @ params["a"]).mean(), (x @ params["b"]).mean()),
+        )
+
+    mujax.mup_init(model(24, 8), model(8, 24), X)
+    for target, base in (((8, 8), (24, 24)), ((8, 8), (24, 8))):
+        with pytest.warns(mujax.MujaxWarning, match="swapped"):
+            mujax.mup_init(model(*target), model(*base), X)
 
 
 # ---- what is no model ------------------------------------------------------------------------------
