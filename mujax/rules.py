@@ -23,20 +23,52 @@ from mujax.spec import ROLES, Parametrization, ParamSpec, Role
 Family = Literal["sgd", "adam", "normalized", "normalized_gradient", "spectral"]
 FAMILIES: Final[tuple[Family, ...]] = get_args(Family)
 
-FAMILY_SOURCES: Final[Mapping[Family, str]] = {
-    "sgd": "linear in the gradient: TP5 Tables 3, 8 and 9, SGD",
-    "adam": "free of the gradient's scale, entry by entry: TP5 Tables 3, 8 and 9, Adam; Appendix B.3",
-    "normalized": (
-        "norm of the update proportional to the parameter's, so Adam's rate over the init std: arXiv "
-        "2310.17813, Condition 1; arXiv 2407.05872, Adafactor with parameter scaling under full alignment"
+
+@dataclasses.dataclass(frozen=True)
+class FamilyTraits:
+    """What the optimizers of a family have in common.
+
+    Attributes:
+        updates: what their updates are.
+        rates: their learning rates, in words.
+        source: where the rates come from.
+    """
+
+    updates: str
+    rates: str
+    source: str
+
+
+FAMILY_TRAITS: Final[Mapping[Family, FamilyTraits]] = {
+    "sgd": FamilyTraits(
+        updates="linear in the gradient",
+        rates="SGD's learning rates",
+        source="TP5 Tables 3, 8 and 9, SGD",
     ),
-    "normalized_gradient": (
-        "divided by the gradient's Frobenius norm, its spectral norm up to the root of its low rank: "
-        "arXiv 2310.17813, Condition 1"
+    "adam": FamilyTraits(
+        updates="free of the gradient's scale, entry by entry",
+        rates="Adam's learning rates",
+        source="TP5 Tables 3, 8 and 9, Adam; Appendix B.3",
     ),
-    "spectral": "singular values all equal, so a spectral norm of its own: arXiv 2310.17813, Condition 1",
+    "normalized": FamilyTraits(
+        updates="proportional to the parameter's norm",
+        rates="r_in^-1/2 for hidden weights",
+        source="Adam's rate over the init std: arXiv 2310.17813, Condition 1; arXiv 2407.05872, Adafactor "
+        "with parameter scaling under full alignment",
+    ),
+    "normalized_gradient": FamilyTraits(
+        updates="divided by the norm of the parameter's gradient",
+        rates="√(r_out/r_in) for hidden weights, √r_out for input and √r_in for output weights in Table 8",
+        source="the gradient's Frobenius norm is its spectral norm up to the root of its low rank: arXiv "
+        "2310.17813, Condition 1",
+    ),
+    "spectral": FamilyTraits(
+        updates="matrices whose singular values are all equal",
+        rates="√(r_out/r_in)",
+        source="the update has a spectral norm of its own: arXiv 2310.17813, Condition 1",
+    ),
 }
-"""What an update of each family looks like, and where its learning rates come from."""
+"""What the updates of each family are, and its learning rates."""
 
 Exponents = tuple[float, float]
 """Exponents of (r_in, r_out)."""
@@ -61,28 +93,30 @@ class Row:
 
 _ONE: Final[Exponents] = (0.0, 0.0)
 
+
+def _rates(
+    *, adam: Exponents, sgd: Exponents, normalized: Exponents, spectral: Exponents
+) -> Mapping[Family, Exponents]:
+    """The rates of a row; those of `"normalized_gradient"` are the spectral ones, see `FAMILY_TRAITS`."""
+    return {
+        "adam": adam,
+        "sgd": sgd,
+        "normalized": normalized,
+        "normalized_gradient": spectral,
+        "spectral": spectral,
+    }
+
+
 _HIDDEN: Final = Row(
     init=(-0.5, 0.0),
     forward=_ONE,
-    lr={
-        "adam": (-1.0, 0.0),
-        "sgd": (-1.0, 1.0),
-        "normalized": (-0.5, 0.0),
-        "normalized_gradient": (-0.5, 0.5),
-        "spectral": (-0.5, 0.5),
-    },
+    lr=_rates(adam=(-1.0, 0.0), sgd=(-1.0, 1.0), normalized=(-0.5, 0.0), spectral=(-0.5, 0.5)),
     source="TP5 Tables 3, 8 and 9, hidden weights",
 )
 _INPUT: Final = Row(
     init=_ONE,
     forward=_ONE,
-    lr={
-        "adam": _ONE,
-        "sgd": (0.0, 1.0),
-        "normalized": _ONE,
-        "normalized_gradient": (0.0, 0.5),
-        "spectral": (0.0, 0.5),
-    },
+    lr=_rates(adam=_ONE, sgd=(0.0, 1.0), normalized=_ONE, spectral=(0.0, 0.5)),
     source="TP5 Tables 3 and 8, input weights and all biases",
 )
 _NO_FACTOR: Final[Mapping[Family, Exponents]] = dict.fromkeys(FAMILIES, _ONE)
@@ -95,13 +129,7 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
         "output": Row(
             init=_ONE,
             forward=(-1.0, 0.0),
-            lr={
-                "adam": _ONE,
-                "sgd": (1.0, 0.0),
-                "normalized": _ONE,
-                "normalized_gradient": (0.5, 0.0),
-                "spectral": (0.5, 0.0),
-            },
+            lr=_rates(adam=_ONE, sgd=(1.0, 0.0), normalized=_ONE, spectral=(0.5, 0.0)),
             source="TP5 Table 8, output weights; microsoft/mup MuReadout",
         ),
         "finite": _FINITE,
@@ -112,13 +140,7 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
         "output": Row(
             init=(-1.0, 0.0),
             forward=_ONE,
-            lr={
-                "adam": (-1.0, 0.0),
-                "sgd": (-1.0, 0.0),
-                "normalized": _ONE,
-                "normalized_gradient": (-0.5, 0.0),
-                "spectral": (-0.5, 0.0),
-            },
+            lr=_rates(adam=(-1.0, 0.0), sgd=(-1.0, 0.0), normalized=_ONE, spectral=(-0.5, 0.0)),
             source="TP5 Table 3, output weights",
         ),
         "finite": _FINITE,
@@ -151,8 +173,8 @@ TABLES: Final[Mapping[str, Mapping[Role, Row]]] = {
 _GRADIENT: Final[Exponents] = (0.0, -1.0)
 
 # Exponents of m_L (layers of the target over layers of the base) as linear functions of alpha, (slope,
-# constant), for parameters inside of residual branches; everything else has no depth factor, and no initial
-# value has. arXiv 2505.01618, Table 1; at alpha = 1/2 it is Depth-µP, arXiv 2310.02244, Table 1.
+# constant), for parameters inside of residual branches; nothing else has a depth factor, nor have initial
+# values. arXiv 2505.01618, Table 1; at alpha = 1/2 it is Depth-µP, arXiv 2310.02244, Table 1.
 DEPTH_FORWARD: Final = (-1.0, 0.0)
 """Each residual branch's output, and with it the gradient of what is inside: Adam's ε follows it."""
 
@@ -177,25 +199,25 @@ def parametrization(name: str | Parametrization) -> Parametrization:
     """Checks the name of a parametrization and wraps it.
 
     Raises:
-        ParametrizationError: no table of that name, or weights that are not those of a mean.
+        ParametrizationError: an unknown table, or weights that are not those of a mean.
     """
-    chosen = Parametrization(((name, 1.0),)) if isinstance(name, str) else name
-    if not isinstance(chosen, Parametrization):
+    given = Parametrization(((name, 1.0),)) if isinstance(name, str) else name
+    tables = f"one of {', '.join(map(repr, TABLES))}"
+    if not isinstance(given, Parametrization):
         raise ParametrizationError(
-            f"parametrization: expected one of {', '.join(map(repr, TABLES))} or what mujax.interpolate "
-            f"returns, got {name!r}."
+            where="parametrization",
+            expected=f"{tables} or the result of mujax.interpolate",
+            got=repr(name),
         )
-    for table, _ in chosen.weights:
+    for table, _ in given.weights:
         if table not in TABLES:
-            raise ParametrizationError(
-                f"parametrization: expected one of {', '.join(map(repr, TABLES))}, got {table!r}."
-            )
-    shares = [weight for _, weight in chosen.weights]
+            raise ParametrizationError(where="parametrization", expected=tables, got=repr(table))
+    shares = [weight for _, weight in given.weights]
     if not (all(weight >= 0 for weight in shares) and math.isclose(sum(shares), 1.0)):
         raise ParametrizationError(
-            f"parametrization: expected weights of at least 0 that sum to 1, got {chosen.weights}."
+            where="parametrization", expected="weights of at least 0 that sum to 1", got=given.weights
         )
-    return chosen
+    return given
 
 
 def interpolate(a: str | Parametrization, b: str | Parametrization, t: float) -> Parametrization:
@@ -210,13 +232,13 @@ def interpolate(a: str | Parametrization, b: str | Parametrization, t: float) ->
         t: from 0 to 1.
 
     Raises:
-        ParametrizationError: unknown name, or `t` outside of [0, 1].
+        ParametrizationError: an unknown name, or `t` outside of [0, 1].
 
     >>> str(interpolate("sp", "mup", 0.25))
     '0.75 sp + 0.25 mup'
     """
     if not 0 <= t <= 1:
-        raise ParametrizationError(f"interpolate: expected t from 0 to 1, got {t}.")
+        raise ParametrizationError(where="interpolate", expected="t from 0 to 1", got=t)
     weights: dict[str, float] = {}
     for side, share in ((parametrization(a), 1 - t), (parametrization(b), t)):
         for table, weight in side.weights:
@@ -228,70 +250,71 @@ def family(name: str) -> Family:
     """Checks the name of an optimizer family.
 
     Raises:
-        ParametrizationError: not one of `FAMILIES`.
+        ParametrizationError: an unknown family.
     """
     for known in FAMILIES:
         if name == known:
             return known
-    raise ParametrizationError(f"family: expected one of {', '.join(map(repr, FAMILIES))}, got {name!r}.")
+    raise ParametrizationError(
+        where="family", expected=f"one of {', '.join(map(repr, FAMILIES))}", got=repr(name)
+    )
 
 
 def _power(param: ParamSpec, exponents: Exponents) -> float:
     return param.r_in ** exponents[0] * param.r_out ** exponents[1]
 
 
-def init_scale(param: ParamSpec, chosen: Parametrization, own: float) -> float:
-    """What to multiply the user's initial values with.
+def init_scale(param: ParamSpec, parametrization: Parametrization, init_ratio: float) -> float:
+    """The factor on the user's initial values.
 
     Args:
         param: the parameter.
-        chosen: the parametrization.
-        own: std of the user's own initialisation at the target over that at the base. The rule fixes
+        parametrization: the parametrization.
+        init_ratio: std of the user's own initialisation at the target over that at the base. The rule fixes
             that ratio; `"sp"` leaves it as it is.
     """
     scale = 1.0
-    for table, weight in chosen.weights:
+    for table, weight in parametrization.weights:
         if table != "sp":
-            scale *= (_power(param, TABLES[table][param.role].init) / own) ** weight
+            scale *= (_power(param, TABLES[table][param.role].init) / init_ratio) ** weight
     return scale
 
 
-def forward_factor(param: ParamSpec, chosen: Parametrization) -> float:
+def forward_factor(param: ParamSpec, parametrization: Parametrization) -> float:
     """The constant on the parameter's product (output) or on the parameter itself (input)."""
     factor = 1.0
-    for table, weight in chosen.weights:
+    for table, weight in parametrization.weights:
         factor *= _power(param, TABLES[table][param.role].forward) ** weight
     return factor
 
 
-def mup_share(chosen: Parametrization) -> float:
-    """How much of the parametrization is µP: 0 for `"sp"`, 1 for the three tables."""
-    return sum(weight for table, weight in chosen.weights if table != "sp")
+def mup_share(parametrization: Parametrization) -> float:
+    """The weight of µP in the parametrization: 0 for `"sp"`, 1 for the three tables."""
+    return sum(weight for table, weight in parametrization.weights if table != "sp")
 
 
-def tied_factor(grows: float, chosen: Parametrization) -> float:
+def tied_factor(growth: float, parametrization: Parametrization) -> float:
     """The constant on the readout use of a tied embedding.
 
     Args:
-        grows: size of the contracted axes at the target over that at the base.
-        chosen: the parametrization; `"sp"` leaves the product as it is.
+        growth: size of the contracted axes at the target over that at the base.
+        parametrization: the parametrization; `"sp"` leaves the product as it is.
     """
-    return grows ** (TIED_READOUT * mup_share(chosen))
+    return growth ** (TIED_READOUT * mup_share(parametrization))
 
 
-def prescribed_scale(param: ParamSpec, chosen: Parametrization) -> float:
-    """How the entries of the parameter scale as the forward pass gets them: target over base.
+def prescribed_scale(param: ParamSpec, parametrization: Parametrization) -> float:
+    """How the entries of the parameter that the forward pass uses scale: target over base.
 
-    With the factor that goes on the parameter itself (Table 9's input weights), without the one that goes
-    on its product.
+    Includes a factor on the parameter itself (Table 9's input weights), but not one on its product.
     """
-    share = mup_share(chosen)
+    share = mup_share(parametrization)
     scale = 1.0
-    for table, weight in chosen.weights:
+    for table, weight in parametrization.weights:
         if table != "sp":
             row = TABLES[table][param.role]
-            own = _power(param, row.init) * (_power(param, row.forward) if on_parameter(param) else 1.0)
-            scale *= own ** (weight / share)
+            entries = _power(param, row.init) * (_power(param, row.forward) if on_parameter(param) else 1.0)
+            scale *= entries ** (weight / share)
     return scale
 
 
@@ -300,48 +323,48 @@ def on_parameter(param: ParamSpec) -> bool:
     return param.role in ("input", "finite")
 
 
-def lr_factor(param: ParamSpec, chosen: Parametrization, optimizer_family: Family) -> float:
+def lr_factor(param: ParamSpec, parametrization: Parametrization, optimizer_family: Family) -> float:
     """The learning rate of the parameter over the base's, for one optimizer family."""
-    factor = _depth_power(param, chosen, DEPTH_LR[optimizer_family])
-    for table, weight in chosen.weights:
+    factor = _depth_power(param, parametrization, DEPTH_LR[optimizer_family])
+    for table, weight in parametrization.weights:
         factor *= _power(param, TABLES[table][param.role].lr[optimizer_family]) ** weight
-    if optimizer_family == "normalized_gradient" and chosen.depth_alpha is not None:
+    if optimizer_family == "normalized_gradient" and parametrization.depth_alpha is not None:
         # One norm for all layers of a scan: each layer's share of it falls with the root of their number.
-        factor *= param.r_layers ** (mup_share(chosen) / 2)
+        factor *= param.r_layers ** (mup_share(parametrization) / 2)
     return factor
 
 
-def gradient_scale(param: ParamSpec, chosen: Parametrization) -> float:
+def gradient_scale(param: ParamSpec, parametrization: Parametrization) -> float:
     """How the gradient's entries scale, relative to the base: what Adam's epsilon must follow.
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
-    own = forward_factor(param, chosen) * _power(param, _GRADIENT) ** mup_share(chosen)
-    return own * _depth_power(param, chosen, DEPTH_FORWARD)
+    by_width = forward_factor(param, parametrization) * _power(param, _GRADIENT) ** mup_share(parametrization)
+    return by_width * _depth_power(param, parametrization, DEPTH_FORWARD)
 
 
-def _depth_power(param: ParamSpec, chosen: Parametrization, exponent: tuple[float, float]) -> float:
-    if chosen.depth_alpha is None:
+def _depth_power(param: ParamSpec, parametrization: Parametrization, exponent: tuple[float, float]) -> float:
+    if parametrization.depth_alpha is None:
         return 1.0
     slope, constant = exponent
-    return param.depth ** ((slope * chosen.depth_alpha + constant) * mup_share(chosen))
+    return param.depth ** ((slope * parametrization.depth_alpha + constant) * mup_share(parametrization))
 
 
-def residual_factor(depth: float, chosen: Parametrization) -> float:
+def residual_factor(depth: float, parametrization: Parametrization) -> float:
     """The constant on the output of each residual branch: m_L to the power of -alpha.
 
     Args:
         depth: number of layers of the target over that of the base.
-        chosen: the parametrization; `"sp"` leaves the branch as it is.
+        parametrization: the parametrization; `"sp"` leaves the branch as it is.
     """
-    if chosen.depth_alpha is None:
+    if parametrization.depth_alpha is None:
         return 1.0
     slope, constant = DEPTH_FORWARD
-    return depth ** ((slope * chosen.depth_alpha + constant) * mup_share(chosen))
+    return depth ** ((slope * parametrization.depth_alpha + constant) * mup_share(parametrization))
 
 
-def decay_factor(param: ParamSpec, chosen: Parametrization) -> float:
-    """What depth does to learning rate times weight decay: m_L to the power of alpha - 1 inside of branches.
+def decay_factor(param: ParamSpec, parametrization: Parametrization) -> float:
+    """The depth factor of learning rate times weight decay: m_L to the power of alpha - 1 inside of branches.
 
     It is 1 for parameters outside of residual branches, at alpha = 1, and where depth is not parametrized.
 
@@ -349,35 +372,35 @@ def decay_factor(param: ParamSpec, chosen: Parametrization) -> float:
         Dey et al., arXiv 2505.01618, Table 1: the hidden weights' λ has no power of m_L, and AdamW multiplies
         it by their learning rate, which has m_L^(alpha - 1).
     """
-    return _depth_power(param, chosen, DEPTH_DECAY)
+    return _depth_power(param, parametrization, DEPTH_DECAY)
 
 
-def param_scale(param: ParamSpec, chosen: Parametrization) -> float:
+def param_scale(param: ParamSpec, parametrization: Parametrization) -> float:
     """How the parameter's entries scale in their own table, relative to the base: the initial std's rule.
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
     scale = 1.0
-    for table, weight in chosen.weights:
+    for table, weight in parametrization.weights:
         scale *= _power(param, TABLES[table][param.role].init) ** weight
     return scale
 
 
-def norm_scale(param: ParamSpec, chosen: Parametrization) -> float:
+def norm_scale(param: ParamSpec, parametrization: Parametrization) -> float:
     """How the Frobenius norm of an array of this shape scales if its entries don't: the root of its size.
 
     In `"sp"` this is 1: the user's optimizer stays as it is.
     """
-    return (param.r_in * param.r_out * param.r_layers) ** (mup_share(chosen) / 2)
+    return (param.r_in * param.r_out * param.r_layers) ** (mup_share(parametrization) / 2)
 
 
-def unaligned(param: ParamSpec, chosen: Parametrization) -> float:
-    """What the learning rate of a normalised update gains if updates don't align with the activations.
+def unaligned(param: ParamSpec, parametrization: Parametrization) -> float:
+    """The factor on the learning rate of a normalised update if updates don't align with the activations.
 
     A product of a random update with an activation grows as the root of the fan-in, an aligned one's as the
-    fan-in: for hidden weights that is another r_in^1/2, which makes the rule of `"normalized"` no rule.
+    fan-in: for hidden weights that is another r_in^1/2, which cancels the factor of `"normalized"`.
 
     Reference:
         Everett et al., Scaling Exponents Across Parameterizations and Optimizers, arXiv 2407.05872.
     """
-    return param.r_in ** (mup_share(chosen) / 2) if param.role == "hidden" else 1.0
+    return param.r_in ** (mup_share(parametrization) / 2) if param.role == "hidden" else 1.0

@@ -1,6 +1,6 @@
-"""What is infinite: the static description of a model's parameters that everything else reads.
+"""Static description of a model's parameters: which axes are infinite, and how each axis is used.
 
-A `ParamSpec` says of one parameter which axes grow with width and what each axis is to the product
+A `ParamSpec` describes one parameter: which axes grow with width and what each axis is to the product
 that uses it. A `MupSpec` maps paths to `ParamSpec`s. Both are plain frozen data: they hold no arrays,
 hash, compare and survive a JSON round trip, so they can be closed over by jitted functions.
 """
@@ -8,28 +8,46 @@ hash, compare and survive a JSON round trip, so they can be closed over by jitte
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import operator
+import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+import stat
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
 import jax
+import numpy as np
+import optax
 
-from mujax.errors import MujaxError, ParametrizationError, RoleError, ShapeMismatchError
+from mujax.errors import (
+    MujaxError,
+    ParametrizationError,
+    RoleError,
+    ShapeMismatchError,
+    SpecMismatchError,
+)
 
 Role = Literal["input", "hidden", "output", "finite"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
+TABLES: Final = ("mup", "table3", "table9", "sp")
+"""The names of the rule tables; their rows are in `mujax.rules`."""
+
 _FORMAT: Final = 1
+_MAX_SIZE: Final = 2**63 - 1
+_COLLECTION: Final = "params"
 
 
 def leaf_path(key_path: tuple[Any, ...]) -> str:
     """The slash-separated path of a leaf from its `jax.tree_util` key path.
 
-    A trailing attribute called `value` is dropped: it is the inside of a box (`nn.Partitioned`, an
-    `nnx.Variable`) and the same parameter has no such entry once unboxed.
+    A trailing attribute called `value` is dropped: it is the inside of a box (`nn.Partitioned`,
+    `nnx.Variable`), and an unboxed parameter has no such entry.
 
     >>> tree = {"Dense_0": {"kernel": 0}, "blocks": [1]}
     >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
@@ -62,7 +80,7 @@ class Parametrization:
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its sizes at target and base, and what each axis is.
+    """One parameter: its sizes at target and base, and the use of each axis.
 
     Every axis is in exactly one of `fan_in`, `fan_out` and `stack`.
 
@@ -72,10 +90,9 @@ class ParamSpec:
         fan_in: axes that the product contracts or that a lookup indexes (for a convolution the
             input features and the spatial axes).
         fan_out: axes that the product leaves.
-        stack: axes over which independent copies are laid: batch axes of the product, the axis that
-            a scan strips.
+        stack: axes of independent copies: batch axes of the product, the axis that a scan strips.
         infinite: axes that grow with width.
-        tied: it is used both as an input (looked up) and as an output (contracted over its features).
+        tied: whether it is used both as an input (looked up) and as an output (contracted over its features).
         layers: those of the stack axes that a scan over layers strips; they grow with depth and not with
             width.
         depth: number of layers of the target over that of the base, for a parameter inside of residual
@@ -100,42 +117,47 @@ class ParamSpec:
             object.__setattr__(self, name, tuple(sorted(_integers(name, getattr(self, name)))))
         if len(self.shape) != len(self.base_shape):
             raise ShapeMismatchError(
-                f"ParamSpec: base_shape {self.base_shape} and shape {self.shape} must have the same rank."
+                where="ParamSpec",
+                expected="shape and base_shape of the same rank",
+                got=f"shape={self.shape}, base_shape={self.base_shape}",
             )
+        where = f"ParamSpec of shape {self.shape}"
         axes = sorted((*self.fan_in, *self.fan_out, *self.stack))
         if axes != list(range(len(self.shape))):
             raise MujaxError(
-                f"ParamSpec of shape {self.shape}: each axis must be in exactly one of fan_in, fan_out and "
-                f"stack; got fan_in={self.fan_in}, fan_out={self.fan_out}, stack={self.stack}."
+                where=where,
+                expected="each axis in exactly one of fan_in, fan_out and stack",
+                got=f"fan_in={self.fan_in}, fan_out={self.fan_out}, stack={self.stack}",
             )
         if len(set(self.infinite)) != len(self.infinite) or not set(self.infinite) <= set(axes):
             raise MujaxError(
-                f"ParamSpec of shape {self.shape}: expected infinite to list axes of the shape, once each, "
-                f"got {self.infinite}."
+                where=where,
+                expected="infinite to list axes of the shape, once each",
+                got=self.infinite,
             )
         if not set(self.layers) <= set(self.stack) - set(self.infinite):
             raise MujaxError(
-                f"ParamSpec of shape {self.shape}: expected layers to list axes of stack that are not in "
-                f"infinite, got layers={self.layers}, stack={self.stack}, infinite={self.infinite}."
+                where=where,
+                expected="layers to list axes of stack that are not in infinite",
+                got=f"layers={self.layers}, stack={self.stack}, infinite={self.infinite}",
             )
         if not (math.isfinite(self.depth) and self.depth > 0):
-            raise MujaxError(
-                f"ParamSpec of shape {self.shape}: expected depth to be a positive ratio, got {self.depth}."
-            )
-        finite = [
+            raise MujaxError(where=where, expected="depth to be a positive ratio", got=self.depth)
+        unlisted = tuple(
             axis
             for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
             if size != base and axis not in self.infinite and axis not in self.layers
-        ]
-        if finite:
+        )
+        if unlisted:
             raise ShapeMismatchError(
-                f"ParamSpec of shape {self.shape} and base_shape {self.base_shape}: axes {tuple(finite)} "
-                f"differ, so they must be listed in infinite={self.infinite}."
+                where=f"{where} and base_shape {self.base_shape}",
+                expected=f"axes {unlisted}, whose sizes differ, to be listed in infinite",
+                got=f"infinite={self.infinite}",
             )
 
     @property
     def base_with_layers(self) -> tuple[int, ...]:
-        """The base's shape with the target's number of layers: what differs from `shape` is width."""
+        """The base's shape with the target's number of layers: it differs from `shape` by width alone."""
         return tuple(
             size if axis in self.layers else base
             for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
@@ -167,7 +189,8 @@ class ParamSpec:
     def r_layers(self) -> float:
         """Layers in this array at the target over those at the base.
 
-        With the layers of a base that is only said to have fewer (`depth`), not with those it was given with.
+        Where `depth` states the base's number of layers, that number counts and not the one of the base that
+        was traced.
         """
         return self.depth if self.layers and self.depth != 1 else self._ratio(self.layers)
 
@@ -185,8 +208,8 @@ class ParamSpec:
         return by_width[wide_in, wide_out]
 
 
-def _written(param: ParamSpec) -> dict[str, Any]:
-    """The fields of a spec; those of depth only where there is something to say."""
+def _to_dict(param: ParamSpec) -> dict[str, Any]:
+    """The fields of a spec, without those of depth where they have their defaults."""
     fields = dataclasses.asdict(param)
     left_out = {"layers": (), "depth": 1.0}
     return {name: value for name, value in fields.items() if left_out.get(name) != value}
@@ -196,7 +219,9 @@ def _integers(name: str, given: Iterable[Any]) -> tuple[int, ...]:
     try:
         return tuple(operator.index(number) for number in given)
     except TypeError as error:
-        raise MujaxError(f"ParamSpec: expected {name} to be a tuple of integers, got {given!r}.") from error
+        raise MujaxError(
+            where="ParamSpec", expected=f"{name} to be a tuple of integers", got=repr(given)
+        ) from error
 
 
 class MupSpec(Mapping[str, ParamSpec]):
@@ -237,24 +262,98 @@ class MupSpec(Mapping[str, ParamSpec]):
 
     @property
     def grows(self) -> bool:
-        """Whether any axis grows with width; else every factor is 1 and every role `"finite"`."""
+        """Whether any axis grows with width; if none does, every factor is 1 and every role `"finite"`."""
         return any(param.infinite for param in self.values())
 
     def require_roles(self, option: str) -> None:
-        """Refuses a spec of a model that has its base's own widths: roles need to be known.
+        """Raises an error for a spec whose target has its base's own widths: the roles are not known.
 
         Args:
-            option: what asks for the roles.
+            option: the option that needs the roles, for the error's text.
 
         Raises:
-            RoleError: nothing grows with width.
+            RoleError: no axis grows with width.
         """
         if self and not self.grows:
             raise RoleError(
-                f"{option}: expected a spec with roles, found one whose target has the widths of its base, "
-                "where no axis grows and every parameter counts as finite; pass delta= to mup_init, the "
-                "same model at other widths."
+                where=option,
+                expected="a spec with roles",
+                got="one whose target has the widths of its base, where no axis grows and every parameter "
+                "counts as finite",
+                remedy="pass delta= to mup_init, the same model at other widths",
             )
+
+    def match(self, tree: Any, values: Mapping[str, Any] | None = None, *, what: str = "parameters") -> Any:
+        """The `ParamSpec` of every leaf of a tree, in a tree of the same structure, for `jax.tree.map`.
+
+        Boxes (`nn.Partitioned`, `nnx.Variable`) and a `{"params": ...}` around the tree are looked through.
+        A parameter may be absent only where an `optax.MaskedNode` or None stands in place of it or of a
+        subtree that holds it, and from an `nnx.State`, which filters (`wrt=`) cut down. Reads key paths and
+        shapes, never values: a compiled program has nothing of it.
+
+        Args:
+            tree: parameters, gradients or updates.
+            values: values by path, to return in place of the `ParamSpec`s.
+            what: what the tree is, for the error's text.
+
+        Raises:
+            SpecMismatchError: the tree lacks a parameter, has another shape for it, or has one too many.
+
+        >>> import jax.numpy as jnp
+        >>> kernel = ParamSpec((6, 6), (2, 2), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
+        >>> spec = MupSpec({"Dense_0/kernel": kernel}, Parametrization((("mup", 1.0),)))
+        >>> params = {"Dense_0": {"kernel": jnp.ones((6, 6))}}
+        >>> jax.tree.map(lambda leaf, param: param.role, params, spec.match(params))
+        {'Dense_0': {'kernel': 'hidden'}}
+        """
+        if _is_placeholder(tree):
+            return tree
+        entries = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_hole)
+        names = [leaf_path(key_path) for key_path, _ in entries]
+        paths = _unwrapped(names)
+        known = dict(zip(_unwrapped(self), self, strict=True))
+        holes = {path for path, (_, leaf) in zip(paths, entries, strict=True) if _is_hole(leaf)}
+        found = {
+            path: (name, leaf)
+            for path, name, (_, leaf) in zip(paths, names, entries, strict=True)
+            if not _is_hole(leaf)
+        }
+        extra = next((path for path in found if path not in known), None)
+        for path, spec_path in known.items():
+            expected = self[spec_path].shape
+            if path not in found:
+                if found and extra is None and hasattr(tree, "filter"):
+                    # An `nnx.State`, of which a filter (`wrt=`) leaves out parameters without a trace.
+                    continue
+                if not _is_in(path, holes):
+                    instead = "" if extra is None else f" but {found[extra][0]!r}, which the spec lacks"
+                    raise SpecMismatchError(
+                        where=spec_path,
+                        expected=f"shape {expected}",
+                        got=f"no such path in the tree of {what}{instead}",
+                        remedy="pass the parameters that mup_init described; to freeze a part of them, use "
+                        "optax.partition with optax.set_to_zero() for that part",
+                    )
+                continue
+            shape = _shape(found[path][1])
+            if shape != expected and not _is_local_shard(shape, expected):
+                raise SpecMismatchError(
+                    where=spec_path,
+                    expected=f"shape {expected}",
+                    got=f"{shape} in the tree of {what}",
+                    remedy="call mup_init on this very model; map over leading axes of stacked models with "
+                    "jax.vmap",
+                )
+        if extra is not None:
+            name, leaf = found[extra]
+            raise SpecMismatchError(
+                where=name,
+                expected="nothing here",
+                got=f"shape {_shape(leaf)} in the tree of {what}",
+                remedy="pass only the parameters, no other collections, of the model that mup_init was given",
+            )
+        values = self if values is None else values
+        return jax.tree.structure(tree).unflatten(values[known[path]] for path in found)
 
     def to_json(self) -> str:
         """The spec as JSON text; `from_json` reads it back."""
@@ -264,40 +363,39 @@ class MupSpec(Mapping[str, ParamSpec]):
                 "mujax_spec": _FORMAT,
                 "parametrization": [list(pair) for pair in self.parametrization.weights],
                 **({} if alpha is None else {"depth_alpha": alpha}),
-                "params": {path: _written(param) for path, param in self.items()},
+                "params": {path: _to_dict(param) for path, param in self.items()},
             },
             indent=1,
         )
 
     @classmethod
     def from_json(cls, text: str) -> MupSpec:
-        """Reads what `to_json` wrote.
+        """Reads the text that `to_json` returned; every field is checked.
 
         Raises:
-            MujaxError: the text is not a spec.
+            MujaxError: the text is not a spec; names the field.
         """
-        try:
-            data = json.loads(text)
-            if data["mujax_spec"] != _FORMAT:
-                raise ParametrizationError(
-                    f"spec file: expected format {_FORMAT}, got {data['mujax_spec']!r}; "
-                    "write it again with this version of mujax."
-                )
-            params = {path: ParamSpec(**fields) for path, fields in data["params"].items()}
-            weights = tuple((str(name), float(weight)) for name, weight in data["parametrization"])
-            alpha = data.get("depth_alpha")
-            chosen = Parametrization(weights, None if alpha is None else float(alpha))
-        except MujaxError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise MujaxError(
-                f"spec file: expected the JSON written by MupSpec.save, got something else ({error})."
-            ) from error
-        return cls(params, chosen)
+        return _read_spec(text)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes the spec to a JSON file."""
-        pathlib.Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes the spec to a JSON file, whole or not at all: an old file stays where writing fails.
+
+        Raises:
+            MujaxError: the file cannot be written.
+        """
+        target = pathlib.Path(path)
+        text = self.to_json() + "\n"
+        try:
+            target = target.resolve()
+            if target.exists() and not target.is_file():
+                # A pipe or a device, which nothing can be moved onto.
+                target.write_text(text, encoding="utf-8")
+            else:
+                _write_aside(target, text)
+        except OSError as error:
+            raise MujaxError(
+                where=path, expected="a file that can be written", got=f"an error: {error.strerror or error}"
+            ) from error
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> MupSpec:
@@ -309,12 +407,178 @@ class MupSpec(Mapping[str, ParamSpec]):
         try:
             text = pathlib.Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            found = error.strerror if isinstance(error, OSError) else error
+            reason = error.strerror if isinstance(error, OSError) else error
             raise MujaxError(
-                f"{path}: expected a spec file written by MupSpec.save, got this: {found}."
+                where=path, expected="a spec file written by MupSpec.save", got=f"an error: {reason}"
             ) from error
         return cls.from_json(text)
 
     def size(self) -> int:
         """Number of scalar parameters at the target."""
         return sum(math.prod(param.shape) for param in self.values())
+
+
+def _write_aside(target: pathlib.Path, text: str) -> None:
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            aside.chmod(stat.S_IMODE(target.stat().st_mode))
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---- reading JSON ----------------------------------------------------------------------------------
+
+
+def _read_spec(text: str) -> MupSpec:
+    written = "the JSON written by MupSpec.save"
+    try:
+        data = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+    except MujaxError:
+        raise
+    except RecursionError as error:
+        raise MujaxError(where="spec file", expected=written, got="brackets nested too deeply") from error
+    except (TypeError, ValueError) as error:
+        raise MujaxError(where="spec file", expected=written, got=f"something else ({error})") from error
+    if not isinstance(data, dict) or not {"mujax_spec", "parametrization", "params"} <= data.keys():
+        raise MujaxError(where="spec file", expected=written, got=f"something else ({_short(data)})")
+    if type(data["mujax_spec"]) is not int or data["mujax_spec"] != _FORMAT:
+        raise ParametrizationError(
+            where="spec file",
+            expected=f"format {_FORMAT}",
+            got=_short(data["mujax_spec"]),
+            remedy="write it again with this version of mujax",
+        )
+    known = {"mujax_spec", "parametrization", "depth_alpha", "params"}
+    _require(data.keys() <= known, "spec file", f"the fields {', '.join(sorted(known))} only", list(data))
+    where = "spec file, parametrization"
+    pairs = data["parametrization"]
+    _require(isinstance(pairs, list) and bool(pairs), where, "a list of tables and their weights", pairs)
+    for pair in pairs:
+        _require(isinstance(pair, list) and len(pair) == 2, where, "pairs of a table and its weight", pair)
+        name, weight = pair
+        _require(name in TABLES, where, f"tables out of {', '.join(TABLES)}", name)
+        _require(_is_number(weight) and weight >= 0, where, "finite weights of at least 0", weight)
+    _require(len({name for name, _ in pairs}) == len(pairs), where, "each table once", pairs)
+    _require(math.isclose(sum(weight for _, weight in pairs), 1.0), where, "weights that sum to 1", pairs)
+    alpha = data.get("depth_alpha")
+    _require(alpha is None or _is_number(alpha), "spec file, depth_alpha", "a finite number", alpha)
+    params = data["params"]
+    _require(isinstance(params, dict), "spec file, params", "a table of parameters by path", params)
+    return MupSpec(
+        {path: _read_param(path, fields) for path, fields in params.items()},
+        Parametrization(
+            tuple((name, float(weight)) for name, weight in pairs), None if alpha is None else float(alpha)
+        ),
+    )
+
+
+def _read_param(path: str, fields: Any) -> ParamSpec:
+    where = f"spec file, {path}"
+    known = {field.name for field in dataclasses.fields(ParamSpec)}
+    _require(isinstance(fields, dict), where, "a table of fields", fields)
+    _require(
+        {"shape", "base_shape"} <= fields.keys() <= known,
+        where,
+        f"the fields {', '.join(sorted(known))}, of which shape and base_shape must be there",
+        list(fields),
+    )
+    for name, value in fields.items():
+        at = f"{where}, {name}"
+        if name == "tied":
+            _require(isinstance(value, bool), at, "true or false", value)
+        elif name == "depth":
+            _require(_is_number(value) and value > 0, at, "a positive finite number", value)
+        else:
+            _require(isinstance(value, list), at, "a list of integers", value)
+            for number in value:
+                _require(type(number) is int, at, "a list of integers", value)
+                _require(0 <= number <= _MAX_SIZE, at, "integers from 0 to 2^63 - 1", number)
+    if len(fields["shape"]) == len(fields["base_shape"]):
+        for pair in zip(fields["shape"], fields["base_shape"], strict=True):
+            # An axis that is empty in both models has no ratio, and needs none.
+            _require(all(pair) or not any(pair), where, "positive sizes", list(pair))
+    try:
+        return ParamSpec(**fields)
+    except MujaxError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _require(holds: bool, where: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise MujaxError(where=where, expected=expected, got=_short(got))
+
+
+def _short(value: Any) -> str:
+    """A value read from JSON, in one line."""
+    if isinstance(value, int) and abs(value) > _MAX_SIZE:
+        # Python refuses to write out very large numbers.
+        return "a number too large"
+    return reprlib.repr(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= _MAX_SIZE
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise MujaxError(where="spec file", expected="each name once", got=f"{double!r} twice")
+    return out
+
+
+def _no_number(name: str) -> Any:
+    raise MujaxError(where="spec file", expected="finite numbers", got=name)
+
+
+def _is_hole(node: Any) -> bool:
+    """Whether something was taken out of the tree: by `optax.masked`, or by a filter that leaves None."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _is_in(path: str, holes: set[str]) -> bool:
+    parents_and_self = itertools.accumulate(path.split("/"), lambda parent, name: f"{parent}/{name}")
+    return "" in holes or any(node in holes for node in parents_and_self)
+
+
+def _is_placeholder(tree: Any) -> bool:
+    """Whether one opaque node stands for the whole tree.
+
+    `optax.tree.map_params` calls `init` with such a node to find out where a state keeps copies of the
+    parameters. An empty container is no such node: there, parameters are missing.
+    """
+    structure = jax.tree.structure(tree)
+    return structure.num_nodes == 1 and structure.num_leaves == 0 and not isinstance(tree, Mapping | Sequence)
+
+
+def _unwrapped(paths: Iterable[str]) -> list[str]:
+    """The paths without the collection's name that all of them start with, as in `{"params": {...}}`."""
+    parts = [path.split("/") if path else [] for path in paths]
+    while parts and all(names[:1] == [_COLLECTION] for names in parts):
+        parts = [names[1:] for names in parts]
+    return ["/".join(names) for names in parts]
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
+
+
+def _is_local_shard(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether `found` can be one device's part of `expected`, inside of `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.manual_axes or len(found) != len(expected):
+        return False
+    if not all(size and whole % size == 0 for size, whole in zip(found, expected, strict=True)):
+        return False
+    parts = math.prod(whole // size for size, whole in zip(found, expected, strict=True))
+    return math.prod(mesh.shape[axis] for axis in mesh.manual_axes) % parts == 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from mujax.optim._decay import Decay, decay_multiples, decayed_weights, strength
+from mujax.optim._decay import Decay, Mask, decay_multiples, decayed_weights, strength
 from mujax.optim._rescale import LrMults, lr_rule, with_lr_multiples
 from mujax.optim._scale import mup_scale_by_adam, mup_scale_by_sgd
 from mujax.spec import MupSpec, Role
@@ -34,7 +33,7 @@ def mup_adam(
     Args:
         learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
             factor multiplies its update, never the schedule.
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added to the denominator outside of the square root; None for the arc tangent of the fraction.
@@ -69,7 +68,7 @@ def mup_adamw(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
     scale_eps: bool = True,
@@ -81,13 +80,13 @@ def mup_adamw(
     r"""AdamW in µP: the decay comes after the µP factor, so that it is the same at every width.
 
     :math:`\theta \leftarrow \theta - \eta (u + \lambda \theta)`, with :math:`u` from `mup_scale_by_adam`. The
-    fraction :math:`\eta\lambda` by which a parameter shrinks in a step has no µP factor: this is what
-    transfers, and what microsoft/mup does. `optax.adamw` inside of a µP factor would scale it.
+    fraction :math:`\eta\lambda` by which a parameter shrinks in a step has no µP factor: so it transfers, and
+    microsoft/mup does the same. `optax.adamw` inside of a µP factor would scale it.
 
     Args:
         learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
             factor multiplies its update, never the schedule.
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added to the denominator outside of the square root; None for the arc tangent of the fraction.
@@ -95,14 +94,14 @@ def mup_adamw(
         mu_dtype: dtype of the first moment; None keeps the parameter's.
         weight_decay: strength of the decay, or a schedule of the step; multiplied with the learning rate
             as in `optax.adamw`.
-        mask: which parameters decay: a tree of booleans, or a function from parameters to one.
+        mask: the parameters that decay: a tree of booleans, or a function from parameters to one.
         nesterov: Nesterov momentum, which makes it NAdamW.
         scale_eps: False leaves ε the same for all parameters at all widths, as microsoft/mup does.
         decay: `"independent"`: learning rate times decay does not depend on width. `"coupled"`: it has the
             parameter's µP factor. `"decoupled"`: the decay is multiplied with the schedule's shape alone,
             which is 1 at its peak. See `mup_add_decayed_weights`.
         decay_roles: the roles that decay, such as `("hidden", "output")`; None for all.
-        peak_learning_rate: what a decoupled decay is relative to; None looks for the schedule's peak.
+        peak_learning_rate: the rate that a decoupled decay is relative to; None takes the schedule's peak.
         lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
             same parameter are multiplied. They apply to the whole step, decay included, and may be traced.
 
@@ -110,7 +109,7 @@ def mup_adamw(
         An optimizer whose state is that of `optax.adamw`.
 
     Raises:
-        ParametrizationError: an unknown mode or role, a glob that matches nothing.
+        ParametrizationError: an unknown mode or role, or a pattern that matches no parameter.
         SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
 
     References:
@@ -142,7 +141,7 @@ def mup_sgd(
     Args:
         learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
             factor multiplies its update, never the schedule.
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         momentum: decay rate of the accumulated gradients; None for none.
         nesterov: Nesterov momentum.
         accumulator_dtype: dtype of the accumulated gradients; None keeps the parameter's.

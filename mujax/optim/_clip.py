@@ -1,8 +1,8 @@
-"""Norms over all parameters together, in units that don't depend on how µP is written or on the width.
+"""Norms over all parameters, in units that depend neither on the table of µP nor on the width.
 
 A sum over parameters of different roles compares their units. The gradient with respect to a parameter that
-is multiplied by a constant in the forward pass has that constant in it, so the plain norm is another one in
-each of the equivalent Tables 3, 8 and 9, and in Table 3 it grows with width.
+is multiplied by a constant in the forward pass contains that constant, so the plain norm differs between the
+equivalent Tables 3, 8 and 9, and in Table 3 it grows with width.
 """
 
 from __future__ import annotations
@@ -18,38 +18,36 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from mujax import rules
-from mujax.optim._rescale import Factors, check_spec, factors
-from mujax.optim._tree import leaf_paths, multiply
+from mujax.optim._rescale import check_spec, factors, lr_rule, multiply
 from mujax.spec import MupSpec
 
 _TABLE_8: Final = "mup"
 
 
 def _to_table_8(spec: MupSpec) -> dict[str, float]:
-    """What each gradient is multiplied with to be the one with respect to Table 8's parameter.
+    """The factor that turns each gradient into the one with respect to Table 8's parameter.
 
     A parameter w that the forward pass multiplies with f and Table 8's w₈, multiplied with f₈, are the same
-    weight where f·w = f₈·w₈. The share of the parametrization that is `"sp"` has no other way of writing.
+    weight where f·w = f₈·w₈. For the share of `"sp"` in the parametrization there is no other table.
     """
     table_8 = rules.interpolate("sp", _TABLE_8, min(1.0, rules.mup_share(check_spec(spec))))
     return factors(
         spec,
-        lambda param, chosen: rules.forward_factor(param, table_8) / rules.forward_factor(param, chosen),
+        lambda param, parametrization: (
+            rules.forward_factor(param, table_8) / rules.forward_factor(param, parametrization)
+        ),
     )
 
 
-def _norm(tree: Any, paths: list[str], by: Factors) -> Float[Array, ""]:
-    """The norm of the tree with its leaves multiplied, without making the multiplied tree."""
-    if all(by[path] == 1 for path in paths):
+def _norm(tree: Any, by: Any) -> Float[Array, ""]:
+    """The norm of the tree with its leaves multiplied by those of `by`; makes no multiplied tree."""
+    if all(factor == 1 for factor in jax.tree.leaves(by)):
         return optax.tree.norm(tree)
-    squares = (
-        by[path] ** 2 * optax.tree.norm(leaf, squared=True)
-        for path, leaf in zip(paths, jax.tree.leaves(tree), strict=True)
-    )
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
+    squares = jax.tree.map(lambda leaf, by: by**2 * optax.tree.norm(leaf, squared=True), tree, by)
+    return jnp.sqrt(functools.reduce(jnp.add, jax.tree.leaves(squares)))
 
 
-def mup_global_norm(spec: MupSpec, gradients: optax.Updates) -> Float[Array, ""]:
+def mup_global_norm(spec: MupSpec, gradients: Any) -> Float[Array, ""]:
     r"""The norm of all gradients together, in Table 8's units: the one to log and to compare between widths.
 
     With :math:`g_l` the gradient of parameter l, :math:`f_l` the constant that its product has in the forward
@@ -61,7 +59,7 @@ def mup_global_norm(spec: MupSpec, gradients: optax.Updates) -> Float[Array, ""]
     In Table 8, and for the base model in any table, this is `optax.tree.norm`, bit for bit.
 
     Args:
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         gradients: gradients of these parameters.
 
     Raises:
@@ -77,7 +75,7 @@ def mup_global_norm(spec: MupSpec, gradients: optax.Updates) -> Float[Array, ""]
     Reference:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9 and Appendix B.3.
     """
-    return _norm(gradients, leaf_paths(spec, gradients, "gradients"), _to_table_8(spec))
+    return _norm(gradients, spec.match(gradients, _to_table_8(spec), what="gradients"))
 
 
 def mup_clip_by_global_norm(spec: MupSpec, max_norm: ArrayLike) -> optax.GradientTransformation:
@@ -91,8 +89,8 @@ def mup_clip_by_global_norm(spec: MupSpec, max_norm: ArrayLike) -> optax.Gradien
     Tables 3, 8 and 9 stay the same training run. It belongs in front of the optimizer.
 
     Args:
-        spec: what `mup_init` found out about the parameters.
-        max_norm: the largest norm that is let pass, tuned on the base model.
+        spec: the parameters, as `mup_init` describes them.
+        max_norm: the largest norm that passes unclipped, tuned on the base model.
 
     Returns:
         A transform whose state is that of `optax.clip_by_global_norm`: empty.
@@ -115,9 +113,9 @@ def mup_clip_by_global_norm(spec: MupSpec, max_norm: ArrayLike) -> optax.Gradien
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        norm = _norm(updates, leaf_paths(spec, updates, "updates"), to_table_8)
+        norm = _norm(updates, spec.match(updates, to_table_8, what="updates"))
         small = jnp.squeeze(norm < max_norm)
-        # A select and not a factor of at most 1: what is not clipped keeps its bits.
+        # A select and not a factor of at most 1: gradients that are not clipped keep their bits.
         return jax.tree.map(
             lambda u: jax.lax.select(small, u, ((u / norm.astype(u.dtype)) * max_norm).astype(u.dtype)),
             updates,
@@ -143,7 +141,7 @@ def mup_normalize(spec: MupSpec) -> optax.GradientTransformation:
         optax.contrib.sam(mup_sgd(lr, spec), optax.chain(mup_normalize(spec), optax.sgd(rho)))
 
     Args:
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
 
     Returns:
         A transform whose state is that of `optax.contrib.normalize`: empty.
@@ -166,13 +164,12 @@ def mup_normalize(spec: MupSpec) -> optax.GradientTransformation:
         arXiv 2411.00075.
         Foret et al., Sharpness-Aware Minimization, arXiv 2010.01412.
     """
-    sgd = factors(spec, lambda param, chosen: rules.lr_factor(param, chosen, "sgd"))
-    roots = {path: math.sqrt(factor) for path, factor in sgd.items()}
+    sgd = factors(spec, lr_rule("sgd"))
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params
-        paths = leaf_paths(spec, updates, "updates")
-        norm = _norm(updates, paths, roots)
-        return multiply(jax.tree.map(lambda u: u / norm, updates), paths, sgd)
+        rates = spec.match(updates, sgd, what="updates")
+        norm = _norm(updates, jax.tree.map(math.sqrt, rates))
+        return multiply(jax.tree.map(lambda u: u / norm, updates), rates)
 
     return optax.stateless(update)

@@ -13,13 +13,14 @@ from jax.core import Tracer
 
 from mujax import rules
 from mujax.errors import ConfigError, ParametrizationError
-from mujax.optim._rescale import Factors, check_spec, factors, in_units, lr_rule
-from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec, Role
+from mujax.optim._rescale import Factors, Rule, check_spec, factors, lr_rule, rescaled
+from mujax.spec import ROLES, MupSpec, Role
 
 Decay = Literal["independent", "coupled", "decoupled"]
 DECAYS: Final[tuple[Decay, ...]] = get_args(Decay)
 
-Mask = Any | Callable[[optax.Params], Any] | None
+Mask = Any | Callable[[Any], Any] | None
+"""The parameters that decay: a tree of booleans, or a function from parameters to one; None for all."""
 
 # Longer than any warm-up; a schedule is looked at this far to find its peak.
 PEAK_WITHIN: Final = 2**17
@@ -27,16 +28,18 @@ PEAK_WITHIN: Final = 2**17
 
 def _check_mode(decay: str) -> None:
     if decay not in DECAYS:
-        raise ParametrizationError(f"decay: expected one of {', '.join(map(repr, DECAYS))}, got {decay!r}.")
+        raise ParametrizationError(
+            where="decay", expected=f"one of {', '.join(map(repr, DECAYS))}", got=repr(decay)
+        )
 
 
 def decay_multiples(
     spec: MupSpec,
     decay: str,
-    lr: Callable[[ParamSpec, Parametrization], float] | None,
+    lr: Rule | None,
     decay_roles: Sequence[Role] | None,
 ) -> dict[str, float]:
-    """What each parameter's decay per step is multiplied with, over learning rate times weight decay.
+    """The factor on each parameter's decay per step, over learning rate times weight decay.
 
     Args:
         spec: the parameters.
@@ -45,7 +48,7 @@ def decay_multiples(
         decay_roles: the roles that decay; None for all.
 
     Raises:
-        ParametrizationError: unknown mode or role.
+        ParametrizationError: an unknown mode or role.
         ConfigError: `"coupled"` without a rule to follow.
         RoleError: `decay_roles`, and the spec's target has its base's own widths.
     """
@@ -53,14 +56,18 @@ def decay_multiples(
     _check_mode(decay)
     if decay == "coupled" and lr is None:
         raise ConfigError(
-            'decay="coupled": expected the family of the optimizer, whose learning rates the decay follows, '
-            f"got none. Pass family=, one of {', '.join(map(repr, rules.FAMILIES))}."
+            where='decay="coupled"',
+            expected="the family of the optimizer, whose learning rates the decay follows",
+            got="none",
+            remedy=f"pass family=, one of {', '.join(map(repr, rules.FAMILIES))}",
         )
     roles = ROLES if decay_roles is None else decay_roles
     unknown = [roles] if isinstance(roles, str) else [role for role in roles if role not in ROLES]
     if unknown:
         raise ParametrizationError(
-            f"decay_roles: expected a tuple out of {', '.join(map(repr, ROLES))}, got {unknown[0]!r}."
+            where="decay_roles",
+            expected=f"a tuple out of {', '.join(map(repr, ROLES))}",
+            got=repr(unknown[0]),
         )
     if decay_roles is not None:
         spec.require_roles("decay_roles")
@@ -73,12 +80,14 @@ def peak(learning_rate: optax.ScalarOrSchedule | None) -> Any:
     """The learning rate itself, or the highest that a schedule reaches within `PEAK_WITHIN` steps.
 
     Raises:
-        ConfigError: there is none, or the schedule can't be evaluated for many steps at once.
+        ConfigError: no learning rate, or a schedule that can't be evaluated for many steps at once.
     """
     if learning_rate is None:
         raise ConfigError(
-            'decay="decoupled": expected the base learning rate, which the decay is freed from, got None. '
-            "Pass learning_rate, or peak_learning_rate."
+            where='decay="decoupled"',
+            expected="the base learning rate, which the decay is freed from",
+            got="None",
+            remedy="pass learning_rate, or peak_learning_rate",
         )
     if not callable(learning_rate):
         return learning_rate
@@ -86,9 +95,10 @@ def peak(learning_rate: optax.ScalarOrSchedule | None) -> Any:
         values = jax.vmap(learning_rate)(jnp.arange(PEAK_WITHIN + 1))
     except Exception as error:
         raise ConfigError(
-            'decay="decoupled": expected a schedule that can be evaluated for all of its first '
-            f"{PEAK_WITHIN} steps at once, got one that raises {type(error).__name__}. Say what its highest "
-            "learning rate is: peak_learning_rate=..."
+            where='decay="decoupled"',
+            expected=f"a schedule that can be evaluated for all of its first {PEAK_WITHIN} steps at once",
+            got=f"one that raises {type(error).__name__}",
+            remedy="give its highest learning rate: peak_learning_rate=...",
         ) from error
     highest = jnp.max(values)
     return highest if isinstance(highest, Tracer) else float(highest)
@@ -100,7 +110,7 @@ def strength(
     learning_rate: optax.ScalarOrSchedule | None,
     peak_learning_rate: Any = None,
 ) -> optax.ScalarOrSchedule:
-    """The weight decay that goes in front of a learning rate, for each mode.
+    """The weight decay in front of a learning rate, for each mode.
 
     `"decoupled"` divides it by the base learning rate, so that the product with the schedule is λ times
     the schedule's shape: 1 where the learning rate is at its peak.
@@ -123,7 +133,7 @@ def _inverse(base: Any) -> Any:
 
 
 def is_zero(weight_decay: Any) -> bool:
-    """Whether it can be seen that nothing decays."""
+    """Whether the weight decay is known to be 0."""
     if weight_decay is None:
         return True
     if callable(weight_decay) or isinstance(weight_decay, Tracer):
@@ -137,7 +147,7 @@ def decayed_weights(
     """`optax.add_decayed_weights` with a multiple for each parameter."""
     tx = optax.add_decayed_weights(weight_decay, mask)
     return (
-        tx if all(multiple == 1 for multiple in multiples.values()) else in_units(tx, spec, params=multiples)
+        tx if all(multiple == 1 for multiple in multiples.values()) else rescaled(tx, spec, params=multiples)
     )
 
 
@@ -162,9 +172,9 @@ def mup_add_decayed_weights(
         \frac{\eta_t}{\max_t \eta_t} \lambda \theta \quad\text{(decoupled)}
 
     Args:
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         weight_decay: :math:`\lambda`, or a schedule of the step.
-        mask: which parameters decay: a tree of booleans, or a function from parameters to one.
+        mask: the parameters that decay: a tree of booleans, or a function from parameters to one.
         decay: `"independent"`: learning rate times λ does not depend on width, as in microsoft/mup.
             `"coupled"`: it has the width's factor of the learning rate, as a µP factor around
             `optax.adamw` has, which differs from table to table: with it, Tables 3, 8 and 9 are not the same
@@ -172,15 +182,15 @@ def mup_add_decayed_weights(
             where the schedule is at its peak, so that a warm-up from 0 warms the decay up as well.
         decay_roles: the roles that decay, such as `("hidden", "output")`; None for all.
         family: the optimizer's family, whose factor `"coupled"` follows.
-        learning_rate: for `"decoupled"`, what the chain ends with: a number, or a schedule, whose highest
-            value within its first 131,072 steps is the peak. Give the peak itself as a number where the
-            schedule reaches it later.
+        learning_rate: for `"decoupled"`, the rate that ends the chain: a number, or a schedule, whose peak is
+            its highest value within its first 131,072 steps. Give the peak as a number if the schedule reaches
+            it later.
 
     Returns:
         A transform whose state is that of `optax.add_decayed_weights`.
 
     Raises:
-        ParametrizationError: unknown mode, role or family.
+        ParametrizationError: an unknown mode, role or family.
         ConfigError: `"coupled"` without a family, `"decoupled"` without a learning rate.
         SpecMismatchError: on `update`, when the tree is not the one that `spec` describes.
 

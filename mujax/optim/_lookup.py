@@ -21,19 +21,23 @@ def optimizer(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]
         name: optax's own name, `"adamw"` for `optax.adamw`.
 
     Raises:
-        ConfigError: no optimizer of that name, or one that µP has no rule for; the text says why.
+        ConfigError: an unknown optimizer, or one that µP has no rule for; the text gives the reason.
 
     >>> optimizer("adamw").__name__
     'mup_adamw'
     """
     if name in UNSUPPORTED:
-        raise ConfigError(_optimizers.why_unsupported(name))
+        raise _optimizers.unsupported(name)
     if name in AROUND:
         raise ConfigError(
-            f"{name}: expected an optimizer, got what goes around one. Put it around an optimizer in µP as "
-            "you would around one of optax's."
+            where=name,
+            expected="an optimizer",
+            got="a wrapper of optimizers",
+            remedy="put it around an optimizer in µP as you would around one of optax's",
         )
     for module in _MODULES:
         if name in OPTIMIZERS and hasattr(module, f"mup_{name}"):
             return getattr(module, f"mup_{name}")
-    raise ConfigError(f"optimizer: expected one of {', '.join(map(repr, OPTIMIZERS))}, got {name!r}.")
+    raise ConfigError(
+        where="optimizer", expected=f"one of {', '.join(map(repr, OPTIMIZERS))}", got=repr(name)
+    )

@@ -1,7 +1,7 @@
-"""Muon: hidden weights as the matrices that they are, orthogonalised; everything else by its embedded Adam.
+"""Muon in µP: hidden weights are orthogonalised, all other parameters go through its embedded Adam.
 
-The orthogonalisation is optax's. What is added is which axes make up the matrix, read off the roles, and one
-factor: Muon's own shape factor as it is at the base, times the spectral rule of how it goes on from there.
+The orthogonalisation is optax's. Added are the axes that make up a matrix, read off the roles, and one
+factor: Muon's own shape factor at the base's sizes, times the spectral rule.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from jax.typing import ArrayLike, DTypeLike
 from mujax import rules
 from mujax.errors import MujaxError
 from mujax.optim._alias import mup_adamw
-from mujax.optim._decay import Decay, decay_multiples, decayed_weights, strength
+from mujax.optim._decay import Decay, Mask, decay_multiples, decayed_weights, strength
 from mujax.optim._rescale import LrMults, check_spec, with_lr_multiples
 from mujax.optim._scale import mup_scale_by_adam
-from mujax.optim._tree import leaf_paths
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
@@ -30,7 +29,7 @@ Coefficients = (
     tuple[ArrayLike, ArrayLike, ArrayLike] | tuple[tuple[ArrayLike, ArrayLike, ArrayLike], ...] | str
 )
 DimensionNumbers = optax.contrib.MuonDimensionNumbers
-DimensionNumbersOrFn = DimensionNumbers | Any | Callable[[optax.Params], Any]
+DimensionNumbersOrFn = DimensionNumbers | Any | Callable[[Any], Any]
 
 _NS_COEFFS: Final = (3.4445, -4.7750, 2.0315)
 
@@ -71,29 +70,31 @@ class _Matrix:
     @property
     def batch_growth(self) -> float:
         """Number of matrices at the target over that at the base."""
-        # Layers are no part of one product.
+        # Each layer has a product of its own.
         batch = set(range(len(self.param.shape))) - {*self.rows, *self.columns, *self.param.layers}
         return self._growth(sorted(batch))
 
-    def lr_factor(self, chosen: Parametrization) -> float:
+    def lr_factor(self, parametrization: Parametrization) -> float:
         """The spectral rule: how the spectral norm of each matrix's update scales.
 
-        The rule of the table is for the whole product; of a growing number of matrices in it, each has the
-        norm that its own two sides ask for.
+        The table's rule is for the whole product; each of a growing number of matrices in it has the norm
+        that follows from its own two sides.
         """
-        share = rules.mup_share(chosen)
-        return rules.lr_factor(self.param, chosen, "spectral") * self.batch_growth ** (-share / 2)
+        share = rules.mup_share(parametrization)
+        return rules.lr_factor(self.param, parametrization, "spectral") * self.batch_growth ** (-share / 2)
 
-    def gradient_norm(self, chosen: Parametrization) -> float:
-        """How the gradient's norm as a matrix scales: what is compared with epsilon."""
+    def gradient_norm(self, parametrization: Parametrization) -> float:
+        """How the gradient's norm as a matrix scales; it is compared with epsilon."""
         sides = self._growth(self.rows) * self._growth(self.columns)
-        return rules.gradient_scale(self.param, chosen) * sides ** (rules.mup_share(chosen) / 2)
+        return rules.gradient_scale(self.param, parametrization) * sides ** (
+            rules.mup_share(parametrization) / 2
+        )
 
 
-def _shape_factor(matrix: _Matrix, chosen: Parametrization, consistent_rms: ArrayLike | None) -> Any:
+def _shape_factor(matrix: _Matrix, parametrization: Parametrization, consistent_rms: ArrayLike | None) -> Any:
     """Muon's own factor, at the base's sizes as far as the parametrization is µP.
 
-    At the target's sizes it would scale a second time, and otherwise, what the spectral rule scales already.
+    At the target's sizes it would scale by width a second time, and by another rule than the spectral one.
     """
 
     def at(sizes: tuple[int, int]) -> Any:
@@ -103,7 +104,7 @@ def _shape_factor(matrix: _Matrix, chosen: Parametrization, consistent_rms: Arra
             return jnp.sqrt(jnp.maximum(1, columns / rows))
         return jnp.sqrt(jnp.maximum(rows, columns)) * consistent_rms
 
-    share = rules.mup_share(chosen)
+    share = rules.mup_share(parametrization)
     if share == 1:
         return at(matrix.sizes(base=True))
     if share == 0:
@@ -114,15 +115,12 @@ def _shape_factor(matrix: _Matrix, chosen: Parametrization, consistent_rms: Arra
 # ---- which parameters are matrices ----------------------------------------------------------------------
 
 
-def _by_role(path: str, param: ParamSpec) -> _Matrix | None:
-    del path
-    if param.role != "hidden":
-        return None
-    return _Matrix(param, param.fan_in, param.fan_out)
+def _by_role(param: ParamSpec) -> _Matrix | None:
+    return _Matrix(param, param.fan_in, param.fan_out) if param.role == "hidden" else None
 
 
-def _as_told(path: str, param: ParamSpec, numbers: DimensionNumbers) -> _Matrix:
-    """The matrix that the user describes, if it is one that the roles allow."""
+def _by_numbers(path: str, param: ParamSpec, numbers: DimensionNumbers) -> _Matrix:
+    """The matrix of the given dimension numbers, if the roles allow it."""
 
     def axes(given: Sequence[int] | int) -> tuple[int, ...]:
         given = (given,) if isinstance(given, int) else tuple(given)
@@ -131,9 +129,11 @@ def _as_told(path: str, param: ParamSpec, numbers: DimensionNumbers) -> _Matrix:
     rows, columns = axes(numbers.reduction_axis), axes(numbers.output_axis)
     if not (rows and set(rows) <= set(param.fan_in) and set(columns) <= {*param.fan_out, *param.stack}):
         raise MujaxError(
-            f"{path}: expected reduction axes out of its fan-in {param.fan_in} and output axes out of its "
-            f"fan-out {(*param.fan_out, *param.stack)}, got {numbers}. Correct them, or leave them out: the "
-            "roles say which axes make up a matrix."
+            where=path,
+            expected=f"reduction axes out of its fan-in {param.fan_in} and output axes out of its fan-out "
+            f"{(*param.fan_out, *param.stack)}",
+            got=numbers,
+            remedy="correct them, or leave them out: the roles determine which axes make up a matrix",
         )
     return _Matrix(param, rows, columns)
 
@@ -143,57 +143,55 @@ def _is_numbers(node: Any) -> bool:
 
 
 class _Matrices:
-    """The parameters that are matrices, by what the roles or the user say.
+    """The parameters that are matrices, by their roles or by given dimension numbers.
 
     Args:
         spec: the parameters.
-        told: what the user says; None for the roles.
+        given: the user's dimension numbers; None for the roles.
 
     Attributes:
-        chosen: the parametrization.
+        parametrization: that of the spec.
     """
 
-    def __init__(self, spec: MupSpec, told: DimensionNumbersOrFn | None) -> None:
-        self.chosen = check_spec(spec)
-        if told is None:
+    def __init__(self, spec: MupSpec, given: DimensionNumbersOrFn | None) -> None:
+        self.parametrization = check_spec(spec)
+        if given is None:
             spec.require_roles("muon")
-        self._spec, self._told = spec, told
+        self._spec, self._given = spec, given
 
-    def of(self, tree: Any) -> list[_Matrix | None]:
-        """The matrix of each leaf, None where it is none."""
+    def of(self, tree: Any) -> Any:
+        """The matrix of each leaf, None for a parameter that is no matrix."""
         spec = self._spec
-        paths = leaf_paths(spec, tree, "parameters")
-        if self._told is None:
-            return [_by_role(path, spec[path]) for path in paths]
-        told = self._told(tree) if callable(self._told) and not _is_numbers(self._told) else self._told
-        leaves: list[DimensionNumbers | None] = []
+        if self._given is None:
+            return spec.match(tree, {path: _by_role(param) for path, param in spec.items()})
+        paths = spec.match(tree, {path: path for path in spec})
+        given = self._given(tree) if callable(self._given) and not _is_numbers(self._given) else self._given
         try:
-            jax.tree.map(
-                lambda numbers, part: leaves.extend([numbers] * len(jax.tree.leaves(part))),
-                told,
-                tree,
+            return jax.tree.map(
+                lambda numbers, part: jax.tree.map(
+                    lambda path: None if numbers is None else _by_numbers(path, spec[path], numbers), part
+                ),
+                given,
+                paths,
                 is_leaf=_is_numbers,
             )
+        except MujaxError:
+            raise
         except ValueError as error:
             raise MujaxError(
-                "weight_dimension_numbers: expected a tree of MuonDimensionNumbers and None that is a prefix "
-                f"of the parameters' ({error}). Correct it, or leave it out: the roles say which parameters "
-                "are matrices."
+                where="weight_dimension_numbers",
+                expected="a tree of MuonDimensionNumbers and None that is a prefix of the parameters'",
+                got=f"another one ({error})",
+                remedy="correct it, or leave it out: the roles determine which parameters are matrices",
             ) from error
-        return [
-            None if numbers is None else _as_told(path, spec[path], numbers)
-            for path, numbers in zip(paths, leaves, strict=True)
-        ]
 
     def labels(self, params: Any) -> Any:
         """`"muon"` or `"adam"` for each parameter, for `optax.partition`."""
-        names = ["adam" if matrix is None else "muon" for matrix in self.of(params)]
-        return jax.tree.structure(params).unflatten(names)
+        return jax.tree.map(lambda _, matrix: "adam" if matrix is None else "muon", params, self.of(params))
 
     def numbers(self, updates: Any) -> Any:
         """The dimension numbers of a tree that holds matrices only."""
-        found = [matrix.numbers for matrix in self.of(updates) if matrix is not None]
-        return jax.tree.structure(updates).unflatten(found)
+        return jax.tree.map(lambda matrix: matrix.numbers, self.of(updates))
 
 
 # ---- the transforms -------------------------------------------------------------------------------------
@@ -207,48 +205,25 @@ def _coefficients(given: Any, steps: ArrayLike) -> Any:
         state = optax.contrib.muon(0.0, ns_coeffs=given, ns_steps=steps).init(jnp.zeros((1, 1)))
     except ValueError as error:
         raise MujaxError(
-            "ns_coeffs: expected coefficients or the name of one of optax.contrib.muon's presets, got "
-            f"{given!r} ({error})."
+            where="ns_coeffs",
+            expected="coefficients or the name of one of optax.contrib.muon's presets",
+            got=f"{given!r} ({error})",
         ) from error
     return optax.tree.get(state, "ns_coeffs")
 
 
-def _each(updates: Any, found: Sequence[_Matrix | None], factor: Callable[[_Matrix], Any]) -> Any:
-    """Multiplies each matrix with a factor; one that is exactly the number 1 is left out."""
-    leaves, structure = jax.tree.flatten(updates)
-    factors = [1.0 if matrix is None else factor(matrix) for matrix in found]
-    return structure.unflatten(
-        leaf if isinstance(by, float) and by == 1 else by * leaf
-        for leaf, by in zip(leaves, factors, strict=True)
-    )
+def _scaled_by(factors: Sequence[Callable[[_Matrix], Any]], updates: Any, matrices: Any) -> Any:
+    """Multiplies each matrix by its factors, one after the other; a number that is exactly 1 is left out."""
 
+    def scale(leaf: Any, matrix: _Matrix | None) -> Any:
+        if matrix is None:
+            return leaf
+        for factor in factors:
+            by = factor(matrix)
+            leaf = leaf if isinstance(by, float) and by == 1 else by * leaf
+        return leaf
 
-def _with_base_norm(tx: optax.GradientTransformation, matrices: _Matrices) -> optax.GradientTransformation:
-    """`tx` on gradients divided by what their norm has grown by, so that an epsilon means the same to it."""
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        found = matrices.of(updates)
-        scaled = _each(updates, found, lambda matrix: 1 / matrix.gradient_norm(matrices.chosen))
-        return tx.update(scaled, state, params)
-
-    return optax.GradientTransformation(tx.init, update)
-
-
-def _scale_by_sides(
-    matrices: _Matrices, consistent_rms: ArrayLike | None, dual: Callable[[_Matrix], float]
-) -> optax.GradientTransformation:
-    """Muon's shape factor, the spectral rule, and what an adaptive update's dual norm has grown by."""
-    chosen = matrices.chosen
-
-    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        del params
-        found = matrices.of(updates)
-        updates = _each(updates, found, lambda matrix: _shape_factor(matrix, chosen, consistent_rms))
-        return _each(updates, found, lambda matrix: matrix.lr_factor(chosen) / dual(matrix))
-
-    return optax.stateless(update)
+    return jax.tree.map(scale, updates, matrices)
 
 
 def _orthogonalised(
@@ -261,7 +236,11 @@ def _orthogonalised(
     scale_eps: bool,
     **kwargs: Any,
 ) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """The two transforms that the matrices go through: optax's scale_by_muon, and the factors."""
+    """The two transforms that the matrices go through: optax's scale_by_muon, and the factors.
+
+    optax's gets gradients divided by the growth of their norm, so that an ε means the same to it.
+    """
+    parametrization = matrices.parametrization
     tx = optax.contrib.scale_by_muon(
         _coefficients(ns_coeffs, ns_steps),
         ns_steps,
@@ -271,23 +250,32 @@ def _orthogonalised(
         **kwargs,
     )
 
+    def orthogonalise(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        by = (lambda matrix: 1 / matrix.gradient_norm(parametrization),) if scale_eps else ()
+        return tx.update(_scaled_by(by, updates, matrices.of(updates)), state, params)
+
     def dual(matrix: _Matrix) -> float:
         # An adaptive update is proportional to the nuclear norm of the gradient that optax gets to see,
         # summed over all matrices of the parameter.
         if not adaptive:
             return 1.0
-        summed = matrix.batch_growth ** rules.mup_share(matrices.chosen)
-        return summed if scale_eps else summed * matrix.gradient_norm(matrices.chosen)
+        summed = matrix.batch_growth ** rules.mup_share(parametrization)
+        return summed if scale_eps else summed * matrix.gradient_norm(parametrization)
 
-    return (
-        _with_base_norm(tx, matrices) if scale_eps else tx,
-        _scale_by_sides(matrices, consistent_rms, dual),
-    )
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        by = (
+            lambda matrix: _shape_factor(matrix, parametrization, consistent_rms),
+            lambda matrix: matrix.lr_factor(parametrization) / dual(matrix),
+        )
+        return _scaled_by(by, updates, matrices.of(updates))
+
+    return optax.GradientTransformation(tx.init, orthogonalise), optax.stateless(scale)
 
 
-def _spectral_rule(param: ParamSpec, chosen: Parametrization) -> float:
-    """What a coupled decay of a hidden weight follows."""
-    return _Matrix(param, param.fan_in, param.fan_out).lr_factor(chosen)
+def _spectral_rule(param: ParamSpec, parametrization: Parametrization) -> float:
+    """The rule that a coupled decay of a hidden weight follows."""
+    return _Matrix(param, param.fan_in, param.fan_out).lr_factor(parametrization)
 
 
 def mup_scale_by_muon(
@@ -309,7 +297,7 @@ def mup_scale_by_muon(
     scale_eps: bool = True,
     lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates by Muon: hidden weights orthogonalised, all others by Adam, both as µP asks for.
+    r"""Rescales updates by Muon: hidden weights orthogonalised, all others by Adam, both in µP.
 
     A hidden weight is a matrix of its fan-in by its fan-out, whatever its rank: a convolution is one of
     (spatial sizes times features in, features out), an attention projection one of (features, heads times
@@ -328,7 +316,7 @@ def mup_scale_by_muon(
     Input, output and finite parameters and tied embeddings go through `mup_scale_by_adam`.
 
     Args:
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         ns_coeffs: coefficients of the Newton-Schulz iteration, or the name of one of optax's presets.
         ns_steps: number of its iterations.
         beta: decay rate of the momentum.
@@ -400,7 +388,7 @@ def mup_muon(
     beta: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    weight_decay_mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = True,
@@ -426,20 +414,20 @@ def mup_muon(
     spectral rule; of all others from Adam.
 
     optax sends every parameter of rank 2 to Muon, readout and embeddings too, and none of another rank. For
-    the base model, this is `optax.contrib.muon` with `muon_weight_dimension_numbers` that say what the roles
-    say, bit for bit.
+    the base model, this is `optax.contrib.muon` with `muon_weight_dimension_numbers` that agree with the
+    roles, bit for bit.
 
     Args:
         learning_rate: the base model's learning rate, or a schedule of the step. Each parameter's µP
             factor multiplies its update, never the schedule.
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         ns_coeffs: coefficients of the Newton-Schulz iteration, or the name of one of optax's presets.
         ns_steps: number of its iterations.
         beta: decay rate of the momentum.
         eps: added to denominators, of the iteration's and of Adam's, in the base model's units.
         weight_decay: strength of the matrices' decay, multiplied with the learning rate and not with the µP
             factor.
-        weight_decay_mask: which of them decay: a tree of booleans, or a function from parameters to one.
+        weight_decay_mask: the matrices that decay: a tree of booleans, or a function from parameters to one.
         mu_dtype: dtype of the first moments; None keeps the parameter's.
         nesterov: Nesterov momentum, in Muon and in Adam.
         adaptive: multiply each parameter's update with the dual norm of its momentum, in the base's units.
@@ -447,15 +435,15 @@ def mup_muon(
         adam_b1: decay rate of Adam's first moment.
         adam_b2: decay rate of Adam's second moment.
         adam_eps_root: added to Adam's denominator inside of the square root, in the base's units squared.
-        adam_weight_decay: strength of the decay of what Adam updates.
+        adam_weight_decay: strength of the decay of the parameters that Adam updates.
         adam_learning_rate: Adam's learning rate; None for the same as Muon's.
         muon_weight_dimension_numbers: `weight_dimension_numbers` of `mup_scale_by_muon`.
         consistent_rms: Muon's other shape factor, likewise at the base's sizes.
         scale_eps: False leaves ε the same for all parameters at all widths.
         decay: `"independent"`, `"coupled"` or `"decoupled"`, as in `mup_adamw`.
         decay_roles: the roles that decay, such as `("hidden",)`; None for all.
-        peak_learning_rate: what a decoupled decay is relative to, of both parts; None looks for the peaks of
-            their schedules.
+        peak_learning_rate: the rate that a decoupled decay of both parts is relative to; None takes the
+            peaks of their schedules.
         lr_mults: multiples of the learning rate by role, or by glob of parameter paths; those that name the
             same parameter are multiplied. They apply to the whole step, decay included, and may be traced.
 

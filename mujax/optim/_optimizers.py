@@ -1,16 +1,19 @@
-"""Every other optimizer of optax in µP, and every transform, made from the registry."""
+"""All other optimizers and transforms of optax in µP, generated from the registry."""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import optax
 
+from mujax import rules
 from mujax.errors import ConfigError
 from mujax.optim._alias import mup_adam, mup_adamw
+from mujax.optim._decay import Mask
 from mujax.optim._recipes import LAYOUTS, Build, Options
 from mujax.optim._registry import OPTIMIZERS, TRANSFORMS, UNSUPPORTED, Entry
 from mujax.optim._rescale import check_spec
@@ -26,22 +29,22 @@ _OWN: Final[Mapping[str, str]] = {
         "which is 1 at its peak. See `mup_add_decayed_weights`."
     ),
     "decay_roles": 'the roles that decay, such as `("hidden", "output")`; None for all.',
-    "peak_learning_rate": "what a decoupled decay is relative to; None looks for the schedule's peak.",
+    "peak_learning_rate": "the rate that a decoupled decay is relative to; None takes the schedule's peak.",
     "lr_mults": (
         "multiples of the learning rate by role, or by glob of parameter paths; those that name the same "
         "parameter are multiplied. They apply to the whole step, decay included, and may be traced values."
     ),
     "alignment": (
         '`"full"`: updates align with the activations, so hidden weights take r_in^-1/2 (arXiv 2310.17813; '
-        'arXiv 2407.05872, full alignment). `"none"`: they don\'t, and the ratio needs no factor of its own '
-        "(arXiv 2407.05872, no alignment; how LAMB is often said to need no rule)."
+        'arXiv 2407.05872, full alignment). `"none"`: they don\'t align, and the ratio needs no factor '
+        "(arXiv 2407.05872, no alignment)."
     ),
     "zero_init": "globs of hidden parameters that start at zero.",
 }
 
 
 def _own_keywords(entry: Entry, theirs: inspect.Signature, *, alias: bool) -> list[str]:
-    """The keywords that µP adds."""
+    """The names of the keywords that µP adds."""
     names = []
     if entry.epsilons and entry.units != "displacement":
         names.append("scale_eps")
@@ -68,9 +71,17 @@ def _signature(
     if alias:
         rate = parameters.pop(0)
         head.insert(0, rate.replace(default=inspect.Parameter.empty))
+    # optax's annotation of a mask has chex's recursive ArrayTree in it, which resolves in chex only.
+    parameters = [
+        parameter.replace(annotation=Mask) if parameter.name.endswith("mask") else parameter
+        for parameter in parameters
+    ]
     own, defaults = _own_keywords(entry, theirs, alias=alias), Options()
+    types = typing.get_type_hints(Options)
     ours = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, name))
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, name), annotation=types[name]
+        )
         for name in own
     ]
     signature = inspect.Signature(
@@ -87,37 +98,36 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, 105, break_on_hyphens=False)
 
 
-_STEP: Final[Mapping[str, str]] = {
-    "adam": "whose updates are free of the gradient's scale, entry by entry: Adam's learning rates",
-    "sgd": "whose updates are linear in the gradient: SGD's learning rates",
-    "normalized": "whose updates are proportional to the parameter's norm: r_in^-1/2 for hidden weights",
-    "normalized_gradient": (
-        "whose updates are divided by the gradient's norm: √(r_out/r_in) for hidden weights, √r_out for "
-        "input weights, √r_in for output weights in Table 8"
-    ),
-    "spectral": "whose updates have singular values that are all equal: √(r_out/r_in)",
-}
-
-
 def _document(
     entry: Entry, full: str, signature: inspect.Signature, own: Sequence[str], *, alias: bool
 ) -> str:
-    """The docstring: family and rule, where ε is, what the keywords mean, sources."""
-    what = "tuned at one width, is right at every other" if alias else "are those of the tables"
-    first = f"`{full}` in µP: its learning rate, {what}." if alias else f"`{full}` in µP: its updates {what}."
+    """The docstring: family and rule, constants that are scaled, keywords, sources."""
+    first = (
+        f"`{full}` in µP: its learning rate, tuned at one width, is right at every other."
+        if alias
+        else f"`{full}` in µP: its updates have the factors of the tables."
+    )
+    traits = rules.FAMILY_TRAITS[entry.family]
     body = [
         first,
-        _paragraph(f"Of the family {entry.family!r}, {_STEP[entry.family]} (`mujax.rules.TABLES`)."),
+        _paragraph(
+            f"Of the family {entry.family!r}, whose updates are {traits.updates}: {traits.rates} "
+            f"(`mujax.rules.TABLES`; {traits.source})."
+        ),
     ]
     if entry.note:
         body.append(_paragraph(entry.note))
     if entry.epsilons:
         units = "; ".join(f"{keyword}: {unit}" for keyword, unit in entry.epsilons.items())
-        body.append(_paragraph(f"Constants that follow what they are compared with, in units of: {units}."))
+        body.append(
+            _paragraph(
+                f"Constants that scale with the quantity that they are compared with, in units of: {units}."
+            )
+        )
     arguments = []
     if alias:
         arguments.append("learning_rate: the base model's; the µP factors multiply the updates.")
-    arguments.append("spec: what `mup_init` found out about the parameters.")
+    arguments.append("spec: the parameters, as `mup_init` describes them.")
     ours = {"spec", *own, *(("learning_rate",) if alias else ())}
     theirs = [known for known in signature.parameters if known not in ours]
     if theirs:
@@ -169,6 +179,10 @@ def _made(
     function.__name__ = function.__qualname__ = f"mup_{name}"
     function.__module__ = "mujax.optim"
     function.__doc__ = _document(entry, full, signature, own, alias=alias)
+    function.__annotations__ = {
+        **{known: parameter.annotation for known, parameter in signature.parameters.items()},
+        "return": signature.return_annotation,
+    }
     function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
@@ -205,7 +219,7 @@ def _transform(name: str) -> Alias:
 def _nesterov(name: str, mup: Alias) -> Alias:
     """`mup_adam` or `mup_adamw` under the name of its Nesterov variant."""
     entry = OPTIMIZERS[name]
-    signature = inspect.signature(mup)
+    signature = inspect.signature(mup, eval_str=True)
     nesterov = signature.parameters["nesterov"].replace(default=True)
     signature = signature.replace(
         parameters=[nesterov if known == "nesterov" else kept for known, kept in signature.parameters.items()]
@@ -220,22 +234,24 @@ def _nesterov(name: str, mup: Alias) -> Alias:
     return _made(name, f"optax.{name}", entry, signature, own, build, alias=True)
 
 
-def why_unsupported(name: str) -> str:
-    """The sentence that says why an optimizer has no µP."""
-    return (
-        f"{name}: expected an optimizer with a learning rate that µP has a rule for, got one that has none: "
-        f"{UNSUPPORTED[name]}. Take one of mujax.optim.OPTIMIZERS, such as adamw."
+def unsupported(name: str) -> ConfigError:
+    """The error for an optimizer that µP has no rule for."""
+    return ConfigError(
+        where=name,
+        expected="an optimizer with a learning rate that µP has a rule for",
+        got=f"one that has none: {UNSUPPORTED[name]}",
+        remedy="take one of mujax.optim.OPTIMIZERS, such as adamw",
     )
 
 
 def refused(attribute: str) -> Callable[..., NoReturn] | None:
-    """What stands for an optimizer without a µP: a function that says why when it is called.
+    """The function under the name of an optimizer that µP has no rule for; it raises the reason.
 
     Args:
         attribute: a name that a module does not have, such as `"mup_lbfgs"`.
 
     Returns:
-        None where it is not the name of such an optimizer.
+        None if it is not the name of such an optimizer.
     """
     name = attribute.removeprefix("mup_")
     if name == attribute or name not in UNSUPPORTED:
@@ -243,11 +259,11 @@ def refused(attribute: str) -> Callable[..., NoReturn] | None:
 
     def function(*args: Any, **kwargs: Any) -> NoReturn:
         del args, kwargs
-        raise ConfigError(why_unsupported(name))
+        raise unsupported(name)
 
     function.__name__ = function.__qualname__ = f"mup_{name}"
     function.__module__ = "mujax.optim"
-    function.__doc__ = f"Not there, and raises an error that says why: {UNSUPPORTED[name]}.\n"
+    function.__doc__ = f"Not available, and raises an error with the reason: {UNSUPPORTED[name]}.\n"
     return function
 
 

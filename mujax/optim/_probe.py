@@ -1,14 +1,14 @@
 """Checks, by running it, whether an optax transform may be wrapped with µP factors.
 
 A transform is a pair of opaque functions, so it is run for a few steps on parameters of a few entries each.
-What can't be run there (it needs extra arguments, or it holds values that are being traced) is let pass.
+A transform that can't be run there (it needs extra arguments, or it holds traced values) passes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import jax
@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 
 from mujax.errors import ConfigError, MujaxError, ParametrizationError, SpecMismatchError
 from mujax.optim._registry import UNSUPPORTED, UNSUPPORTED_STATES
-from mujax.rules import Family
+from mujax.rules import FAMILY_TRAITS, Family
 from mujax.spec import MupSpec
 
-# A schedule may begin at 0, accumulated steps give zeros, RAdam is plain momentum for its first five steps.
+# A schedule may start at 0, accumulated steps give zeros, RAdam is plain momentum for its first five steps.
 _STEPS: Final = 8
 # Powers of two, so that a linear transform scales exactly. Far apart, so that a clipping threshold or an
 # epsilon in between makes a transform neither linear nor scale-free.
@@ -30,9 +30,9 @@ _SMALL: Final = 2.0**-10
 _SCALES: Final = (2.0**10, 2.0**20)
 _HUGE: Final = 2.0**40
 _RTOL: Final = 1e-3
-# What one entry of a parameter is multiplied with to see whether the others follow it.
+# The factor on one entry of a parameter that shows whether the others follow it.
 _ONE_ENTRY: Final = 2.0**7
-# Newton and Schulz make singular values equal only so far.
+# The iteration of Newton and Schulz leaves a ratio of singular values up to this.
 _FLAT: Final = 4.0
 
 
@@ -101,9 +101,9 @@ class _Probe:
 
 
 def _refuse_decay(probe: _Probe) -> None:
-    """Refuses what pulls the parameters where no gradient does: weight decay, a projection.
+    """Refuses transforms that move the parameters without a gradient: weight decay, a projection.
 
-    Noise moves them too, but not in a way that depends on where they are.
+    Noise moves them too, but independently of their values.
     """
     zeros = np.zeros((_STEPS, len(probe.paths)))
     updates = probe.run(zeros)
@@ -118,30 +118,24 @@ def _refuse_decay(probe: _Probe) -> None:
     far, further = (probe.run(zeros, param=scale) for scale in _SCALES)
     if np.allclose(further[pulled], far[pulled], rtol=_RTOL, atol=0):
         raise MujaxError(
-            f"mup_wrap, {path}: expected no update at zero gradient, found one that depends on the sign of "
-            "the parameter: weight decay as an L2 gradient inside of an adaptive optimizer, which µP rules "
-            "out, since the gradient of the loss shrinks with width and λθ does not (TP5, arXiv 2203.03466, "
-            "Appendix B.3). Put optax.add_decayed_weights(...) after the wrapped transform, outside of it."
+            where=f"mup_wrap, {path}",
+            expected="no update at zero gradient",
+            got="one that depends on the sign of the parameter: weight decay as an L2 gradient inside of an "
+            "adaptive optimizer, which µP rules out, since the gradient of the loss shrinks with width and "
+            "λθ does not (TP5, arXiv 2203.03466, Appendix B.3)",
+            remedy="put optax.add_decayed_weights(...) after the wrapped transform, outside of it",
         )
     raise MujaxError(
-        f"mup_wrap, {path}: expected no update at zero gradient, found one that depends on the "
-        "parameter: weight decay, which the µP factor would scale with width. Put it after that factor: "
-        "optax.chain(mup_wrap(<the transform without decay and learning rate>, spec, family), "
-        "optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))."
+        where=f"mup_wrap, {path}",
+        expected="no update at zero gradient",
+        got="one that depends on the parameter: weight decay, which the µP factor would scale with width",
+        remedy="put it after that factor: optax.chain(mup_wrap(<the transform without decay and learning "
+        "rate>, spec, family), optax.add_decayed_weights(...), optax.scale_by_learning_rate(...))",
     )
 
 
-_WORDS: Final[Mapping[Family, str]] = {
-    "sgd": "proportional to the gradient",
-    "adam": "independent of the gradient's scale",
-    "normalized": "proportional to the parameter's norm",
-    "normalized_gradient": "divided by the norm of the parameter's gradient",
-    "spectral": "matrices whose singular values are all equal",
-}
-
-
 def _behaves_like(probe: _Probe) -> Family | None:
-    """The family whose behaviour all of the updates show; None where they show no one's."""
+    """The family whose behaviour all of the updates show; None if there is no such family."""
     count = len(probe.paths)
     scales = np.resize(_SCALES, count)
     # Positive, of full rank, with singular values that are far apart, and with signs of rank one.
@@ -202,7 +196,7 @@ def _first(entry: np.ndarray) -> np.ndarray:
 
 
 def _others_alike(found: np.ndarray, before: np.ndarray) -> bool:
-    """Whether the entries that the bumped one is not are as they were, at each step."""
+    """Whether all entries but the bumped one are as they were, at each step."""
     size = before[0].size
     return np.allclose(found.reshape(-1, size)[:, 1:], before.reshape(-1, size)[:, 1:], rtol=0.05, atol=0)
 
@@ -213,17 +207,19 @@ def _flat(matrix: Float[np.ndarray, "2 2"]) -> bool:
 
 
 def _refuse_other_family(probe: _Probe, family: Family) -> None:
-    """Refuses a transform that behaves as another family does, in each entry and at every step."""
+    """Refuses a transform that behaves like another family, in each entry and at every step."""
     found = _behaves_like(probe)
     if found is not None and found != family:
         raise ParametrizationError(
-            f"mup_wrap: expected a transform of the family {family!r}, found one whose updates are "
-            f"{_WORDS[found]}. Say family={found!r}."
+            where="mup_wrap",
+            expected=f"a transform of the family {family!r}",
+            got=f"one whose updates are {FAMILY_TRAITS[found].updates}",
+            remedy=f"pass family={found!r}",
         )
 
 
 def _refuse_norm_clipping(probe: _Probe) -> None:
-    """Refuses what lets a huge gradient of one parameter silence that of all the others."""
+    """Refuses transforms where a huge gradient of one parameter silences those of all others."""
     huge, rest = np.ones((2, 2, len(probe.paths)))
     rest[1] = huge[1] = -4.0
     huge[1, 0] = _HUGE
@@ -234,40 +230,44 @@ def _refuse_norm_clipping(probe: _Probe) -> None:
     silenced = np.allclose(clipped, silent, rtol=_RTOL, atol=0)
     if silenced and not np.allclose(free, silent, rtol=_RTOL, atol=0):
         raise MujaxError(
-            "mup_wrap: expected each parameter's update to follow its own gradient, found clipping by the "
-            "global norm, which would measure gradients in the units that scale_eps brings them to. Put it "
-            "before, as in optax.chain(optax.clip_by_global_norm(...), mup_wrap(...))."
+            where="mup_wrap",
+            expected="each parameter's update to follow its own gradient",
+            got="clipping by the global norm, which would measure gradients in the units that scale_eps "
+            "brings them to",
+            remedy="put it before, as in optax.chain(optax.clip_by_global_norm(...), mup_wrap(...))",
         )
 
 
 def _one_of_each_kind(spec: MupSpec) -> list[str]:
-    """A path for each combination of what a transform or a mask usually goes by."""
+    """A path for each combination of role, rank and name, which transforms and masks usually go by."""
     kinds = {(param.role, len(param.shape), path.split("/")[-1]): path for path, param in spec.items()}
     return list(kinds.values())
 
 
 def _attempt(spec: MupSpec, examine: Callable[[Sequence[str]], Any]) -> Any:
     """Runs an examination on a part of the parameters, and on all of them if that does not work."""
-    # A mask given as a tree needs the whole tree; anything else shows on one parameter of each kind.
+    # A mask given as a tree needs the whole tree; one parameter of each kind shows anything else.
     for paths in (_one_of_each_kind(spec), list(spec)):
         try:
             with jax.ensure_compile_time_eval():
                 return examine(paths)
         except SpecMismatchError as error:
             raise MujaxError(
-                "mup_wrap: expected a plain optax transform, found one that applies µP factors already. "
-                "Use it as it is, without mup_wrap."
+                where="mup_wrap",
+                expected="a plain optax transform",
+                got="one that applies µP factors already",
+                remedy="use it as it is, without mup_wrap",
             ) from error
         except MujaxError:
             raise
         except Exception:
-            # Whatever a foreign transform raises on parameters like these, the user did nothing wrong.
+            # An error of a foreign transform on parameters like these is no error of the user.
             continue
     return None
 
 
 def check_plain(tx: optax.GradientTransformation, spec: MupSpec) -> None:
-    """Refuses a transform that is in µP already, and one that µP has nothing to say about.
+    """Refuses a transform that is in µP already, and one that µP has no rule for.
 
     Raises:
         MujaxError: it applies µP factors, or Muon's shape factor.
@@ -283,14 +283,17 @@ def check_plain(tx: optax.GradientTransformation, spec: MupSpec) -> None:
             if isinstance(node, types):
                 if isinstance(node, optax.contrib.MuonState):
                     raise MujaxError(
-                        "mup_wrap: expected a transform without factors of its own, found Muon, whose shape "
-                        "factor at the target's sizes the µP rule would scale a second time, and which goes "
-                        "by rank where roles say what a matrix is. Use mujax.mup_muon or "
-                        "mujax.mup_scale_by_muon."
+                        where="mup_wrap",
+                        expected="a transform without factors of its own",
+                        got="Muon, whose shape factor at the target's sizes the µP rule would scale a second "
+                        "time, and which takes matrices by rank and not by role",
+                        remedy="use mujax.mup_muon or mujax.mup_scale_by_muon",
                     )
                 name = UNSUPPORTED_STATES[type(node).__name__]
                 raise ConfigError(
-                    f"mup_wrap: expected an optimizer with a µP rule, found {name}: {UNSUPPORTED[name]}."
+                    where="mup_wrap",
+                    expected="an optimizer with a µP rule",
+                    got=f"{name}: {UNSUPPORTED[name]}",
                 )
 
     _attempt(spec, examine)
@@ -307,8 +310,8 @@ def check(tx: optax.GradientTransformation, spec: MupSpec, family: Family, *, re
     Args:
         tx: the transform.
         spec: the parameters it is for.
-        family: what the user says it is.
-        rescaled: the gradients get µP factors before they reach `tx`.
+        family: the family that the user gives.
+        rescaled: whether the gradients get µP factors before they reach `tx`.
 
     Raises:
         MujaxError: `tx` decays the weights, clips by the global norm although the gradients are rescaled,

@@ -1,13 +1,12 @@
-"""Puts optax's optimizers together in µP, from what the registry says about them.
+"""Puts optax's optimizers together in µP, from their entries in the registry.
 
-Most are optax's own, run in other units (`_rescale.in_units`). Where weight decay or a parameter's norm is in
-the middle of a chain, the chain is written out, with the states that optax's has.
+Most are optax's own, run in other units (`_rescale.rescaled`). Where weight decay or a parameter's norm is in
+the middle of a chain, the chain is written out, with the states of optax's chain.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
@@ -21,13 +20,14 @@ from mujax.optim._registry import Entry, Units
 from mujax.optim._rescale import (
     Factors,
     LrMults,
-    by_leaf,
     factors,
-    in_units,
+    grouped,
     lr_multiples,
     lr_rule,
+    matching,
     product,
     ratio,
+    rescaled,
     with_lr_multiples,
 )
 from mujax.spec import MupSpec, Role
@@ -56,7 +56,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class _Scales:
-    """How what an optimizer sees of each parameter scales, over the base's: the rules' numbers by path."""
+    """How the inputs of an optimizer scale, over the base's: the rules' numbers by path."""
 
     adam: Factors
     sgd: Factors
@@ -69,12 +69,14 @@ class _Scales:
     def of(cls, spec: MupSpec, options: Options) -> _Scales:
         adam, normalized = factors(spec, lr_rule("adam")), factors(spec, lr_rule("normalized"))
         param = factors(spec, rules.param_scale)
-        for path in _matching(spec, options.zero_init):
-            # Made of updates only, its entries are of their size: Adam's rate.
+        for path in _zero_init(spec, options.zero_init):
+            # Its entries are sums of updates and scale as they do: with Adam's rate.
             param[path], normalized[path] = adam[path], 1.0
         if options.alignment not in ALIGNMENTS:
             raise ParametrizationError(
-                f"alignment: expected one of {', '.join(map(repr, ALIGNMENTS))}, got {options.alignment!r}."
+                where="alignment",
+                expected=f"one of {', '.join(map(repr, ALIGNMENTS))}",
+                got=repr(options.alignment),
             )
         if options.alignment == "none":
             normalized = product(normalized, factors(spec, rules.unaligned))
@@ -88,21 +90,22 @@ class _Scales:
         )
 
 
-def _matching(spec: MupSpec, patterns: Sequence[str]) -> list[str]:
-    """The paths that globs match.
+def _zero_init(spec: MupSpec, patterns: Sequence[str]) -> list[str]:
+    """The paths that the globs of `zero_init` match.
 
     Raises:
-        ConfigError: a glob that matches nothing, or a string instead of globs.
+        ConfigError: a pattern that matches no parameter.
     """
     found: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matched = [path for path in spec if fnmatch.fnmatchcase(path, pattern)]
-        if not matched:
+        paths = matching(spec, pattern)
+        if not paths:
             raise ConfigError(
-                f"zero_init: expected globs that match parameters, but {pattern!r} matches none of them; the "
-                f"first is {next(iter(spec), None)!r}."
+                where="zero_init",
+                expected="globs that match parameters",
+                got=f"{pattern!r}, which matches none; the first parameter is {next(iter(spec), None)!r}",
             )
-        found += matched
+        found += paths
     return found
 
 
@@ -112,11 +115,11 @@ def _inverse(*several: Factors) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What is asked for: an optimizer, or one of optax's transforms.
+    """An optimizer, or one of optax's transforms, with its arguments.
 
     Attributes:
         name: of the optimizer.
-        entry: what the registry says about it.
+        entry: its entry in the registry.
         spec: the parameters.
         rate: the learning rate, in a tuple; empty for a transform, which has none.
         theirs: optax's own keyword arguments.
@@ -134,7 +137,7 @@ class Build:
 
     @property
     def family(self) -> rules.Family:
-        """Whose learning rates it takes, with these arguments."""
+        """The family whose learning rates it takes, with these arguments."""
         scaled = self.theirs.get("multiply_by_parameter_scale", True)
         return "adam" if self.entry.layout == "adafactor" and not scaled else self.entry.family
 
@@ -152,9 +155,10 @@ class Build:
         options = self.options
         if options.decay == "decoupled" and not self.rate:
             raise ConfigError(
-                f'mup_{self.name}: expected decay="independent" or "coupled", got "decoupled", which takes '
-                "the learning rate to free the decay from. Use the optimizer and not the transform, or "
-                "mujax.mup_add_decayed_weights."
+                where=f"mup_{self.name}",
+                expected='decay="independent" or "coupled"',
+                got='"decoupled", which needs the learning rate to free the decay from',
+                remedy="use the optimizer and not the transform, or mujax.mup_add_decayed_weights",
             )
         rate = self.rate[0] if self.rate else None
         return strength(given, options.decay, rate, options.peak_learning_rate)
@@ -177,24 +181,28 @@ def _whole(build: Build) -> optax.GradientTransformation:
         update = product(update, mults)
         if any(isinstance(factor, int | float) and factor == 0 for factor in update.values()):
             raise ParametrizationError(
-                f"lr_mults: expected multiples above 0 for {build.name}, which measures parameters in steps; "
-                "use optax.masked for parameters that are not to move."
+                where="lr_mults",
+                expected=f"multiples above 0 for {build.name}, which measures parameters in steps",
+                got=0,
+                remedy="use optax.partition with optax.set_to_zero() for parameters that must not move",
             )
         mults, params = {}, _inverse(update)
     keyword = entry.decay and entry.decay[0]
     if keyword in theirs and not is_zero(theirs[keyword]):
         if entry.l2 and not isinstance(theirs[keyword], Tracer):
             raise ConfigError(
-                f"mup_{build.name}: expected {keyword} to be 0, got {L2_REASON}. Decay the weights after it: "
-                f"optax.chain(mujax.mup_{entry.transform}(spec), mujax.mup_add_decayed_weights(spec, λ), "
-                "optax.scale_by_learning_rate(η))."
+                where=f"mup_{build.name}",
+                expected=f"{keyword} to be 0",
+                got=L2_REASON,
+                remedy=f"decay the weights after it: optax.chain(mujax.mup_{entry.transform}(spec), "
+                "mujax.mup_add_decayed_weights(spec, λ), optax.scale_by_learning_rate(η))",
             )
         theirs[keyword] = build.strength()
         if entry.units != "displacement":
             # The update's factor and the learning rate multiply the decay too.
             params = ratio(build.multiples(), update)
-    tx = in_units(build.make(*build.rate, **theirs), spec, gradient=gradient, params=params, update=update)
-    return in_units(tx, spec, update=mults) if mults else tx
+    tx = rescaled(build.make(*build.rate, **theirs), spec, gradient=gradient, params=params, update=update)
+    return rescaled(tx, spec, update=mults) if mults else tx
 
 
 _SeenAs = tuple[Factors, Factors, Factors]
@@ -206,7 +214,7 @@ _UNITS: Final[Mapping[Units, Callable[[_Scales, MupSpec, rules.Family], _SeenAs]
     "norm": lambda s, spec, family: (_inverse(s.gradient, s.norm), {}, factors(spec, lr_rule(family))),
     "displacement": lambda s, spec, family: (_inverse(s.gradient), _inverse(s.adam), s.adam),
 }
-"""What gradients, parameters and updates are multiplied with, for each kind of units."""
+"""The factors on gradients, parameters and updates, for each kind of units."""
 
 
 def _scaled_last(build: Build) -> optax.GradientTransformation:
@@ -218,9 +226,11 @@ def _scaled_last(build: Build) -> optax.GradientTransformation:
 def _refuse_decoupled(build: Build) -> None:
     if build.options.decay == "decoupled" and not is_zero(build.strength()):
         raise ConfigError(
-            f'mup_{build.name}: expected decay="independent" or "coupled", got "decoupled": its decay is '
-            "inside of the trust ratio, which sets the length of the whole step by the learning rate. Decay "
-            "outside of it with mujax.mup_add_decayed_weights."
+            where=f"mup_{build.name}",
+            expected='decay="independent" or "coupled"',
+            got='"decoupled": its decay is inside of the trust ratio, which sets the length of the whole '
+            "step by the learning rate",
+            remedy="decay outside of it with mujax.mup_add_decayed_weights",
         )
 
 
@@ -238,13 +248,13 @@ def _lars(build: Build) -> optax.GradientTransformation:
         theirs["trust_ratio_mask"],
     )
     return optax.chain(
-        in_units(
+        rescaled(
             optax.add_decayed_weights(build.strength(), theirs["weight_decay_mask"]),
             spec,
             gradient=gradient,
             params=inside,
         ),
-        in_units(trust, spec, params=_inverse(own), update=product(own, scales.normalized)),
+        rescaled(trust, spec, params=_inverse(own), update=product(own, scales.normalized)),
         optax.scale_by_learning_rate(build.rate[0]),
         with_lr_multiples(optax.trace(theirs["momentum"], theirs["nesterov"]), spec, build.options.lr_mults),
     )
@@ -258,9 +268,9 @@ def _lamb(build: Build) -> optax.GradientTransformation:
     gradient = _inverse(scales.gradient) if build.options.scale_eps else {}
     inside = ratio(build.multiples(), product(scales.param, scales.normalized))
     return optax.chain(
-        in_units(optax.scale_by_adam(**keywords), spec, gradient=gradient),
-        in_units(optax.add_decayed_weights(build.strength(), build.theirs["mask"]), spec, params=inside),
-        in_units(
+        rescaled(optax.scale_by_adam(**keywords), spec, gradient=gradient),
+        rescaled(optax.add_decayed_weights(build.strength(), build.theirs["mask"]), spec, params=inside),
+        rescaled(
             optax.scale_by_trust_ratio(),
             spec,
             params=_inverse(scales.param),
@@ -285,8 +295,9 @@ def _fromage(build: Build) -> optax.GradientTransformation:
         own_rate = (lambda step: rate(step) * factor) if callable(rate) else rate * factor
         return optax.fromage(own_rate, **build.theirs)
 
-    tx = by_leaf(fromage, spec, rates)
-    return in_units(tx, spec, gradient=gradient, params=_inverse(own), update=own)
+    return rescaled(
+        grouped(fromage), spec, gradient=gradient, params=_inverse(own), update=own, arguments=rates
+    )
 
 
 def _trust_ratio(build: Build) -> optax.GradientTransformation:
@@ -296,7 +307,7 @@ def _trust_ratio(build: Build) -> optax.GradientTransformation:
     gradient = _inverse(scales.gradient, scales.norm)
     if not build.options.scale_eps:
         own, gradient = dict.fromkeys(own, 1.0), {}
-    tx = in_units(
+    tx = rescaled(
         build.make(**build.theirs),
         spec,
         gradient=gradient,
@@ -315,7 +326,7 @@ def _adafactor(build: Build) -> optax.GradientTransformation:
         own, gradient = {}, {}
         update = factors(spec, lr_rule(build.family))
     stages: list[optax.GradientTransformation] = [
-        in_units(
+        rescaled(
             optax.scale_by_factored_rms(
                 theirs["factored"],
                 theirs["decay_rate"],
@@ -332,8 +343,8 @@ def _adafactor(build: Build) -> optax.GradientTransformation:
     if build.rate[0] is not None:
         stages.append(optax.scale_by_learning_rate(build.rate[0], flip_sign=False))
     if theirs["multiply_by_parameter_scale"]:
-        stages.append(in_units(optax.scale_by_param_block_rms(), spec, params=_inverse(own)))
-    stages[-1] = in_units(stages[-1], spec, update=update)
+        stages.append(rescaled(optax.scale_by_param_block_rms(), spec, params=_inverse(own)))
+    stages[-1] = rescaled(stages[-1], spec, update=update)
     if theirs["momentum"] is not None:
         stages.append(optax.ema(theirs["momentum"], debias=False, accumulator_dtype=theirs["dtype_momentum"]))
     if theirs["weight_decay_rate"] is not None:
@@ -343,7 +354,7 @@ def _adafactor(build: Build) -> optax.GradientTransformation:
 
 
 def _adafactor_decay(build: Build) -> optax.GradientTransformation:
-    """Free of the learning rate, which has gone before; `"decoupled"` adds the schedule's shape."""
+    """Free of the learning rate, which comes before it; `"decoupled"` adds the schedule's shape."""
     given: Any = build.theirs["weight_decay_rate"]
     rate: Any = build.rate[0]
     if build.options.decay == "decoupled" and callable(rate):
@@ -373,16 +384,16 @@ def _schedule_free(build: Build) -> optax.GradientTransformation:
         )
         gradient = _inverse(scales.gradient) if build.options.scale_eps else {}
         inner = optax.chain(
-            in_units(rms, spec, gradient=gradient, update=update),
+            rescaled(rms, spec, gradient=gradient, update=update),
             decayed_weights(spec, base, None, build.multiples()),
             optax.scale_by_learning_rate(rate),
         )
     elif theirs["weight_decay"] is None:
-        inner = in_units(optax.sgd(rate), spec, update=update)
+        inner = rescaled(optax.sgd(rate), spec, update=update)
     else:
         decayed = optax.add_decayed_weights(base)
         inner = optax.chain(
-            in_units(decayed, spec, gradient=update, params=build.multiples()), optax.sgd(rate)
+            rescaled(decayed, spec, gradient=update, params=build.multiples()), optax.sgd(rate)
         )
     return optax.contrib.schedule_free(
         with_lr_multiples(inner, spec, build.options.lr_mults),
@@ -397,7 +408,7 @@ def _sophia(build: Build) -> optax.GradientTransformation:
     """Gradients in the base's units, the Hessian in those of a gradient over a step."""
     spec, scales, theirs = build.spec, _Scales.of(build.spec, build.options), dict(build.theirs)
     gradient = scales.gradient if build.options.scale_eps else dict.fromkeys(scales.gradient, 1.0)
-    theirs["hessian_diagonal_fn"] = in_units(
+    theirs["hessian_diagonal_fn"] = rescaled(
         theirs["hessian_diagonal_fn"], spec, gradient=gradient, update=ratio(scales.adam, gradient)
     )
     # Optax has the transform in the optimizer only: the rest of its chain is made to do nothing.
@@ -415,7 +426,7 @@ def _sophia(build: Build) -> optax.GradientTransformation:
 
     first = optax.GradientTransformationExtraArgs(init, update)
     return optax.chain(
-        in_units(first, spec, gradient=_inverse(gradient), update=scales.adam),
+        rescaled(first, spec, gradient=_inverse(gradient), update=scales.adam),
         build.decayed(),
         _scaled_last(build),
     )

@@ -1,7 +1,7 @@
-"""What µP says about each of optax's optimizers, as data.
+"""The registry: each of optax's optimizers with its family and constants, as data.
 
-An entry says to which family of `mujax.rules` an optimizer belongs, which was read off what optax computes,
-and where the small constants are that must follow the gradient. `_build` makes the optimizers from it.
+An entry gives the family of `mujax.rules` that an optimizer belongs to, which was read off optax's code, and
+the small constants that must follow the gradient. `_optimizers` makes the optimizers from it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import optax
 from mujax.rules import Family
 
 Units = Literal["entry", "sign", "linear", "noise", "norm", "displacement"]
-"""What a transform needs to see so that its updates come out in one unit at every width.
+"""The units that a transform needs its inputs in, for its updates to have one unit at every width.
 
 `"entry"`: gradients whose entries have the base's size. `"norm"`: gradients whose norm has. `"sign"` and
 `"linear"`: gradients as they are. `"noise"`: gradients for which an update of 1 is of the parameter's initial
-size. `"displacement"`: as `"entry"`, and parameters measured in steps, for what keeps a copy of them.
+size. `"displacement"`: as `"entry"`, and parameters measured in steps, for transforms that keep a copy of
+them.
 """
 
 Layout = Literal[
@@ -48,18 +49,18 @@ class Entry:
     """One optimizer.
 
     Attributes:
-        family: whose learning rates it takes.
+        family: the family whose learning rates it takes.
         source: where the optimizer is from.
         module: where optax has it.
         transform: optax's matching `scale_by_*`, in the same module.
-        units: what it needs to see.
+        units: the units of its inputs.
         layout: how it is put together.
-        epsilons: its small constants, and other thresholds, each with the unit that it is in and follows.
+        epsilons: its small constants and other thresholds, each with the unit that it has and scales with.
         decay: keywords of its weight decay and of the mask.
         nested: whether the decay is inside of the normalisation, where it can't be free of the rate.
         l2: whether the decay is added to the gradient before an adaptive scaling, which µP rules out.
         same_run: why Tables 3, 8 and 9 are not the same training run with it; empty where they are.
-        note: what else there is to know about it.
+        note: further remarks, for its docstring.
     """
 
     family: Family
@@ -371,7 +372,7 @@ OPTIMIZERS: Final[Mapping[str, Entry]] = {
 
 TRANSFORMS: Final[Mapping[str, Entry]] = {
     **{entry.transform: entry for entry in OPTIMIZERS.values() if entry.transform is not None},
-    # What these optimizers do besides the transform is what makes them of another family.
+    # The optimizers of these transforms do more, and so are of another family.
     "scale_by_factored_rms": Entry(
         family="adam", source=OPTIMIZERS["adafactor"].source, epsilons={"epsilon": "gradient²"}
     ),
@@ -381,14 +382,13 @@ TRANSFORMS: Final[Mapping[str, Entry]] = {
         units="norm",
         layout="trust_ratio",
         epsilons={"min_norm": "gradient norm and parameter norm", "eps": "gradient norm"},
-        note="It is for gradients, as LARS has it, and not for what another transform made of them. "
-        + _ZERO_INIT,
+        note="It is for gradients, as in LARS, and not for the updates of another transform. " + _ZERO_INIT,
     ),
     "scale_by_stddev": OPTIMIZERS["rmsprop"],
 }
-"""What holds for each of optax's transforms."""
+"""An entry for each of optax's transforms."""
 
-_LR_FREE: Final = "it finds its learning rate by itself, from norms over all parameters, "
+_LR_FREE: Final = "it finds its learning rate itself, from norms over all parameters, "
 _NO_RATE: Final = "so that there is no rate for µP to scale and nothing tuned that could be transferred"
 
 UNSUPPORTED: Final[Mapping[str, str]] = {
@@ -416,7 +416,7 @@ UNSUPPORTED: Final[Mapping[str, str]] = {
     ),
     "prodigy": _LR_FREE + _NO_RATE,
 }
-"""The optimizers that µP can't say anything about, and why."""
+"""The optimizers that µP has no rule for, and why."""
 
 UNSUPPORTED_STATES: Final[Mapping[str, str]] = {
     "COCOBState": "cocob",
@@ -436,4 +436,4 @@ UNSUPPORTED_STATES: Final[Mapping[str, str]] = {
 AROUND: Final[frozenset[str]] = frozenset(
     {"MultiSteps", "apply_if_finite", "inject_hyperparams", "lookahead", "masked", "sam", "schedule_free"}
 )
-"""What goes around an optimizer in µP as it goes around one of optax's."""
+"""Wrappers of optimizers; they go around an optimizer in µP as around one of optax's."""

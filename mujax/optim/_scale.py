@@ -1,4 +1,4 @@
-"""The transforms: an optax transform between µP factors on the gradients and on the updates.
+"""Adam's and SGD's transforms: optax's between µP factors on the gradients and on the updates.
 
 They keep no state of their own. `mup_scale_by_adam(spec)` has the state of `optax.scale_by_adam()`, so a
 checkpoint of one can be read as the other.
@@ -6,7 +6,6 @@ checkpoint of one can be read as the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,9 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from mujax import rules
-from mujax.errors import MujaxError
-from mujax.optim._rescale import LrMults, factors, in_units, lr_rule, with_lr_multiples
-from mujax.optim._tree import leaf_paths
+from mujax.optim._rescale import LrMults, factors, grouped, lr_rule, one, rescaled, with_lr_multiples
 from mujax.spec import MupSpec
 
 
@@ -33,7 +30,7 @@ def mup_scale_by_adam(
     scale_eps: bool = True,
     lr_mults: LrMults | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Rescales updates by Adam, with each parameter's ε and learning rate scaled as µP asks for.
+    r"""Rescales updates by Adam, with each parameter's ε and learning rate scaled by the rules of µP.
 
     For a parameter whose gradient scales as :math:`s` (`mujax.rules.gradient_scale`: its forward factor
     times :math:`1/r_{out}`) and whose learning rate scales as :math:`f` (`mujax.rules.lr_factor`), with
@@ -48,7 +45,7 @@ def mup_scale_by_adam(
     gradient's scale.
 
     Args:
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         b1: decay rate of the first moment.
         b2: decay rate of the second moment.
         eps: added to the denominator outside of the square root, in the base model's units; None for the
@@ -83,7 +80,7 @@ def mup_scale_by_adam(
         Everett et al., Scaling Exponents Across Parameterizations and Optimizers, arXiv 2407.05872, for the
         arc tangent.
     """
-    scales = factors(spec, lambda param, chosen: rules.gradient_scale(param, chosen) if scale_eps else 1.0)
+    scales = factors(spec, rules.gradient_scale if scale_eps else one)
 
     def adam(scale: float) -> optax.GradientTransformation:
         if eps is None:
@@ -92,7 +89,7 @@ def mup_scale_by_adam(
             return optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
         return optax.scale_by_adam(b1, b2, eps * scale, eps_root * scale**2, mu_dtype, nesterov=nesterov)
 
-    tx = in_units(_by_group(adam, spec, scales), spec, update=factors(spec, lr_rule("adam")))
+    tx = rescaled(grouped(adam), spec, update=factors(spec, lr_rule("adam")), arguments=scales)
     return optax.with_extra_args_support(with_lr_multiples(tx, spec, lr_mults))
 
 
@@ -120,38 +117,6 @@ def _arc_tangent(
     return optax.GradientTransformation(moments.init, update)
 
 
-def _by_group(
-    make: Callable[[float], optax.GradientTransformation], spec: MupSpec, scales: Mapping[str, float]
-) -> optax.GradientTransformation:
-    """One of several transforms for each leaf, by its scale, on a single `optax.ScaleByAdamState`."""
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        if not isinstance(state, optax.ScaleByAdamState):
-            raise MujaxError(
-                f"state: expected the ScaleByAdamState that init returned, got {type(state).__name__}."
-            )
-        leaves, structure = jax.tree.flatten(updates)
-        moments = [structure.flatten_up_to(tree) for tree in (state.mu, state.nu)]
-        mine = [scales[path] for path in leaf_paths(spec, updates, "updates")]
-        done: list[Any] = [None] * len(leaves)
-        count = state.count
-        for scale in dict.fromkeys(mine) or (1.0,):
-            group = [number for number, other in enumerate(mine) if other == scale]
-            mu, nu = ([tree[number] for number in group] for tree in moments)
-            part = optax.ScaleByAdamState(state.count, mu, nu)
-            result: Any = make(scale).update([leaves[number] for number in group], part)
-            out, (count, mu, nu) = result
-            for number, *new in zip(group, out, mu, nu, strict=True):
-                done[number] = new
-        columns = zip(*done, strict=True) if done else ([], [], [])
-        out, mu, nu = (structure.unflatten(column) for column in columns)
-        return out, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(make(1.0).init, update)
-
-
 def mup_scale_by_sgd(
     spec: MupSpec,
     momentum: ArrayLike | None = None,
@@ -173,7 +138,7 @@ def mup_scale_by_sgd(
     optax.scale_by_learning_rate(η))`.
 
     Args:
-        spec: what `mup_init` found out about the parameters.
+        spec: the parameters, as `mup_init` describes them.
         momentum: decay rate of the accumulated gradients; None for none.
         nesterov: Nesterov momentum.
         accumulator_dtype: dtype of the accumulated gradients; None keeps the parameter's.
@@ -190,5 +155,5 @@ def mup_scale_by_sgd(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
     """
     momenta = optax.identity() if momentum is None else optax.trace(momentum, nesterov, accumulator_dtype)
-    tx = in_units(momenta, spec, update=factors(spec, lr_rule("sgd")))
+    tx = rescaled(momenta, spec, update=factors(spec, lr_rule("sgd")))
     return optax.with_extra_args_support(with_lr_multiples(tx, spec, lr_mults))

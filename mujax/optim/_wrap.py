@@ -1,8 +1,8 @@
-"""Any optax transform, the user's own too, between the µP factors of its family."""
+"""`mup_wrap`: any optax transform, the user's own too, between the µP factors of its family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 import optax
@@ -10,35 +10,28 @@ import optax
 from mujax import rules
 from mujax.errors import ParametrizationError
 from mujax.optim._probe import behaviour, check, check_plain
-from mujax.optim._rescale import LrMults, check_spec, factors, in_units, lr_rule, with_lr_multiples
+from mujax.optim._rescale import LrMults, Rule, check_spec, factors, lr_rule, one, rescaled, with_lr_multiples
 from mujax.spec import MupSpec, Parametrization, ParamSpec
 
-_Rule = Callable[[ParamSpec, Parametrization], float]
+
+def _gradient_norm(param: ParamSpec, parametrization: Parametrization) -> float:
+    return rules.gradient_scale(param, parametrization) * rules.norm_scale(param, parametrization)
 
 
-def _one(param: ParamSpec, chosen: Parametrization) -> float:
-    del param, chosen
-    return 1.0
-
-
-def _gradient_norm(param: ParamSpec, chosen: Parametrization) -> float:
-    return rules.gradient_scale(param, chosen) * rules.norm_scale(param, chosen)
-
-
-_GRADIENT: Final[Mapping[rules.Family, _Rule]] = {
-    "sgd": _one,
+_GRADIENT: Final[Mapping[rules.Family, Rule]] = {
+    "sgd": one,
     "adam": rules.gradient_scale,
     "normalized": rules.gradient_scale,
     "normalized_gradient": _gradient_norm,
     "spectral": _gradient_norm,
 }
-"""What gradients are divided by, for an ε to mean the same at each width."""
+"""The scale that gradients are divided by, for an ε to mean the same at each width."""
 
-_PARAM: Final[Mapping[rules.Family, _Rule]] = {
-    **dict.fromkeys(rules.FAMILIES, _one),
+_PARAM: Final[Mapping[rules.Family, Rule]] = {
+    **dict.fromkeys(rules.FAMILIES, one),
     "normalized": rules.param_scale,
 }
-"""The same for parameters: what reads their norm has an ε for it, and a step of its own at a norm of 0."""
+"""The same for parameters: a transform that reads their norm has an ε for it, and its own step at norm 0."""
 
 
 def mup_wrap(
@@ -51,20 +44,20 @@ def mup_wrap(
 ) -> optax.GradientTransformationExtraArgs:
     """Puts any optax transform between the µP factors of its family.
 
-    `tx` is what turns gradients into updates: `optax.scale_by_lion()`, `optax.adagrad(lr)`, your own. What
-    belongs outside of it: clipping, before; weight decay, after; whatever keeps its own copy of the
-    parameters (`optax.lookahead`, `optax.contrib.schedule_free`), around. For optax's own optimizers there is
+    `tx` turns gradients into updates: `optax.scale_by_lion()`, `optax.adagrad(lr)`, your own. Clipping goes
+    before it, weight decay after it, and transforms that keep their own copy of the parameters
+    (`optax.lookahead`, `optax.contrib.schedule_free`) around it. For optax's own optimizers there is
     `mujax.mup_<name>`, which knows the family.
 
-    `tx` is run for a few steps on small matrices, and what would scale wrongly with width is refused: weight
-    decay, an L2 gradient, clipping by the global norm, a transform of another family, an optimizer that finds
-    its own learning rate, µP factors inside of µP factors. A transform that can't be run so, for instance as
-    it needs extra arguments, is taken at its word.
+    `tx` is run for a few steps on small matrices, and transforms that would scale wrongly with width are
+    refused: weight decay, an L2 gradient, clipping by the global norm, a transform of another family, an
+    optimizer that finds its own learning rate, µP factors inside of µP factors. A transform that can't be run
+    so, for instance because it needs extra arguments, is not checked.
 
     Args:
         tx: the transform; extra arguments of its `update` are passed on.
-        spec: what `mup_init` found out about the parameters.
-        family: what its updates are like. `"sgd"`: linear in the gradient. `"adam"`: free of the gradient's
+        spec: the parameters, as `mup_init` describes them.
+        family: the kind of its updates. `"sgd"`: linear in the gradient. `"adam"`: free of the gradient's
             scale, entry by entry (Adam, NAdam, RAdam, AdaBelief, Adagrad, RMSProp, AMSGrad, Yogi, Lion, sign;
             Shampoo or SOAP grafted to Adam, arXiv 2512.05620). `"normalized"`: proportional to the
             parameter's norm (LARS, LAMB, Adafactor). `"normalized_gradient"`: divided by the norm of the
@@ -80,7 +73,8 @@ def mup_wrap(
         A transform whose state is that of `tx`.
 
     Raises:
-        ParametrizationError: no family of that name, `tx` is not of that family, a glob that matches nothing.
+        ParametrizationError: an unknown family, a `tx` of another family, or a pattern that matches no
+            parameter.
         MujaxError: `tx` decays the weights, clips by the global norm, has µP factors already, or has no
             learning rate that µP could scale.
         SpecMismatchError: on `init` or `update`, when the tree is not the one that `spec` describes.
@@ -105,22 +99,23 @@ def mup_wrap(
     check_spec(spec)
     check_plain(tx, spec)
     if family is None:
-        known = ", ".join(map(repr, rules.FAMILIES))
         seen = behaviour(tx, spec)
         raise ParametrizationError(
-            f"mup_wrap: expected family to be one of {known}, got none. Say which tx is"
-            + (f"; it behaves like {seen!r}." if seen else ".")
+            where="mup_wrap",
+            expected=f"family to be one of {', '.join(map(repr, rules.FAMILIES))}",
+            got="none",
+            remedy="pass that of tx" + (f"; it behaves like {seen!r}" if seen else ""),
         )
-    chosen = rules.family(family)
-    lr = factors(spec, lr_rule(chosen))
-    gradient = factors(spec, _GRADIENT[chosen] if scale_eps else _one)
-    own = factors(spec, _PARAM[chosen] if scale_eps else _one)
-    wrapped = in_units(
+    family = rules.family(family)
+    lr = factors(spec, lr_rule(family))
+    gradient = factors(spec, _GRADIENT[family] if scale_eps else one)
+    own = factors(spec, _PARAM[family] if scale_eps else one)
+    wrapped = rescaled(
         tx,
         spec,
         gradient={path: 1 / scale for path, scale in gradient.items()},
         params={path: 1 / scale for path, scale in own.items()} if set(own.values()) != {1.0} else {},
         update={path: factor * own[path] for path, factor in lr.items()},
     )
-    check(tx, spec, chosen, rescaled=set(gradient.values()) != {1.0})
+    check(tx, spec, family, rescaled=set(gradient.values()) != {1.0})
     return optax.with_extra_args_support(with_lr_multiples(wrapped, spec, lr_mults))

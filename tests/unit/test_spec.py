@@ -267,17 +267,17 @@ def test_a_file_that_is_not_a_spec_is_an_error(spec, tmp_path):
         "{}": not_json,
         "null": not_json,
         spec.to_json()[:-20]: not_json,
-        _edited(spec, params=[1]): not_json,
-        _edited(spec, params={"w": {"shape": [4]}}): not_json,
-        _edited(spec, parametrization=None): not_json,
-        _edited(spec, parametrization=[["mup", "much"]]): not_json,
+        _edited(spec, params=[1]): "params: expected a table of parameters by path, got [1]",
+        _edited(spec, params={"w": {"shape": [4]}}): "of which shape and base_shape must be there",
+        _edited(spec, parametrization=None): "expected a list of tables and their weights, got None",
+        _edited(spec, parametrization=[["mup", "much"]]): "expected finite weights of at least 0",
         _edited(spec, mujax_spec=99): "expected format 1, got 99; write it again",
-        with_param(colour=1): not_json,
-        with_param(shape=4): "expected shape to be a tuple of integers, got 4",
-        with_param(shape=["4"]): "expected shape to be a tuple of integers, got ['4']",
-        with_param(stack=[0.0]): "expected stack to be a tuple of integers",
+        with_param(colour=1): "spec file, w: expected the fields",
+        with_param(shape=4): "w, shape: expected a list of integers, got 4",
+        with_param(shape=["4"]): "w, shape: expected a list of integers, got ['4']",
+        with_param(stack=[0.0]): "w, stack: expected a list of integers",
         # A file that is well-formed but whose content contradicts itself.
-        with_param(fan_in=[]): "each axis must be in exactly one of",
+        with_param(fan_in=[]): "spec file, w: ParamSpec of shape (4,): expected each axis in exactly one of",
     }
     for text, message in bad.items():
         (tmp_path / "bad.json").write_text(text)

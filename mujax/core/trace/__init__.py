@@ -30,4 +30,5 @@ from mujax.core.trace._uses import (
     Product as Product,
     Use as Use,
     Visit as Visit,
+    merged as merged,
 )
