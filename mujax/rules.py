@@ -280,6 +280,29 @@ def init_scale(param: ParamSpec, parametrization: Parametrization, init_ratio: f
     return scale
 
 
+def mean_scale(param: ParamSpec, parametrization: Parametrization, init_ratio: float) -> float:
+    """The factor on the mean of the user's initial values, where a kernel has one.
+
+    A sum over the fan-in adds up a mean coherently: what stays the same at every width is mean x fan-in x
+    factor of the product.
+
+    Args:
+        param: the parameter.
+        parametrization: the parametrization.
+        init_ratio: mean of the user's own initialisation at the target over that at the base.
+
+    Reference:
+        Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix J (the law of large numbers for sums of
+        entries with a mean).
+    """
+    scale = 1.0
+    for table, weight in parametrization.weights:
+        if table != "sp":
+            coherent = param.r_in * _power(param, TABLES[table][param.role].forward)
+            scale *= (1 / coherent / init_ratio) ** weight
+    return scale
+
+
 def forward_factor(param: ParamSpec, parametrization: Parametrization) -> float:
     """The constant on the parameter's product (output) or on the parameter itself (input)."""
     factor = 1.0

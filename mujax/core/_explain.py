@@ -15,6 +15,7 @@ from mujax.spec import MupSpec, ParamSpec
 def explain(
     spec: MupSpec,
     init_scales: Mapping[str, float],
+    init_shifts: Mapping[str, float],
     corrections: Sequence[Correction],
     findings: Sequence[Finding],
 ) -> str:
@@ -23,6 +24,7 @@ def explain(
     Args:
         spec: the parameters.
         init_scales: the factors on the initial values, by path.
+        init_shifts: what is added to them afterwards, by path.
         corrections: the factors in the forward pass.
         findings: what cannot be corrected.
     """
@@ -60,6 +62,12 @@ def explain(
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         if number == 0:
             lines.append("  ".join("-" * width for width in widths))
+    if init_shifts:
+        lines += [
+            "",
+            "Initial values with a mean, which scales as 1/fan-in and not as the deviation; added to them:",
+            *(f"  {shift:+.4g}  to {path}" for path, shift in init_shifts.items()),
+        ]
     lines += ["", "Factors in the forward pass:"]
     lines += [
         f"  x {c.factor:.4g}  {c.kind}{f' of {c.path}' if c.path else ''} at {c.where}"

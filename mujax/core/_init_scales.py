@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mujax import rules
 from mujax.core.frontends import Frontend, Initial
-from mujax.core.trace import read_constants, read_scales
+from mujax.core.trace import InitialValues, read_constants, read_initial_values
 from mujax.errors import MujaxError
+from mujax.spec import MupSpec
 
 # Initialisers that the trace cannot explain are sampled, which takes seconds up to this many entries.
 _SAMPLE_LIMIT: Final = 1 << 26
 
 
-def init_ratios(
+def initial_values(
     target_end: Frontend,
     base_end: Frontend,
     target: Initial,
     base: Initial,
     inputs: Sequence[Any],
     kwargs: dict[str, Any],
-) -> dict[str, float]:
-    """The scale of each parameter's own initial values at the target over that at the base.
+) -> dict[str, InitialValues]:
+    """How each parameter's own initial values scale from base to target, and their mean where it shows.
 
     Args:
         target_end: the target's front end.
@@ -36,14 +39,14 @@ def init_ratios(
         kwargs: the example keyword arguments.
 
     Returns:
-        Ratio by path; 0 for a parameter that starts at zero.
+        By path; the ratio is 0 for a parameter that starts at zero, and is never None.
 
     Raises:
         MujaxError: an initialiser can be neither read nor sampled.
     """
-    traced = read_scales(base.program, target.program)
-    scales = {path: traced[position] for position, path in target.params.items()}
-    unknown = [path for path, scale in scales.items() if scale is None]
+    traced = read_initial_values(base.program, target.program)
+    values = {path: traced[position] for position, path in target.params.items()}
+    unknown = [path for path, value in values.items() if value.ratio is None]
     if unknown:
         shapes = target.shapes(target.params)
         large = next((path for path in unknown if math.prod(shapes[path]) > _SAMPLE_LIMIT), None)
@@ -63,8 +66,58 @@ def init_ratios(
                 target_end.sample_init(inputs, kwargs, key, unknown),
                 strict=True,
             )
-            scales |= {path: _rms_ratio(small, big) for path, small, big in pairs}
-    return {path: 1.0 if scale is None else scale for path, scale in scales.items()}
+            values |= {
+                path: values[path]._replace(ratio=_rms_ratio(small, big)) for path, small, big in pairs
+            }
+    return values
+
+
+def init_shifts(
+    spec: MupSpec,
+    values: Mapping[str, InitialValues],
+    end: Frontend,
+    inputs: Sequence[Any],
+    kwargs: dict[str, Any],
+) -> dict[str, float]:
+    """What is added to a parameter's scaled initial values so that their mean follows its own rule.
+
+    Args:
+        spec: the parameters.
+        values: the initial values, as `initial_values` returns them.
+        end: the base's front end.
+        inputs: the example inputs.
+        kwargs: the example keyword arguments.
+
+    Returns:
+        The shift by path, for the parameters of which the mean is not zero and scales unlike the deviation.
+    """
+    table = spec.parametrization
+    factors = {
+        path: rules.mean_scale(param, table, ratio) - rules.init_scale(param, table, ratio)
+        for path, param in spec.items()
+        if (ratio := values[path].ratio)
+    }
+    factors = {path: factor for path, factor in factors.items() if abs(factor) > 1e-9}
+    means = {path: values[path].mean for path in factors}
+    unknown = [path for path, mean in means.items() if mean is None]
+    if unknown:
+        with jax.ensure_compile_time_eval():
+            sampled = end.sample_init(inputs, kwargs, jax.random.key(0), unknown)
+        means |= {
+            path: _mean(leaf) * (values[path].ratio or 0.0)
+            for path, leaf in zip(unknown, sampled, strict=True)
+        }
+    return {path: mean * factors[path] for path, mean in means.items() if mean}
+
+
+def _mean(leaf: Any) -> float:
+    """The mean of a sample; 0 unless it is six standard errors away from it."""
+    entries = np.asarray(leaf)
+    if not (jnp.issubdtype(entries.dtype, jnp.floating) and entries.size > 1):
+        return 0.0
+    entries = entries.astype(np.float64)
+    mean = float(entries.mean())
+    return mean if abs(mean) > 6 * entries.std() / math.sqrt(entries.size) else 0.0
 
 
 def stored_scales(target: Initial, base: Initial) -> dict[str, float]:

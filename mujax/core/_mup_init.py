@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mujax import rules
 from mujax.core._corrections import Kind, disabled_kinds, plan_call, zero_params
-from mujax.core._init_scales import init_ratios, stored_scales
+from mujax.core._init_scales import init_shifts, initial_values, stored_scales
 from mujax.core._mup_model import MupModel
 from mujax.core._param_specs import check_same_parameters, describe_parameters
 from mujax.core.depth import (
@@ -148,7 +148,8 @@ def mup_init(
         table,
         scanned_layers(analysis.flow),
     )
-    ratios = init_ratios(target.end, small.end, target.initial, small.initial, inputs, kwargs)
+    values = initial_values(target.end, small.end, target.initial, small.initial, inputs, kwargs)
+    ratios = {path: value.ratio or 0.0 for path, value in values.items()}
     stored = stored_scales(target.initial, small.initial)
     programs = (small.program, target.program, target.call)
     layout, findings = None, ()
@@ -173,9 +174,11 @@ def mup_init(
         for path, param in spec.items()
         if ratios[path] != 0
     } | dict.fromkeys(zero_params(zero_init, spec, plan.analysis), 0.0)
+    shifts = init_shifts(spec, values, small.end, inputs, kwargs)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
+        init_shifts={path: shift for path, shift in shifts.items() if init_scales.get(path) != 0},
         corrections=plan.in_order(),
         findings=merged((*findings, *plan.findings)),
         _target=target.end,

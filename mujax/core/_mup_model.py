@@ -132,12 +132,15 @@ class MupModel:
         spec: the parameters by path; static and hashable.
         init_scales: the factors on the user's own initial values, by path; parameters that start at zero
             by themselves have no entry.
+        init_shifts: what is added to them afterwards, by path, where initial values have a mean: it scales as
+            1/fan-in, and the deviation as 1/sqrt(fan-in).
         corrections: the constants of the forward pass in the traced call, in program order.
         findings: what the traced call does that cannot be corrected or read.
     """
 
     spec: MupSpec
     init_scales: Mapping[str, float]
+    init_shifts: Mapping[str, float]
     corrections: tuple[Correction, ...]
     findings: tuple[Finding, ...]
     _target: Frontend
@@ -174,7 +177,10 @@ class MupModel:
             factor = self.init_scales.get(path, 1.0)
             if factor == 0.0:
                 return jnp.zeros_like(leaf)
-            return leaf if factor == 1.0 else leaf * jnp.asarray(factor, leaf.dtype)
+            if factor != 1.0:
+                leaf = leaf * jnp.asarray(factor, leaf.dtype)
+            shift = self.init_shifts.get(path)
+            return leaf if shift is None else leaf + jnp.asarray(shift, leaf.dtype)
 
         return self._target.scale_params(variables, scale)
 
@@ -282,7 +288,7 @@ class MupModel:
 
     def explain(self) -> str:
         """The role table, the corrections and the findings, as text."""
-        return explain(self.spec, self.init_scales, self.corrections, self.findings)
+        return explain(self.spec, self.init_scales, self.init_shifts, self.corrections, self.findings)
 
     def _check(self, call: Call) -> None:
         found = {path: tuple(call.leaves[position].shape) for position, path in call.params.items()}

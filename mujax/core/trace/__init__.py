@@ -1,6 +1,6 @@
 """Reads a model's parametrization off the programs of its base and target.
 
-`analyse` walks two traced programs and returns how each parameter is used; `read_scales` and
+`analyse` walks two traced programs and returns how each parameter is used; `read_initial_values` and
 `read_constants` tell how the outputs of an initialiser scale; `resolve` turns uses into axis roles.
 Nothing is run.
 
@@ -11,10 +11,11 @@ verdict.
 
 from mujax.core.trace._analyse import (
     Analysis as Analysis,
+    InitialValues as InitialValues,
     analyse as analyse,
     flow_of as flow_of,
     read_constants as read_constants,
-    read_scales as read_scales,
+    read_initial_values as read_initial_values,
 )
 from mujax.core.trace._roles import (
     axes_of_use as axes_of_use,

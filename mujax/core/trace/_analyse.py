@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jax.extend import core as jex
 
@@ -118,21 +119,40 @@ def flow_of(program: ClosedJaxpr) -> Flow:
     return flow
 
 
-def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
-    """How the outputs of two initialisers scale: entries of the target over those of the base.
+class InitialValues(NamedTuple):
+    """What the program of an initialiser says of one of its outputs.
 
-    Returns:
-        Per output, the ratio; 0 for identically zero; None where the program does not tell.
+    Attributes:
+        ratio: entries of the target over those of the base; 0 for identically zero, None where it does not
+            show.
+        mean: the mean of the target's entries; None where it does not show.
     """
+
+    ratio: float | None
+    mean: float | None
+
+
+def read_initial_values(base: ClosedJaxpr, target: ClosedJaxpr) -> list[InitialValues]:
+    """How the outputs of two initialisers scale, and the mean of the target's."""
     try:
-        return [value.scale.total for value in _initial(base, target)[0]]
+        return [InitialValues(value.scale.total, _mean(value)) for value in _initial(base, target)[0]]
     except TraceMismatchError:
         count = len(target.jaxpr.outvars)
         if count == 1:
-            return [None]
+            return [InitialValues(None, None)]
         # One initialiser that branches on a size must not cost all the others their exactness.
         halves = (slice(0, count // 2), slice(count // 2, count))
-        return [scale for half in halves for scale in read_scales(_only(base, half), _only(target, half))]
+        return [
+            values
+            for half in halves
+            for values in read_initial_values(_only(base, half), _only(target, half))
+        ]
+
+
+def _mean(value: Value) -> float | None:
+    if value.const is not None:
+        return value.const[1]
+    return None if value.spread is None else value.spread.mean
 
 
 def read_constants(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
