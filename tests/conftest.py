@@ -27,6 +27,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# A model that broadcasts over ranks unawares is wrong for a user who forbids it.
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
 # SQLite waits for the disk at every commit, and there are thousands: temporary folders are in memory.
 if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")

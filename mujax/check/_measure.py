@@ -8,8 +8,6 @@ References:
     Yang, Simon, Bernstein, A Spectral Condition for Feature Learning, arXiv 2310.17813.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple

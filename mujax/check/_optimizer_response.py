@@ -4,8 +4,6 @@ The optimizer is run by itself on the initial parameters and random gradients, s
 no training, no noise. Comparing two widths gives the exponents that a rule must have.
 """
 
-from __future__ import annotations
-
 from typing import Any, Final, NamedTuple
 
 import jax

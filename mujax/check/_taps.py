@@ -5,8 +5,6 @@ product of two activations, each norm, and each output. A module that is called 
 call; one in a scan has one for all iterations.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The loss of a model, and the losses of a training run as a few numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple

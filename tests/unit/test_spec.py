@@ -54,7 +54,8 @@ SCALAR = ParamSpec((), ())
         (
             {"shape": (8, 4), "base_shape": (4, 4), "fan_in": (0,), "fan_out": (1,), "infinite": (1,)},
             mujax.ShapeMismatchError,
-            "shape (8, 4) and base_shape (4, 4): expected axes (0,), whose sizes differ, to be listed in infinite, got infinite=(1,)",
+            "shape (8, 4) and base_shape (4, 4): expected axes (0,), whose sizes differ, to be listed in "
+            "infinite, got infinite=(1,)",
         ),
         (
             {"shape": (8,), "base_shape": (4,), "fan_out": (0,), "infinite": (0, 3)},
