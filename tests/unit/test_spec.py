@@ -310,3 +310,17 @@ def test_paths_of_an_nnx_state_are_those_of_its_attributes():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert paths == ["bias", "kernel"]
+
+
+def test_a_tree_of_specs_has_the_structure_of_the_tree():
+    kernel = ParamSpec((8, 8), (4, 4), (0,), (1,), infinite=(0, 1))
+    bias = ParamSpec((8,), (4,), (), (0,), infinite=(0,))
+    spec = MupSpec({"a/kernel": kernel, "a/bias": bias}, Parametrization((("mup", 1.0),)))
+    tree = {"params": {"a": {"kernel": np.ones((8, 8)), "bias": None}}}
+    assert spec.match(tree) == {"params": {"a": {"kernel": kernel, "bias": None}}}
+    rates = spec.match(tree, {"a/kernel": 0.5, "a/bias": 1.0})
+    assert rates == {"params": {"a": {"kernel": 0.5, "bias": None}}}
+    with pytest.raises(
+        mujax.SpecMismatchError, match=r"^a/bias: expected shape \(8,\), got \(4,\) in the tree"
+    ):
+        spec.match({"a": {"kernel": np.ones((8, 8)), "bias": np.ones(4)}}, what="updates")

@@ -240,6 +240,7 @@ def test_text_batches_are_windows_of_the_text():
     inputs, targets = data.text_batches(tokens, KEY, batch=64, length=8, steps=20)
     assert inputs.shape == targets.shape == (20, 64, 8)
     assert inputs.dtype == targets.dtype == jnp.int32
+    inputs, targets = np.asarray(inputs), np.asarray(targets)
     np.testing.assert_array_equal(inputs, inputs[..., :1] + np.arange(8))
     np.testing.assert_array_equal(targets, inputs + 1)
     # First and last possible place are both drawn, none beyond.
