@@ -192,20 +192,20 @@ def test_a_spec_in_another_order_is_equal_and_has_the_same_hash(spec):
 
 
 def test_a_spec_is_static_under_jit(spec):
-    """It can be a static argument, and a second equal one does not compile again."""
+    """It can be a static argument, and a second equal one is not traced again."""
     traces = []
 
     def function(x, spec):
         traces.append(spec)
         return x * spec["b/kernel"].r_in
 
-    jitted = jax.jit(function, static_argnums=1)
-    assert jitted(jnp.ones(()), spec) == 3.0
-    assert jitted(jnp.ones(()), MupSpec(dict(spec), MUP)) == 3.0
-    assert len(traces) == 1
+    jitted, x = jax.jit(function, static_argnums=1), jax.ShapeDtypeStruct((), jnp.float32)
+    jitted.trace(x, spec)
+    jitted.trace(x, MupSpec(dict(spec), MUP))
+    assert traces == [spec]
     other = MupSpec({"b/kernel": dataclasses.replace(KERNEL, shape=(16, 48))}, MUP)
-    assert jitted(jnp.ones(()), other) == 2.0
-    assert len(traces) == 2
+    jitted.trace(x, other)
+    assert traces == [spec, other]
 
 
 def test_a_spec_does_not_change_with_the_mapping_it_was_made_of():
@@ -300,14 +300,14 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
 
 
 def test_paths_of_leaves_do_not_show_boxes():
-    box = nn.Partitioned(jnp.ones(2), names=("embed",))
-    tree = {"a": {"kernel": box, "value": jnp.ones(3)}, "blocks": [jnp.ones(1), (jnp.ones(1),)]}
+    box = nn.Partitioned(np.ones(2), names=("embed",))
+    tree = {"a": {"kernel": box, "value": np.ones(3)}, "blocks": [np.ones(1), (np.ones(1),)]}
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     assert paths == ["a/kernel", "a/value", "blocks/0", "blocks/1/0"]
 
 
 def test_paths_of_an_nnx_state_are_those_of_its_attributes():
-    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    state = nnx.eval_shape(lambda: nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert paths == ["bias", "kernel"]
 
