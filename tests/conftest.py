@@ -27,9 +27,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# A model that broadcasts over ranks unawares is wrong for a user who forbids it.
-os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-
 # SQLite waits for the disk at every commit, and there are thousands: temporary folders are in memory.
 if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
@@ -50,6 +47,21 @@ _ABSTRACT = {
     "test_specs.py",
     "test_trace.py",
 }
+
+# Files that test mujax's own arrays, which must not be broadcast over ranks: a user may forbid it. Models in
+# other tests are written as users write them, with `x + bias`.
+_STRICT_RANKS = {"test_data.py", "test_models.py", "test_optim_registry.py"}
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.path.name not in _STRICT_RANKS:
+        yield
+        return
+    import jax
+
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
