@@ -162,7 +162,7 @@ def test_what_needs_roles_needs_a_delta_at_the_base_width():
     }
     for name, ask in asks.items():
         with refused(
-            mujax.RoleError, f"{name}: expected a spec with roles, found one whose target has the widths of "
+            mujax.RoleError, f"{name}: expected a spec with roles, got one whose target has the widths of "
             "its base", "pass delta= to mup_init",
         ):  # fmt: skip
             ask()
