@@ -719,11 +719,6 @@ def test_a_parameter_too_many(mlp, variables):
         mlp.apply({"params": more}, X)
 
 
-def test_a_state_that_mup_init_did_not_see(mlp, variables):
-    with refused(mujax.SpecMismatchError, "other/thing: expected only variables that mup_init saw"):
-        mlp.apply({**variables, "other": {"thing": jnp.ones((WIDTH,))}}, X)
-
-
 def test_errors_of_the_model_itself_come_through(mlp, variables):
     with pytest.raises(Exception, match=r"(?i)shape|dot_general|Initializer"):
         mlp.apply(variables, jnp.ones((4, 9)))
