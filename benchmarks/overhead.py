@@ -14,6 +14,8 @@ buffers; one has `model.apply` and optax's optimizer, the other `mup.apply` and 
   brackets the control, plain optax against itself measured in the same way: what it differs from 1 by is
   the machine.
 - trace: CPU time to trace the step; forward trace: to trace the loss alone, without gradient and update.
+- eager: wall time of `mup.apply` outside of `jax.jit`, after the first call, against the module's own; eager
+  NNX: the same for an NNX module of the same kind. Both are mostly JAX's dispatch of operations.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import common
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
+from flax import linen as nn, nnx
 
 import mujax
 from mujax import models, optim, train
@@ -65,6 +67,7 @@ class Case:
         labels: of that batch, for cross-entropy.
         optimizer: name in `OPTIMIZERS`.
         kwargs: keyword arguments of the module's call.
+        nnx_module: width -> an NNX factory of a model of the same kind, for eager calls.
     """
 
     module: Callable[[int], nn.Module]
@@ -75,6 +78,7 @@ class Case:
     labels: jax.ShapeDtypeStruct
     optimizer: str = "adam"
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    nnx_module: Callable[[int], Callable[[nnx.Rngs], nnx.Module]] | None = None
 
 
 def _floats(*shape: int) -> jax.ShapeDtypeStruct:
@@ -85,7 +89,43 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _transformer(**options: Any) -> Case:
+class _NNXMLP(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Linear(784, width, rngs=rngs)
+        self.hidden = nnx.Linear(width, width, rngs=rngs)
+        self.readout = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.readout(nnx.relu(self.hidden(nnx.relu(self.first(x)))))
+
+
+class _NNXBlock(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.norms = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2)])
+        self.attention = nnx.MultiHeadAttention(width // 16, width, decode=False, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.norms[0](x))
+        return x + self.down(nnx.gelu(self.up(self.norms[1](x))))
+
+
+class _NNXTransformer(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs) -> None:
+        self.embed = nnx.Embed(256, width, rngs=rngs)
+        self.blocks = nnx.List([_NNXBlock(width, rngs) for _ in range(2)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.readout = nnx.Linear(width, 256, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.readout(self.norm(x))
+
+
+def _transformer(nnx_module: Any = None, **options: Any) -> Case:
     def module(width: int) -> nn.Module:
         return models.Transformer(models.TransformerConfig(d_model=width, n_layers=2, **options))
 
@@ -96,6 +136,7 @@ def _transformer(**options: Any) -> Case:
         quick_width=128,
         inputs=_ints(8, 64),
         labels=_ints(8, 64),
+        nnx_module=nnx_module,
     )
 
 
@@ -112,8 +153,9 @@ CASES: Final[Mapping[str, Case]] = {
         quick_width=128,
         inputs=_floats(128, 784),
         labels=_ints(128),
+        nnx_module=lambda width: functools.partial(_NNXMLP, width),
     ),
-    "transformer": _transformer(head_dim=16),
+    "transformer": _transformer(lambda width: functools.partial(_NNXTransformer, width), head_dim=16),
     "tied-transformer": _transformer(head_dim=16, tie_embeddings=True),
     # Logits are much of what this one moves: a factor on them would show.
     "large-vocabulary": _transformer(head_dim=16, vocab_size=8192),
@@ -337,6 +379,42 @@ def tracing(setting: Setting, runs: int) -> dict[str, common.Paired]:
     return out
 
 
+def eager(setting: Setting, width: int, runs: int, seconds: float) -> dict[str, common.Paired]:
+    """Ratio of the wall times of eager calls, of the Linen module and of its NNX counterpart."""
+    case, inputs = setting.case, _random(setting.case.inputs)
+    variables = setting.mup.init(jax.random.key(0), inputs)
+    calls: dict[str, dict[str, Callable[[], Any]]] = {
+        "eager": {
+            "optax": lambda: setting.model.apply(variables, inputs, **_evaluation(case)),
+            "mujax": lambda: setting.mup.apply(variables, inputs, **_evaluation(case)),
+        }
+    }
+    if case.nnx_module is not None:
+        mup = mujax.mup_init(case.nnx_module(width), case.nnx_module(case.base_width), inputs)
+        module = mup.init(jax.random.key(0))
+        calls["eager_nnx"] = {"optax": lambda: module(inputs), "mujax": lambda: mup.apply(module, inputs)}
+
+    def repeat(call: Callable[[], Any], times: int) -> int:
+        for _ in range(times):
+            jax.block_until_ready(call())
+        return times
+
+    out: dict[str, common.Paired] = {}
+    for figure, both in calls.items():
+        for call in both.values():
+            repeat(call, 2)
+        start = time.perf_counter()
+        repeat(both["optax"], 1)
+        times = max(1, round(seconds / (time.perf_counter() - start)))
+        samples = in_turn({side: functools.partial(repeat, both[side], times) for side in both}, runs)
+        out[figure] = common.paired(samples["wall"], "mujax", "optax")
+    return out
+
+
+def _evaluation(case: Case) -> dict[str, Any]:
+    return {**case.kwargs, "train": False} if "train" in case.kwargs else dict(case.kwargs)
+
+
 # ---- the report ------------------------------------------------------------------------------------
 
 GOALS: Final[Mapping[str, common.Goal]] = {
@@ -346,6 +424,8 @@ GOALS: Final[Mapping[str, common.Goal]] = {
     "time": common.Goal(1.02, "wall time at most 1.02 of plain optax's"),
     "trace": common.Goal(3.0, "tracing the step at most 3 times as long as plain optax's"),
     "trace_forward": common.Goal(3.0, "tracing the forward pass at most 3 times as long as the module's own"),
+    "eager": common.Goal(1.1, "an eager call at most 1.1 times as long as the module's own"),
+    "eager_nnx": common.Goal(1.1, "an eager call at most 1.1 times as long as the NNX module's own"),
 }
 
 
@@ -371,7 +451,11 @@ def measure(name: str, width: int, effort: Effort) -> dict[str, Any]:
         figures = {side: program(setting, what, sharding) for side, what in setting.sides.items()}
         ratio = {figure: figures["mujax"][figure] / value for figure, value in figures["optax"].items()}
         programs[platform] = {**figures, "ratio": ratio}
-    timed = {**stepping(setting, effort.runs, effort.seconds), **tracing(setting, max(3, effort.runs // 4))}
+    timed = {
+        **stepping(setting, effort.runs, effort.seconds),
+        **tracing(setting, max(3, effort.runs // 4)),
+        **eager(setting, width, effort.runs, effort.seconds),
+    }
     missed = [
         line
         for platform, figures in programs.items()
@@ -401,7 +485,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
     where = list(rows[0]["programs"])
     counted = [(platform, figure) for platform in where for figure in ("flops", "bytes", "products")]
     header = ["case", "width", "parameters", *(f"{figure} ({platform})" for platform, figure in counted)]
-    header += ["time", "95% interval", "cpu", "trace", "forward trace"]
+    header += ["time", "95% interval", "cpu", "trace", "forward trace", "eager", "eager NNX"]
     lines = []
     for row in rows:
         timed = row["timed"]
@@ -416,6 +500,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{timed['cpu']['median']:.3f} ({timed['cpu_control']['median']:.3f})",
                 f"{timed['trace']['median']:.2f}",
                 f"{timed['trace_forward']['median']:.2f}",
+                *(f"{timed[it]['median']:.2f}" if it in timed else "-" for it in ("eager", "eager_nnx")),
             ]
         )
     return common.table(header, lines)

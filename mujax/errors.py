@@ -88,7 +88,7 @@ class AuditError(MujaxError):
 
 
 class MujaxWarning(UserWarning):
-    """`mup_init` found something in the model that it cannot correct; `mup.findings` lists all findings."""
+    """`mup_init` found something that it cannot correct (`mup.findings` lists all), or swapped models."""
 
 
 class SpecMismatchError(MujaxError):

@@ -12,7 +12,11 @@ import itertools
 import json
 import math
 import operator
+import os
 import pathlib
+import reprlib
+import stat
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, get_args
 
@@ -31,7 +35,11 @@ from mujax.errors import (
 Role = Literal["input", "hidden", "output", "finite"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
+TABLES: Final = ("mup", "table3", "table9", "sp")
+"""The names of the rule tables; their rows are in `mujax.rules`."""
+
 _FORMAT: Final = 1
+_MAX_SIZE: Final = 2**63 - 1
 _COLLECTION: Final = "params"
 
 
@@ -280,7 +288,8 @@ class MupSpec(Mapping[str, ParamSpec]):
 
         Boxes (`nn.Partitioned`, `nnx.Variable`) and a `{"params": ...}` around the tree are looked through.
         A parameter may be absent only where an `optax.MaskedNode` or None stands in place of it or of a
-        subtree that holds it. Reads key paths and shapes, never values: a compiled program has nothing of it.
+        subtree that holds it, and from an `nnx.State`, which filters (`wrt=`) cut down. Reads key paths and
+        shapes, never values: a compiled program has nothing of it.
 
         Args:
             tree: parameters, gradients or updates.
@@ -313,14 +322,17 @@ class MupSpec(Mapping[str, ParamSpec]):
         for path, spec_path in known.items():
             expected = self[spec_path].shape
             if path not in found:
+                if found and extra is None and hasattr(tree, "filter"):
+                    # An `nnx.State`, of which a filter (`wrt=`) leaves out parameters without a trace.
+                    continue
                 if not _is_in(path, holes):
                     instead = "" if extra is None else f" but {found[extra][0]!r}, which the spec lacks"
                     raise SpecMismatchError(
                         where=spec_path,
                         expected=f"shape {expected}",
                         got=f"no such path in the tree of {what}{instead}",
-                        remedy="pass the parameters that mup_init described; to train a part of them, use "
-                        "optax.masked or a MupSpec of that part",
+                        remedy="pass the parameters that mup_init described; to freeze a part of them, use "
+                        "optax.partition with optax.set_to_zero() for that part",
                     )
                 continue
             shape = _shape(found[path][1])
@@ -358,37 +370,32 @@ class MupSpec(Mapping[str, ParamSpec]):
 
     @classmethod
     def from_json(cls, text: str) -> MupSpec:
-        """Reads the text that `to_json` returned.
+        """Reads the text that `to_json` returned; every field is checked.
 
         Raises:
-            MujaxError: the text is not a spec.
+            MujaxError: the text is not a spec; names the field.
         """
-        try:
-            data = json.loads(text)
-            if data["mujax_spec"] != _FORMAT:
-                raise ParametrizationError(
-                    where="spec file",
-                    expected=f"format {_FORMAT}",
-                    got=repr(data["mujax_spec"]),
-                    remedy="write it again with this version of mujax",
-                )
-            params = {path: ParamSpec(**fields) for path, fields in data["params"].items()}
-            weights = tuple((str(name), float(weight)) for name, weight in data["parametrization"])
-            alpha = data.get("depth_alpha")
-            parametrization = Parametrization(weights, None if alpha is None else float(alpha))
-        except MujaxError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise MujaxError(
-                where="spec file",
-                expected="the JSON written by MupSpec.save",
-                got=f"something else ({error})",
-            ) from error
-        return cls(params, parametrization)
+        return _read_spec(text)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes the spec to a JSON file."""
-        pathlib.Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes the spec to a JSON file, whole or not at all: an old file stays where writing fails.
+
+        Raises:
+            MujaxError: the file cannot be written.
+        """
+        target = pathlib.Path(path)
+        text = self.to_json() + "\n"
+        try:
+            target = target.resolve()
+            if target.exists() and not target.is_file():
+                # A pipe or a device, which nothing can be moved onto.
+                target.write_text(text, encoding="utf-8")
+            else:
+                _write_aside(target, text)
+        except OSError as error:
+            raise MujaxError(
+                where=path, expected="a file that can be written", got=f"an error: {error.strerror or error}"
+            ) from error
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> MupSpec:
@@ -409,6 +416,129 @@ class MupSpec(Mapping[str, ParamSpec]):
     def size(self) -> int:
         """Number of scalar parameters at the target."""
         return sum(math.prod(param.shape) for param in self.values())
+
+
+def _write_aside(target: pathlib.Path, text: str) -> None:
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+    try:
+        with aside.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            aside.chmod(stat.S_IMODE(target.stat().st_mode))
+        aside.replace(target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---- reading JSON ----------------------------------------------------------------------------------
+
+
+def _read_spec(text: str) -> MupSpec:
+    written = "the JSON written by MupSpec.save"
+    try:
+        data = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+    except MujaxError:
+        raise
+    except RecursionError as error:
+        raise MujaxError(where="spec file", expected=written, got="brackets nested too deeply") from error
+    except (TypeError, ValueError) as error:
+        raise MujaxError(where="spec file", expected=written, got=f"something else ({error})") from error
+    if not isinstance(data, dict) or not {"mujax_spec", "parametrization", "params"} <= data.keys():
+        raise MujaxError(where="spec file", expected=written, got=f"something else ({_short(data)})")
+    if type(data["mujax_spec"]) is not int or data["mujax_spec"] != _FORMAT:
+        raise ParametrizationError(
+            where="spec file",
+            expected=f"format {_FORMAT}",
+            got=_short(data["mujax_spec"]),
+            remedy="write it again with this version of mujax",
+        )
+    known = {"mujax_spec", "parametrization", "depth_alpha", "params"}
+    _require(data.keys() <= known, "spec file", f"the fields {', '.join(sorted(known))} only", list(data))
+    where = "spec file, parametrization"
+    pairs = data["parametrization"]
+    _require(isinstance(pairs, list) and bool(pairs), where, "a list of tables and their weights", pairs)
+    for pair in pairs:
+        _require(isinstance(pair, list) and len(pair) == 2, where, "pairs of a table and its weight", pair)
+        name, weight = pair
+        _require(name in TABLES, where, f"tables out of {', '.join(TABLES)}", name)
+        _require(_is_number(weight) and weight >= 0, where, "finite weights of at least 0", weight)
+    _require(len({name for name, _ in pairs}) == len(pairs), where, "each table once", pairs)
+    _require(math.isclose(sum(weight for _, weight in pairs), 1.0), where, "weights that sum to 1", pairs)
+    alpha = data.get("depth_alpha")
+    _require(alpha is None or _is_number(alpha), "spec file, depth_alpha", "a finite number", alpha)
+    params = data["params"]
+    _require(isinstance(params, dict), "spec file, params", "a table of parameters by path", params)
+    return MupSpec(
+        {path: _read_param(path, fields) for path, fields in params.items()},
+        Parametrization(
+            tuple((name, float(weight)) for name, weight in pairs), None if alpha is None else float(alpha)
+        ),
+    )
+
+
+def _read_param(path: str, fields: Any) -> ParamSpec:
+    where = f"spec file, {path}"
+    known = {field.name for field in dataclasses.fields(ParamSpec)}
+    _require(isinstance(fields, dict), where, "a table of fields", fields)
+    _require(
+        {"shape", "base_shape"} <= fields.keys() <= known,
+        where,
+        f"the fields {', '.join(sorted(known))}, of which shape and base_shape must be there",
+        list(fields),
+    )
+    for name, value in fields.items():
+        at = f"{where}, {name}"
+        if name == "tied":
+            _require(isinstance(value, bool), at, "true or false", value)
+        elif name == "depth":
+            _require(_is_number(value) and value > 0, at, "a positive finite number", value)
+        else:
+            _require(isinstance(value, list), at, "a list of integers", value)
+            for number in value:
+                _require(type(number) is int, at, "a list of integers", value)
+                _require(0 <= number <= _MAX_SIZE, at, "integers from 0 to 2^63 - 1", number)
+    if len(fields["shape"]) == len(fields["base_shape"]):
+        for pair in zip(fields["shape"], fields["base_shape"], strict=True):
+            # An axis that is empty in both models has no ratio, and needs none.
+            _require(all(pair) or not any(pair), where, "positive sizes", list(pair))
+    try:
+        return ParamSpec(**fields)
+    except MujaxError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _require(holds: bool, where: str, expected: str, got: Any) -> None:
+    if not holds:
+        raise MujaxError(where=where, expected=expected, got=_short(got))
+
+
+def _short(value: Any) -> str:
+    """A value read from JSON, in one line."""
+    if isinstance(value, int) and abs(value) > _MAX_SIZE:
+        # Python refuses to write out very large numbers.
+        return "a number too large"
+    return reprlib.repr(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= _MAX_SIZE
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise MujaxError(where="spec file", expected="each name once", got=f"{double!r} twice")
+    return out
+
+
+def _no_number(name: str) -> Any:
+    raise MujaxError(where="spec file", expected="finite numbers", got=name)
 
 
 def _is_hole(node: Any) -> bool:

@@ -220,7 +220,7 @@ def _typical(measured: Measured) -> float:
 
 def _entry(mup: MupModel, path: str) -> float:
     positions = {name: position for position, name in mup.replay.call.params.items()}
-    return mup.replay.entry.get(positions[path], 1.0)
+    return mup.replay.param_factors.get(positions[path], 1.0)
 
 
 def _known_lr(response: Response, number: int) -> float:

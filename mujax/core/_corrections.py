@@ -1,4 +1,4 @@
-"""The constants of the forward pass: from what the trace shows to a factor at a place."""
+"""Chooses the constants of the forward pass from the analysis of a traced call."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Correction:
         kind: `"readout"`: the product of an output weight; `"tied_readout"`: the readout use of a tied
             embedding; `"attention"`: a product of two activations brought from 1/sqrt(d) to 1/d;
             `"scale"`: any other constant of the model that scales with width, held at its base value, and
-            the size that a normalisation takes away given back; `"residual"`: the branch's operand of an
+            the size that a normalisation removes, restored; `"residual"`: the branch's operand of an
             addition `x + f(x)`, where depth is parametrized.
-        factor: what the result (the operand, for `"residual"`) is multiplied with.
+        factor: the constant by which the result (the operand, for `"residual"`) is multiplied.
         where: `file:line` in the user's code.
-        path: the parameter of the product; None for a value that is no product with a parameter.
+        path: the parameter of the product; None for a value that is not a product with a parameter.
     """
 
     kind: Kind
@@ -41,14 +41,14 @@ class Correction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """What the analysis of one traced call comes to.
+class Plan:
+    """The constants of one traced call, and what they were derived from.
 
     Attributes:
         corrections: the constants of the forward pass, by place.
         multiplier_sites: the products and lookups that the multipliers multiply: name -> places.
-        findings: what can't be put right.
-        analysis: the uses and products that it was read from.
+        findings: what cannot be corrected.
+        analysis: the uses and products of the call.
         branches: where residual branches are added, and which operand of the addition each is.
     """
 
@@ -64,39 +64,52 @@ class Reading:
         return tuple(correction for site in sorted(found, key=_order) for correction in found[site])
 
 
-def switched_off(said: Mapping[Kind, bool]) -> frozenset[Kind]:
-    for kind in said:
+def disabled_kinds(switches: Mapping[Kind, bool]) -> frozenset[Kind]:
+    """The kinds that `corrections=` switches off.
+
+    Raises:
+        MujaxError: an unknown kind.
+    """
+    for kind in switches:
         if kind not in KINDS:
             raise MujaxError(
-                f"corrections: expected kinds out of {', '.join(map(repr, KINDS))}, got {kind!r}."
+                where="corrections",
+                expected=f"kinds out of {', '.join(map(repr, KINDS))}",
+                got=repr(kind),
             )
-    return frozenset(kind for kind, on in said.items() if not on)
+    return frozenset(kind for kind, on in switches.items() if not on)
 
 
-def read_call(
+def plan_call(
     spec: MupSpec,
-    off: frozenset[Kind],
+    disabled: frozenset[Kind],
     stored: Mapping[str, float],
     base: ClosedJaxpr,
     program: ClosedJaxpr,
     call: Call,
     depth: Depth | None = None,
-) -> Reading:
-    """Reads the factors of one call off its two programs.
+) -> Plan:
+    """Derives the constants of one call from its two programs.
 
     Args:
         spec: the parameters.
-        off: kinds of corrections that are not wanted.
-        stored: how constants scale that the model holds as state, by path.
+        disabled: kinds of corrections to leave out.
+        stored: how the constants that the model holds as state scale with width, by path.
         base: the base's program.
         program: the target's program.
         call: the target's call.
-        depth: how deep base and target are, if that is parametrized.
+        depth: numbers of layers of base and target, if depth is parametrized.
+
+    Raises:
+        RoleError: two parameters of one product ask for different factors.
+        DepthError: a residual branch that the call of `mup_init` did not have.
     """
-    chosen = spec.parametrization
-    share = rules.mup_share(chosen)
+    parametrization = spec.parametrization
+    share = rules.mup_share(parametrization)
     prescribed = (
-        {path: rules.prescribed_scale(param, chosen) for path, param in spec.items()} if share else {}
+        {path: rules.prescribed_scale(param, parametrization) for path, param in spec.items()}
+        if share
+        else {}
     )
     state = {position: stored.get(path, 1.0) for position, path in call.state.items()}
     analysis = analyse(base, program, call.params, state, prescribed)
@@ -109,28 +122,28 @@ def read_call(
         for site, correction in _of_products(spec, analysis).items():
             found.setdefault(site, []).append(correction)
         for fix in analysis.fixes:
-            if reached and depth and "residual" in off and power_of_fix(fix, reached, depth, spec):
-                # The model's own factor for depth, which takes the place of ours.
+            if reached and depth and "residual" in disabled and power_of_fix(fix, reached, depth, spec):
+                # The model's own factor for depth replaces ours.
                 continue
             kind: Kind = "attention" if fix.attention else "scale"
             found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
     branches: dict[EqnPath, int] = {}
     if reached and depth:
-        factor = rules.residual_factor(depth.ratio, chosen)
+        factor = rules.residual_factor(depth.ratio, parametrization)
         for branch in reached.found:
             found.setdefault(branch.site, []).append(Correction("residual", factor, branch.where))
             branches[branch.site] = branch.operand
     out: dict[EqnPath, tuple[Correction, ...]] = {}
     for site, corrections in found.items():
-        kept = tuple(correction for correction in corrections if correction.kind not in off)
+        kept = tuple(correction for correction in corrections if correction.kind not in disabled)
         block = blocked(program, site) if kept else None
         if block is not None:
             findings.append(
                 Finding(
                     "out of reach",
-                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) is wanted inside {block}, which "
-                    "can't be changed inside without losing its own derivative; move the product out of it "
-                    "or write the factor there",
+                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) belongs inside {block}, which would "
+                    "lose its own derivative if it were changed; move the product out of it or write the "
+                    "factor there",
                     kept[0].where,
                 )
             )
@@ -139,29 +152,28 @@ def read_call(
             findings.append(
                 Finding(
                     "own derivative",
-                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) stands inside a jax.custom_jvp "
-                    "function, "
-                    "whose body is differentiated now in place of its own rule; if the rule is not the "
-                    "body's "
-                    "derivative, move the product out of it",
+                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) is inside a jax.custom_jvp function, "
+                    "so JAX now differentiates its body instead of using its own rule; if the rule is not "
+                    "the body's derivative, move the product out of it",
                     kept[0].where,
                 )
             )
         if kept:
             out[site] = kept
-    return Reading(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, branches)
+    return Plan(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, branches)
 
 
 def _known_branches(spec: MupSpec, branches: Branches) -> Branches:
-    """Refuses branches whose parameters have other learning rates: `mup_init` saw another call."""
+    """Refuses branches with parameters that were outside of all branches in the call of `mup_init`."""
     for branch in branches.found:
         for path in sorted(branch.params):
             if path in spec and spec[path].depth == 1:
                 raise DepthError(
-                    f"{path}: expected it outside of residual branches as in the call that mup_init traced, "
-                    f"found it inside of the one that is added at {branch.where}; pass mup_init the inputs "
-                    "and "
-                    "keyword arguments of a call that goes through all branches."
+                    where=path,
+                    expected="it outside of residual branches as in the call that mup_init traced",
+                    got=f"it inside of the one that is added at {branch.where}",
+                    remedy="pass mup_init the inputs and keyword arguments of a call that goes "
+                    "through all branches",
                 )
     return branches
 
@@ -181,10 +193,10 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
         if len(factors) > 1:
             first, second = found[:2]
             raise RoleError(
-                f"{first[0].path} and {second[0].path}: expected one factor for their common product at "
-                f"{first[0].where}, but their roles ask for different ones; use separate products, or give "
-                "them the "
-                "same role with roles=."
+                where=f"{first[0].path} and {second[0].path}",
+                expected=f"one factor for their common product at {first[0].where}",
+                got="roles that ask for different ones",
+                remedy="use separate products, or give them the same role with roles=",
             )
         correction = found[0][1]
         if correction is not None:
@@ -192,28 +204,28 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
     return out
 
 
-def _correction(path: str, param: ParamSpec, use: Use, chosen: Parametrization) -> Correction | None:
+def _correction(path: str, param: ParamSpec, use: Use, parametrization: Parametrization) -> Correction | None:
     if not _reads_out(param, use):
         return None
     if param.role == "input":
-        # Tied, be it in the traced call or in another one: looked up there, read out here.
+        # Tied: looked up in this call or in another one, and read out here.
         inside = {axis for axis, role, *_ in use.axes if role == "fan_in"}
         grows = math.prod(param.shape[axis] for axis in inside) / math.prod(
             param.base_shape[axis] for axis in inside
         )
-        return Correction("tied_readout", rules.tied_factor(grows, chosen), use.where, path)
-    return Correction("readout", rules.forward_factor(param, chosen), use.where, path)
+        return Correction("tied_readout", rules.tied_factor(grows, parametrization), use.where, path)
+    return Correction("readout", rules.forward_factor(param, parametrization), use.where, path)
 
 
 def _reads_out(param: ParamSpec, use: Use) -> bool:
-    """Whether a product is one of an output weight, or the readout use of an input weight."""
+    """Whether a product reads out: of an output weight, or of an input weight over its features."""
     if param.role == "input":
         return read(use, param.shape, param.base_with_layers, param.infinite).role == "output"
     return param.role == "output"
 
 
 def _multiplier_sites(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPath]]:
-    """The places that the multipliers turn."""
+    """The places that each multiplier multiplies."""
     inputs = [
         use.site
         for path, uses in analysis.uses.items()
@@ -244,16 +256,22 @@ def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
     ]
 
 
-def zeros(what: Sequence[str], spec: MupSpec, analysis: Analysis) -> list[str]:
-    """The parameters that start at zero."""
+def zero_params(names: Sequence[str], spec: MupSpec, analysis: Analysis) -> list[str]:
+    """The parameters that `zero_init=` starts at zero.
+
+    Raises:
+        MujaxError: an unknown name.
+    """
     known = {
         "readout": [path for path in _readouts(spec, analysis) if spec[path].role == "output"],
         "query": [path for product in analysis.products if product.logits for path in product.left],
     }
-    for name in what:
+    for name in names:
         if name not in known:
-            raise MujaxError(f"zero_init: expected names out of {', '.join(map(repr, known))}, got {name!r}.")
-    return [path for name in what for path in known[name]]
+            raise MujaxError(
+                where="zero_init", expected=f"names out of {', '.join(map(repr, known))}", got=repr(name)
+            )
+    return [path for name in names for path in known[name]]
 
 
 def _order(site: EqnPath) -> tuple[tuple[int, str], ...]:

@@ -1,4 +1,4 @@
-"""What `mup.explain()` and `mujax explain` print."""
+"""The text of `mup.explain()` and `mujax explain`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def explain(
     corrections: Sequence[Correction],
     findings: Sequence[Finding],
 ) -> str:
-    """The role table of a model, what its forward pass gets and what was left alone.
+    """The role table of a model, the factors in its forward pass and the findings.
 
     Args:
-        spec: what each parameter is.
-        init_scales: what the initial values are multiplied with, by path.
+        spec: the parameters.
+        init_scales: the factors on the initial values, by path.
         corrections: the factors in the forward pass.
-        findings: what can't be put right.
+        findings: what cannot be corrected.
     """
-    chosen = spec.parametrization
+    parametrization = spec.parametrization
     rows: list[tuple[str, ...]] = [
         ("parameter", "shape", "base shape", "role", "fan-in", "fan-out", "init", "Adam LR", "SGD LR")
     ]
@@ -34,8 +34,8 @@ def explain(
         param = spec[paths[0]]
         numbers = (
             init_scales.get(paths[0], 1.0),
-            rules.lr_factor(param, chosen, "adam"),
-            rules.lr_factor(param, chosen, "sgd"),
+            rules.lr_factor(param, parametrization, "adam"),
+            rules.lr_factor(param, parametrization, "sgd"),
         )
         rows.append(
             (
@@ -50,9 +50,8 @@ def explain(
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        f"{len(spec)} parameters, {spec.size():,} entries, parametrization {chosen}. Factors are relative "
-        "to the base; "
-        "init is what the user's own initial values are multiplied with.",
+        f"{len(spec)} parameters, {spec.size():,} entries, parametrization {parametrization}. Factors are "
+        "relative to the base; init is the factor on the user's own initial values.",
         *_of_depth(spec),
         *([] if spec.grows else [_SAME_WIDTHS]),
         "",
@@ -67,11 +66,10 @@ def explain(
         + (f" ({n} times)" if n > 1 else "")
         for c, n in collections.Counter(corrections).items()
     ] or ["  none"]
-    lines += ["", "Found, and not put right:"]
-    counts = collections.Counter(findings)
+    lines += ["", "Found, and not corrected:"]
     lines += [
-        f"  {f.kind} at {f.where}: {f.message}" + (f" ({n} times)" if n > 1 else "")
-        for f, n in counts.items()
+        f"  {f.kind} at {f.where}: {f.message}" + (f" ({f.count} times)" if f.count > 1 else "")
+        for f in findings
     ] or ["  nothing"]
     return "\n".join(lines)
 
@@ -83,7 +81,7 @@ _SAME_WIDTHS = (
 
 
 def _of_depth(spec: MupSpec) -> list[str]:
-    """How much deeper than the base, and how many parameters that concerns."""
+    """The ratio of depths, and how many parameters are inside of residual branches."""
     ratios = {param.depth for param in spec.values()} - {1.0}
     inside = sum(param.depth != 1 for param in spec.values())
     return [
@@ -93,7 +91,7 @@ def _of_depth(spec: MupSpec) -> list[str]:
 
 
 def _alike(spec: MupSpec, scales: Mapping[str, float]) -> dict[str, list[str]]:
-    """Parameters that differ in a layer's number only, under one name."""
+    """Groups, under one name, the parameters that differ in a layer's number only."""
     groups: dict[tuple[str, ParamSpec, float], list[str]] = {}
     for path, param in spec.items():
         key = (re.sub(r"\d+", "*", path), param, scales.get(path, 1.0))

@@ -1,4 +1,4 @@
-"""`mup_init`: reads a model's parametrization off its traces and gives it back in µP."""
+"""`mup_init`: reads a model's parametrization off its traces and returns the model in µP."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mujax import rules
-from mujax.core._corrections import Kind, read_call, switched_off, zeros
-from mujax.core._init_scales import own_scales, stored_scales
+from mujax.core._corrections import Kind, disabled_kinds, plan_call, zero_params
+from mujax.core._init_scales import init_ratios, stored_scales
 from mujax.core._mup_model import MupModel
 from mujax.core._param_specs import check_same_parameters, describe_parameters
 from mujax.core.depth import (
@@ -22,9 +22,9 @@ from mujax.core.depth import (
     with_depth,
     with_depth_of_branches,
 )
-from mujax.core.frontends import Call, Frontend, Initial, frontend
+from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Finding, analyse
+from mujax.core.trace import Finding, analyse, merged
 from mujax.errors import AuditError, MujaxWarning, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
@@ -36,20 +36,19 @@ class _Traced:
     Attributes:
         end: its front end.
         initial: its initialiser.
-        call: the call that is read.
+        call: the example call.
         program: the call's program.
-        result: what the call returns, as shapes.
+        result: the call's result.
     """
 
     end: Frontend
     initial: Initial
     call: Call
     program: ClosedJaxpr
-    result: Any
+    result: Result
 
 
-def _traced(model: Any, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _Traced:
-    end = frontend(model)
+def _traced(end: Frontend, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _Traced:
     initial = end.trace_init(inputs, kwargs)
     call = end.example(initial.variables, inputs, kwargs)
     return _Traced(end, initial, call, *call.trace())
@@ -73,41 +72,43 @@ def mup_init(
     """Reads the parametrization of a model off its traces, and returns it in µP.
 
     The model is traced twice, at the base's widths and at the target's; nothing is allocated or run. The
-    axes whose sizes differ are infinite, and how the program uses each parameter tells which of its axes
-    are fan-in and which fan-out. At the base's widths the result is exactly the user's own model.
+    axes whose sizes differ are infinite; how the program uses each parameter shows which of its axes are
+    fan-in and which fan-out. At the base's widths the result is exactly the user's own model.
 
     Args:
         model: the target: a Flax Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`.
         base: the same model at the widths where hyperparameters are tuned.
         *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`s.
-        delta: the same model at third widths, to tell which axes are infinite where `model` has the base's
-            own widths. Without it nothing is infinite there: every factor is 1, and only what asks for
+        delta: the same model at third widths, to show which axes are infinite where `model` has the base's
+            own widths. Without it nothing is infinite there: every factor is 1, and only what requires
             roles (`zero_init`, `decay_roles`, multiples of the learning rate by role, Muon) needs it.
         parametrization: `"mup"` (Table 8), `"table3"`, `"table9"`, `"sp"`, or what
             `mujax.interpolate` returns.
-        roles: overrules what the traces say: glob of parameter paths -> role or `ParamSpec`.
+        roles: overrides the roles that were read: glob of parameter paths -> role or `ParamSpec`.
         corrections: kinds of `Correction` to switch off, e.g. `{"attention": False}`.
-        zero_init: what starts at zero instead of at the rule's standard deviation, as the paper's
-            Appendix D.2 recommends: `"readout"`, the kernels whose product is an output of the model;
-            `"query"`, those whose product is the first operand of attention logits.
-        depth: layers of the base and of the target, to parametrize depth, too; None leaves it alone. A base
-            whose layers are unrolled must have the target's number of them, since the two programs are read
-            side by side: the two numbers alone count. Where a scan runs the layers the base may have fewer,
-            and `"scan"` reads the numbers off. With `depth` base and target may be of the same width; without
-            a `delta` nothing is infinite then.
-        depth_alpha: each residual branch is multiplied with (target / base)^-depth_alpha: 1 is CompleteP, 1/2
+        zero_init: groups of parameters that start at zero, as the paper's Appendix D.2 recommends:
+            `"readout"`, the kernels whose product is an output of the model; `"query"`, those whose product
+            is the first operand of attention logits.
+        depth: numbers of layers of base and target, to parametrize depth too; None leaves it alone. A base
+            whose layers are unrolled is built with the target's number of layers, since the two programs are
+            read side by side; only the two numbers given here count. Where a scan runs the layers the base
+            may have fewer, and `"scan"` reads the numbers off. With `depth`, base and target may have the
+            same width; without a `delta` nothing is infinite then.
+        depth_alpha: each residual branch is multiplied by (target / base)^-depth_alpha: 1 is CompleteP, 1/2
             is Depth-µP.
-        residual: the residual branches, as globs of module scopes or of parameters, where they can't be told
-            from the program; see also `mujax.residual_branch`.
-        strict: raise on any finding of `mup.findings`, that is on anything which can't be put right, where
-            otherwise a `MujaxWarning` says it.
+        residual: the residual branches, as globs of module scopes or of parameters, where they cannot be
+            determined from the program; see also `mujax.residual_branch`.
+        strict: raise on any finding, instead of a `MujaxWarning`.
         **kwargs: passed to the model with `inputs`.
+
+    Returns:
+        The model in µP: its `init` and `apply` have the signatures of the model's own.
 
     Raises:
         ShapeMismatchError: base and target differ in something other than widths.
         TraceMismatchError: their programs differ in structure.
-        RoleError: the role of a parameter can't be read.
-        DepthError: the residual branches can't be told, or they have factors for depth already.
+        RoleError: the role of a parameter cannot be read.
+        DepthError: the residual branches cannot be determined, or they have factors for depth already.
         ConfigError: options that make no sense together.
         AuditError: `strict`, and there is a finding.
         MujaxError: the model is of an unknown kind.
@@ -127,65 +128,86 @@ def mup_init(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9. For depth: Dey et al., arXiv
         2505.01618, Table 1; Yang et al., Tensor Programs VI, arXiv 2310.02244.
     """
-    chosen = with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
-    off = switched_off(corrections or {})
-    target, small = _traced(model, inputs, kwargs), _traced(base, inputs, kwargs)
+    table = with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
+    disabled = disabled_kinds(corrections or {})
+    ends = frontend(model, "model"), frontend(base, "base")
+    target, small = (_traced(end, inputs, kwargs) for end in ends)
     check_same_parameters("target", target.initial, small.initial)
-    # Which axes are infinite, and what they are to each product, is read off the delta where there is one.
+    # Where there is a delta, infinite axes and roles are read off it.
     wide = target
     if delta is not None:
-        wide = _traced(delta, inputs, kwargs)
+        wide = _traced(frontend(delta, "delta"), inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
     layers = scanned_layers(wide.program, wide.call.params)
     spec = describe_parameters(
-        target.initial, small.initial, wide.initial, analysis, roles or {}, chosen, layers
+        target.initial, small.initial, wide.initial, analysis, roles or {}, table, layers
     )
-    own = own_scales(target.end, small.end, target.initial, small.initial, inputs, kwargs)
+    ratios = init_ratios(target.end, small.end, target.initial, small.initial, inputs, kwargs)
     stored = stored_scales(target.initial, small.initial)
     programs = (small.program, target.program, target.call)
-    plan, findings = None, ()
+    layout, findings = None, ()
     if depth is not None:
-        plan = plan_depth(depth, residual, spec)
-        branches = plan_branches(plan, small.program, small.call.params, target.program, target.call.params)
-        spec = with_depth_of_branches(spec, branches[1], plan)
-        refuse_scaled_init(spec, branches[1], plan, own, target.initial.program, target.initial.params)
+        layout = plan_depth(depth, residual, spec)
+        branches = plan_branches(layout, small.program, small.call.params, target.program, target.call.params)
+        spec = with_depth_of_branches(spec, branches[1], layout)
+        refuse_scaled_init(spec, branches[1], layout, ratios, target.initial.program, target.initial.params)
         findings = findings_of_depth(branches[1])
-        reading = read_call(spec, off, stored, *programs, plan)
-        if "residual" not in off:
-            refuse_own_factors(*branches, plan, reading.analysis.fixes, spec)
+        plan = plan_call(spec, disabled, stored, *programs, layout)
+        if "residual" not in disabled:
+            refuse_own_factors(*branches, layout, plan.analysis.fixes, spec)
     else:
         _refuse_layers_alone(spec)
-        reading = read_call(spec, off, stored, *programs)
+        plan = plan_call(spec, disabled, stored, *programs)
     if zero_init:
         spec.require_roles("zero_init")
     init_scales = {
-        path: rules.init_scale(param, chosen, own[path]) for path, param in spec.items() if own[path] != 0
-    } | dict.fromkeys(zeros(zero_init, spec, reading.analysis), 0.0)
+        path: rules.init_scale(param, table, ratios[path])
+        for path, param in spec.items()
+        if ratios[path] != 0
+    } | dict.fromkeys(zero_params(zero_init, spec, plan.analysis), 0.0)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
-        corrections=reading.in_order(),
-        findings=(*findings, *reading.findings),
+        corrections=plan.in_order(),
+        findings=merged((*findings, *plan.findings)),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),
         _stored=stored,
         _example=(target.program, target.call, target.result),
-        _reading=reading,
-        _off=off,
+        _plan=plan,
+        _disabled=disabled,
         _inputs=tuple(inputs),
         _kwargs=dict(kwargs),
-        _depth=plan,
+        _depth=layout,
     )
+    if _only_shrinks(spec):
+        message = (
+            "model: expected a target that is wider than its base, got one that is narrower in every axis "
+            "that differs; if the two are swapped, pass the large model first."
+        )
+        warnings.warn(MujaxWarning(message), stacklevel=2)
     if mup.findings:
         first, *others = mup.findings
+        times = "" if first.count == 1 else f" ({first.count} times)"
         more = f" There are {len(others)} more: see mup.findings." if others else ""
-        message = f"{first.where}: {first.message}.{more}"
+        message = f"{first.where}: {first.message}{times}.{more}"
         if strict:
             raise AuditError(message)
         warnings.warn(MujaxWarning(message), stacklevel=2)
     return mup
+
+
+def _only_shrinks(spec: MupSpec) -> bool:
+    """Whether the widths of target and base differ, and each of them is smaller in the target."""
+    pairs = [
+        pair
+        for param in spec.values()
+        for pair in zip(param.shape, param.base_with_layers, strict=True)
+        if pair[0] != pair[1]
+    ]
+    return bool(pairs) and all(size < base for size, base in pairs)
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:
@@ -194,9 +216,10 @@ def _refuse_layers_alone(spec: MupSpec) -> None:
         if param.layers and not spec.grows:
             base, target = (shape[param.layers[0]] for shape in (param.base_shape, param.shape))
             raise ShapeMismatchError(
-                f"{path}: expected base and target to differ in width or not at all, found {base} layers in "
-                f'the base and {target} in the target, of the same widths; pass depth="scan" to '
-                "parametrize depth, or give both the same number of layers."
+                where=path,
+                expected="base and target to differ in width or not at all",
+                got=f"{base} layers in the base and {target} in the target, of the same widths",
+                remedy='pass depth="scan" to parametrize depth, or give both the same number of layers',
             )
 
 

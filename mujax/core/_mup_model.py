@@ -1,4 +1,4 @@
-"""A model in µP: what `mup_init` returns."""
+"""`MupModel`: a model in µP, with its initialisation, forward pass and description."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.extend import core as jex
 
 from mujax import rules
-from mujax.core._corrections import Correction, Kind, Reading, read_call
+from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import explain
 from mujax.core._replay import Replay
 from mujax.core.depth import Depth
-from mujax.core.frontends import Call, Frontend, shrink
+from mujax.core.frontends import Call, Frontend, Result, base_call
 from mujax.core.program import (
     ClosedJaxpr,
     EqnPath,
@@ -31,28 +32,35 @@ from mujax.core.program import (
 )
 from mujax.core.trace import Finding
 from mujax.errors import ConfigError, SpecMismatchError
-from mujax.spec import MupSpec
+from mujax.spec import MupSpec, ParamSpec
+
+_PASS_VARIABLES: Final = "pass the variables that mup.init returns"
 
 
-class _KnownCall(NamedTuple):
+@dataclasses.dataclass
+class _KnownCall:
     """A call that was traced and read.
 
     Attributes:
         program: the target's program.
-        structure: of what it returns.
-        reading: its corrections; None where it gets none.
+        build: makes the call's result from the program's outputs.
+        plan: its corrections; None where it gets none.
+        param_factors: factors on the parameters themselves, by position.
+        corrected: the program with its corrections, once it is needed again.
     """
 
     program: ClosedJaxpr
-    structure: Any
-    reading: Reading | None
+    build: Callable[[Sequence[Any]], Any]
+    plan: Plan | None
+    param_factors: Mapping[int, float]
+    corrected: ClosedJaxpr | None = None
 
 
 class _KnownCalls:
-    """The calls that were read, so that an eager call is traced once, as a jitted function is.
+    """A cache of the calls that were read, so that an eager call is traced once, as a jitted function is.
 
-    A call is known again by its arrays' types, by everything else that its function depends on, and by the
-    settings of JAX that programs are traced under.
+    The key is the types of the call's arrays, everything else that its function depends on, and the settings
+    of JAX that programs are traced under.
     """
 
     _LIMIT: Final = 64
@@ -70,8 +78,8 @@ class _KnownCalls:
     def __init__(self) -> None:
         self._calls: collections.OrderedDict[Hashable, _KnownCall] = collections.OrderedDict()
 
-    def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> _KnownCall:
-        """What is known of a call, read where it is new.
+    def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> tuple[_KnownCall, bool]:
+        """A call, read where it is new, and whether it is kept for the next time.
 
         Args:
             call: the call.
@@ -80,7 +88,7 @@ class _KnownCalls:
         """
         if under_named_axes():
             # A program may hold the sizes of axes that are no part of the call.
-            return read()
+            return read(), False
         settings = tuple(getattr(jax.config, name, None) for name in self._SETTINGS)
         types = tuple(jax.typeof(leaf) for leaf in call.leaves)
         key = (corrected, call.static, types, settings, jax.sharding.get_abstract_mesh())
@@ -88,19 +96,28 @@ class _KnownCalls:
             known = self._calls.get(key)
         except TypeError:
             # A static argument that does not hash.
-            return read()
-        if known is None:
-            known = read()
-            # What the model closes over may belong to a transformation that is under way.
-            if not any(isinstance(const, Tracer) for const in known.program.consts):
-                self._calls[key] = known
-                if len(self._calls) > self._LIMIT:
-                    self._calls.popitem(last=False)
-        return known
+            return read(), False
+        if known is not None:
+            return known, True
+        known = read()
+        # What the model closes over may belong to a transformation that is under way.
+        if any(isinstance(const, Tracer) for const in known.program.consts):
+            return known, False
+        self._calls[key] = known
+        if len(self._calls) > self._LIMIT:
+            self._calls.popitem(last=False)
+        # A traced function runs once: its program is not worth tracing twice.
+        return known, not any(isinstance(leaf, Tracer) for leaf in call.leaves)
+
+
+def _unused(program: ClosedJaxpr) -> frozenset[int]:
+    """The positions of inputs that no equation reads."""
+    read = {id(atom) for eqn in program.jaxpr.eqns for atom in eqn.invars}
+    return frozenset(position for position, var in enumerate(program.jaxpr.invars) if id(var) not in read)
 
 
 def _concrete(tree: Any) -> Any:
-    """Zeros for the arguments of which only the shape was given."""
+    """Zeros in place of arguments given as shapes."""
     return jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf,
         tree,
@@ -109,14 +126,14 @@ def _concrete(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class MupModel:
-    """A model in µP: what `mup_init` returns.
+    """A model in µP, as `mup_init` returns it.
 
     Attributes:
-        spec: what each parameter is; static and hashable.
-        init_scales: what the user's own initial values are multiplied with, by path; parameters that
-            start at zero have no entry.
-        corrections: what the forward pass gets in the traced call, in program order.
-        findings: what the traced call does that can't be corrected, or can't be seen.
+        spec: the parameters by path; static and hashable.
+        init_scales: the factors on the user's own initial values, by path; parameters that start at zero
+            by themselves have no entry.
+        corrections: the constants of the forward pass in the traced call, in program order.
+        findings: what the traced call does that cannot be corrected or read.
     """
 
     spec: MupSpec
@@ -127,9 +144,9 @@ class MupModel:
     _base: Frontend
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     _stored: Mapping[str, float]
-    _example: tuple[ClosedJaxpr, Call, Any]
-    _reading: Reading
-    _off: frozenset[Kind]
+    _example: tuple[ClosedJaxpr, Call, Result]
+    _plan: Plan
+    _disabled: frozenset[Kind]
     _inputs: tuple[Any, ...]
     _kwargs: dict[str, Any]
     _depth: Depth | None = None
@@ -140,13 +157,12 @@ class MupModel:
         return f"MupModel({len(self.spec)} parameters, parametrization={str(self.spec.parametrization)!r})"
 
     def init(self, key: Any, *inputs: Any, **kwargs: Any) -> Any:
-        """The user's own initialisation, each parameter brought to the rule's standard deviation.
+        """The user's own initialisation, with each parameter scaled to the rule's standard deviation.
 
         Args:
-            key: what the model's own `init` takes: a key or a dict of keys (Linen), a key or
-                `nnx.Rngs` (NNX).
-            *inputs: example inputs; those given to `mup_init` where left out and not abstract.
-            **kwargs: passed to the model's `init`; those given to `mup_init` where left out.
+            key: as for the model's own `init`: a key or a dict of keys (Linen), a key or `nnx.Rngs` (NNX).
+            *inputs: example inputs; by default those given to `mup_init`, zeros where only shapes were given.
+            **kwargs: passed to the model's `init`, on top of those given to `mup_init`.
 
         Returns:
             Variables of the same structure as the model's own `init` returns; for NNX the module.
@@ -166,37 +182,61 @@ class MupModel:
         """The model's own `apply`, with the factors of the parametrization in place.
 
         Same signature and result as the model's. It is traced like a jitted function: Python code in the
-        model sees shapes, not numbers. For NNX, `variables` is the module; its other state (batch
-        statistics, rng counts) is updated as calling it would.
+        model sees shapes, not numbers.
+
+        Args:
+            variables: as `init` returns them. For NNX the module; its other state (batch statistics, rng
+                counts) is updated as calling it would.
+            *inputs: as for the model.
+            **kwargs: as for the model.
+
+        Returns:
+            The result of the model's own call.
 
         Raises:
             SpecMismatchError: the variables do not have the shapes that `mup_init` saw.
         """
         call = self._target.call(variables, inputs, kwargs)
-        self._check(call)
-        entry = self._entry(call)
-        if not (self._may_correct or entry):
+        if not (self._may_correct or self._may_scale):
+            self._check(call)
             return self._target.finish(variables, call.function(*call.leaves))
-        known = self._known_calls.get(
+        known, again = self._known_calls.get(
             call, self._may_correct, lambda: self._read(call, variables, inputs, kwargs)
         )
-        leaves = [
-            leaf if (factor := entry.get(position)) is None else leaf * jnp.asarray(factor, leaf.dtype)
-            for position, leaf in enumerate(call.leaves)
+        if again and not self._multipliers:
+            outs = self._corrected(known, call)(*call.leaves)
+        else:
+            outs = self._evaluate(known, call.leaves)
+        return self._target.finish(variables, known.build(outs))
+
+    def _evaluate(self, known: _KnownCall, leaves: Sequence[Any]) -> list[Any]:
+        scaled = [
+            leaf
+            if (factor := known.param_factors.get(position)) is None
+            else leaf * jnp.asarray(factor, leaf.dtype)
+            for position, leaf in enumerate(leaves)
         ]
-        insertions = {} if known.reading is None else self._insertions(known.program, known.reading)
-        outs = evaluate(known.program, leaves, insertions)
-        return self._target.finish(variables, jax.tree.unflatten(known.structure, outs))
+        insertions = {} if known.plan is None else self._insertions(known.program, known.plan)
+        return evaluate(known.program, scaled, insertions)
+
+    def _corrected(self, known: _KnownCall, call: Call) -> Callable[..., list[Any]]:
+        """The call's program with its corrections, built once: each scan keeps its compiled body."""
+        if known.corrected is None:
+            known.corrected = jax.make_jaxpr(lambda *leaves: self._evaluate(known, leaves))(*call.leaves)
+        return jex.jaxpr_as_fun(known.corrected)
 
     def _read(self, call: Call, variables: Any, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _KnownCall:
         """Traces a call at both widths and reads its corrections."""
-        program, shape = call.trace()
-        reading = None
+        self._check(call)
+        program, result = call.trace()
+        plan = None
         if self._may_correct:
-            twin = shrink(self._base, self._target, variables, inputs, kwargs, call, self._sizes)
-            base, _ = twin.trace()
-            reading = read_call(self.spec, self._off, self._stored, base, program, call, self._depth)
-        return _KnownCall(program, jax.tree.structure(shape), reading)
+            small = base_call(
+                self._base, self._target, variables, inputs, kwargs, call, self._sizes, _unused(program)
+            )
+            base, _ = small.trace()
+            plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
+        return _KnownCall(program, result.build, plan, self._param_factors(call))
 
     def with_multipliers(
         self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
@@ -204,7 +244,7 @@ class MupModel:
         """The model with further constants in the forward pass: the paper's µTransferable multipliers.
 
         They are tuned at the base and transferred; each may be a traced value, so that a sweep can be
-        vmapped over it. Where one is left out it stays what it was, 1 at first.
+        vmapped over it. One that is left out keeps its value, 1 at first.
 
         Args:
             output_mult: multiplies each product with a kernel that is an output of the model.
@@ -225,23 +265,23 @@ class MupModel:
 
     @functools.cached_property
     def replay(self) -> Replay:
-        """The traced call as pure functions: for checks and sweeps, whatever kind the model is of."""
+        """The traced call as pure functions, for checks and sweeps of any kind of model."""
         program, call, result = self._example
         return Replay(
             program=program,
             call=call,
             result=result,
-            insertions=self._insertions(program, self._reading),
-            entry=self._entry(call),
+            insertions=self._insertions(program, self._plan),
+            param_factors=self._param_factors(call),
             variables=lambda key: self._target.leaves(self.init(key)),
             inputs=self._inputs,
-            analysis=self._reading.analysis,
-            corrections=self._reading.corrections,
-            multiplier_sites=self._reading.multiplier_sites,
+            analysis=self._plan.analysis,
+            corrections=self._plan.corrections,
+            multiplier_sites=self._plan.multiplier_sites,
         )
 
     def explain(self) -> str:
-        """The role table, the corrections and what was left alone, as text to read."""
+        """The role table, the corrections and the findings, as text."""
         return explain(self.spec, self.init_scales, self.corrections, self.findings)
 
     def _check(self, call: Call) -> None:
@@ -249,63 +289,75 @@ class MupModel:
         for path, param in self.spec.items():
             if path not in found:
                 raise SpecMismatchError(
-                    f"{path}: expected a parameter of shape {param.shape} as in mup_init, found none; pass "
-                    "the "
-                    "variables that mup.init returns."
+                    where=path,
+                    expected=f"a parameter of shape {param.shape} as in mup_init",
+                    got="none",
+                    remedy=_PASS_VARIABLES,
                 )
             if found[path] != param.shape:
                 raise SpecMismatchError(
-                    f"{path}: expected shape {param.shape} as in mup_init, got {found[path]}; build the "
-                    "variables "
-                    "and the MupModel with the same widths."
+                    where=path,
+                    expected=f"shape {param.shape} as in mup_init",
+                    got=found[path],
+                    remedy="build the variables and the MupModel with the same widths",
                 )
-
         for path in found:
             if path not in self.spec:
                 raise SpecMismatchError(
-                    f"{path}: expected only the parameters that mup_init saw, got another one of shape "
-                    f"{found[path]}; pass the variables that mup.init returns."
+                    where=path,
+                    expected="only the parameters that mup_init saw",
+                    got=f"another one of shape {found[path]}",
+                    remedy=_PASS_VARIABLES,
                 )
 
-    def _entry(self, call: Call) -> dict[int, float]:
-        """The factors that go on parameters themselves, by position."""
+    def _param_factors(self, call: Call) -> dict[int, float]:
+        """The factors on the parameters themselves, by position."""
         return {
             position: factor
             for position, path in call.params.items()
-            if rules.on_parameter(param := self.spec[path])
-            and (factor := rules.forward_factor(param, self.spec.parametrization)) != 1.0
+            if (factor := self._param_factor(self.spec[path])) != 1.0
         }
 
-    @property
+    def _param_factor(self, param: ParamSpec) -> float:
+        return rules.forward_factor(param, self.spec.parametrization) if rules.on_parameter(param) else 1.0
+
+    @functools.cached_property
+    def _may_scale(self) -> bool:
+        """Whether any parameter gets a factor of its own."""
+        return any(self._param_factor(param) != 1.0 for param in self.spec.values())
+
+    @functools.cached_property
     def _may_correct(self) -> bool:
-        """Whether the forward pass gets any factor on a product: else there is nothing to trace for."""
+        """Whether any product may get a factor; otherwise the call need not be traced."""
         grows = any(param.shape != param.base_shape or param.depth != 1 for param in self.spec.values())
         return bool(self._multipliers) or (grows and rules.mup_share(self.spec.parametrization) > 0)
 
-    def _insertions(self, program: ClosedJaxpr, reading: Reading) -> dict[EqnPath, Insertion]:
+    def _insertions(self, program: ClosedJaxpr, plan: Plan) -> dict[EqnPath, Insertion]:
         factors: dict[EqnPath, list[Any]] = {}
         branches: dict[EqnPath, tuple[int, float]] = {}
-        for site, corrections in reading.corrections.items():
+        for site, corrections in plan.corrections.items():
             kinds = [(correction.factor, correction.kind == "residual") for correction in corrections]
             factor = math.prod(factor for factor, residual in kinds if not residual)
             if factor != 1.0:
                 factors.setdefault(site, []).append(factor)
             of_branch = math.prod(factor for factor, residual in kinds if residual)
             if of_branch != 1.0:
-                branches[site] = (reading.branches[site], of_branch)
+                branches[site] = (plan.branches[site], of_branch)
         for name, value in self._multipliers.items():
-            for site in reading.multiplier_sites[name]:
+            for site in plan.multiplier_sites[name]:
                 if block := blocked(program, site):
                     raise ConfigError(
-                        f"{where(equation_at(program, site))}: expected the product that {name} multiplies "
-                        f"to stand outside of {block}, whose inside can't be changed without losing what it "
-                        f"is for; leave out {name}, move the product out of it, or give your own function "
-                        "the constant."
+                        where=where(equation_at(program, site)),
+                        expected=f"the product that {name} multiplies outside of {block}, which would lose "
+                        "its own derivative if it were changed",
+                        got="it inside",
+                        remedy=f"leave out {name}, move the product out of it, or give your own function "
+                        "the constant",
                     )
                 factors.setdefault(site, []).append(value)
         return {
             site: Insertion(
-                tuple(factors.get(site, ())), reading.analysis.activations.get(site), branches.get(site)
+                tuple(factors.get(site, ())), plan.analysis.activations.get(site), branches.get(site)
             )
             for site in dict.fromkeys((*factors, *branches))
         }

@@ -1,4 +1,4 @@
-"""What each parameter is: the axis roles that the traces give, and what the user overrules."""
+"""Describes each parameter: axis roles from the traces, or as the user overrides them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec, Role
 
 
 def check_same_parameters(name: str, target: Initial, base: Initial) -> None:
+    """Requires the same parameters, of the same ranks, in the base and the model called `name`.
+
+    Raises:
+        ShapeMismatchError: they differ.
+    """
     big, small = target.shapes(target.params), base.shapes(base.params)
     for path in (*small, *big):
         if path not in big or path not in small:
             where, other = ("base", name) if path in small else (name, "base")
             raise ShapeMismatchError(
-                f"{path}: expected the same parameters in base and {name}, found it in the {where} only and "
-                "not in "
-                f"the {other}; they may differ in widths, not in depth or in kinds of layers."
+                where=path,
+                expected=f"the same parameters in base and {name}",
+                got=f"it in the {where} only and not in the {other}",
+                remedy="they may differ in widths, not in depth or in kinds of layers",
             )
         if len(big[path]) != len(small[path]):
             raise ShapeMismatchError(
-                f"{path}: expected the same rank in base and {name}, found shape {small[path]} in the base "
-                "and "
-                f"{big[path]} in the {name}; they may differ in widths only."
+                where=path,
+                expected=f"the same rank in base and {name}",
+                got=f"shape {small[path]} in the base and {big[path]} in the {name}",
+                remedy="they may differ in widths only",
             )
 
 
@@ -36,13 +43,27 @@ def describe_parameters(
     reading: Initial,
     analysis: Analysis,
     overrides: Mapping[str, Role | ParamSpec],
-    chosen: Parametrization,
+    parametrization: Parametrization,
     layers: Mapping[str, frozenset[int]],
 ) -> MupSpec:
-    """Puts together what the traces say and what the user says."""
+    """Combines the roles that were read with those that the user gives.
+
+    Args:
+        target: the target's initialiser.
+        base: the base's initialiser.
+        reading: the initialiser of the model that `analysis` compares with the base: target or delta.
+        analysis: the uses of the parameters.
+        overrides: `roles=` of `mup_init`.
+        parametrization: the tables of the spec.
+        layers: axes that a scan over layers strips, by path.
+
+    Raises:
+        ShapeMismatchError: the delta does not vary a width that the target varies.
+        RoleError: a role cannot be read, or an override does not fit.
+    """
     small, read_shapes = base.shapes(base.params), reading.shapes(reading.params)
     unused = set(overrides)
-    # Where target and base have the same widths there is nothing to overrule: every factor is 1.
+    # Where target and base have the same widths an override changes nothing: every factor is 1.
     same_widths = read_shapes == small
     params: dict[str, ParamSpec] = {}
     for path, shape in target.shapes(target.params).items():
@@ -59,14 +80,15 @@ def describe_parameters(
         ]
         if not set(growing) <= set(infinite):
             raise ShapeMismatchError(
-                f"{path}: expected the delta to differ from the base wherever the target does, but target "
-                f"{shape} "
-                f"and delta {found} against base {small[path]} do not; vary every width in the delta."
+                where=path,
+                expected="the delta to differ from the base wherever the target does",
+                got=f"target {shape} and delta {found} against base {small[path]}",
+                remedy="vary every width in the delta",
             )
         override = None
-        for pattern, said in overrides.items():
+        for pattern, given in overrides.items():
             if fnmatch.fnmatchcase(path, pattern):
-                override = said
+                override = given
                 unused.discard(pattern)
         uses = analysis.uses.get(path, ())
         if isinstance(override, ParamSpec):
@@ -82,11 +104,12 @@ def describe_parameters(
     if unused:
         pattern = sorted(unused)[0]
         raise RoleError(
-            f"roles: expected globs that match parameters, but {pattern!r} matches none of them; the first "
-            "is "
-            f"{next(iter(params), None)!r}."
+            where="roles",
+            expected="globs that match parameters",
+            got=f"{pattern!r}, which matches none of them",
+            remedy=f"the first is {next(iter(params), None)!r}",
         )
-    return MupSpec(params, chosen)
+    return MupSpec(params, parametrization)
 
 
 def _stacked(
@@ -108,15 +131,18 @@ def _stacked(
 def _given(path: str, given: ParamSpec, shape: tuple[int, ...], base: tuple[int, ...]) -> ParamSpec:
     if (given.shape, given.base_shape) != (shape, base):
         raise RoleError(
-            f"{path}: expected roles= to give shape {shape} and base_shape {base}, got {given.shape} and "
-            f"{given.base_shape}."
+            where=path,
+            expected=f"roles= to give shape {shape} and base_shape {base}",
+            got=f"{given.shape} and {given.base_shape}",
         )
     return given
 
 
 def _check_role(path: str, role: str) -> None:
     if role not in ROLES:
-        raise RoleError(f"{path}: expected a role out of {', '.join(ROLES)} or a ParamSpec, got {role!r}.")
+        raise RoleError(
+            where=path, expected=f"a role out of {', '.join(ROLES)} or a ParamSpec", got=repr(role)
+        )
 
 
 def _with_role(
@@ -134,16 +160,20 @@ def _with_role(
     axes = range(len(shape))
     if role == "finite" and infinite:
         raise RoleError(
-            f"{path}: expected no axis that grows with width for a finite weight, found axes {infinite} of "
-            f"shape {shape} growing; say 'input' to keep the base's initial values and Adam learning rate."
+            where=path,
+            expected="no axis that grows with width for a finite weight",
+            got=f"axes {infinite} of shape {shape} growing",
+            remedy="give 'input' to keep the base's initial values and Adam learning rate",
         )
     if role == "hidden":
         if len(infinite) < 2:
             raise RoleError(
-                f"{path}: expected two axes that grow with width for a hidden weight, found {len(infinite)} "
-                f"in shape {shape}; give a ParamSpec."
+                where=path,
+                expected="two axes that grow with width for a hidden weight",
+                got=f"{len(infinite)} in shape {shape}",
+                remedy="give a ParamSpec",
             )
-        # Flax's own layout, and only because the user asked for it: outputs last.
+        # Flax's layout, outputs last; used only where the user gives the role.
         inside = tuple(axis for axis in axes if axis != infinite[-1])
     else:
         inside = infinite if role == "output" else tuple(axis for axis in axes if axis not in infinite)

@@ -1,6 +1,6 @@
-"""A traced call as pure functions of its parameters, whatever kind of model it came from.
+"""A traced call as pure functions of its parameters, for any kind of model.
 
-What checks and sweeps train: an initialiser and a forward pass on plain pytrees, with taps.
+Checks and sweeps train it: an initialiser and a forward pass on plain pytrees, with taps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
 from mujax.core._corrections import Correction
-from mujax.core.frontends import Call
+from mujax.core.frontends import Call, Result
 from mujax.core.program import (
     ClosedJaxpr,
     EqnPath,
@@ -33,27 +33,26 @@ from mujax.errors import ShapeMismatchError
 class Replay:
     """The call that `mup_init` traced, in µP.
 
-    State other than the parameters (batch statistics, caches) is read as it was initialised and what the
-    call makes of it is dropped.
+    State other than the parameters (batch statistics, caches) keeps its initial value: updates are dropped.
 
     Attributes:
         program: the traced call.
-        call: what its flat inputs are.
-        result: what the call's function returns, as shapes.
+        call: the meaning of its flat inputs.
+        result: the result of the call's function.
         insertions: the factors of the forward pass.
-        entry: factors of parameters, by position.
+        param_factors: factors on the parameters themselves, by position.
         variables: key -> flat variables.
         inputs: the example inputs.
-        analysis: what is known of the program.
-        corrections: what the insertions are for, by place.
+        analysis: the analysis of the program.
+        corrections: the corrections that the insertions come from, by place.
         multiplier_sites: the products and lookups that the multipliers multiply, by the multiplier's name.
     """
 
     program: ClosedJaxpr
     call: Call
-    result: Any
+    result: Result
     insertions: Insertions
-    entry: Mapping[int, float]
+    param_factors: Mapping[int, float]
     variables: Callable[[Key[Array, ""]], list[Any]]
     inputs: tuple[Any, ...]
     analysis: Analysis
@@ -61,7 +60,7 @@ class Replay:
     multiplier_sites: Mapping[str, Sequence[EqnPath]]
 
     def init(self, key: Key[Array, ""]) -> tuple[PyTree, list[Any]]:
-        """Initial parameters, as a tree of dicts by path, and the variables that they are a part of."""
+        """Initial parameters, as a tree of dicts by path, and the flat variables that contain them."""
         leaves = self.variables(key)
         tree: dict[str, Any] = {}
         for position, path in self.call.params.items():
@@ -84,15 +83,14 @@ class Replay:
         """The model's output.
 
         Args:
-            params: as `init` returns them, or later.
+            params: of the structure that `init` returns.
             variables: as `init` returns them; the parameters in them are not read.
-            inputs: positional arguments of the shapes that were traced; those given to `mup_init` where
-                left out.
-            key: for every random stream; `jax.random.key(0)` where left out.
+            inputs: positional arguments of the traced shapes; by default those given to `mup_init`.
+            key: for every random stream; by default `jax.random.key(0)`.
             taps: equations to record.
 
         Returns:
-            What the model returns, and the records.
+            The model's output, and the records.
 
         Raises:
             ShapeMismatchError: an input is of another shape than the traced one.
@@ -105,10 +103,10 @@ class Replay:
             leaves[position] = _concrete(leaves[position], key)
         for position, path in self.call.params.items():
             leaf = _at(params, path)
-            factor = self.entry.get(position)
+            factor = self.param_factors.get(position)
             leaves[position] = leaf if factor is None else leaf * jnp.asarray(factor, leaf.dtype)
         outs, records = evaluate_and_record(self.program, leaves, self.insertions, taps)
-        return self.call.output(jax.tree.unflatten(jax.tree.structure(self.result), outs)), records
+        return self.call.output(self.result.build(outs)), records
 
     def equation(self, site: EqnPath) -> JaxprEqn:
         """The equation at a place."""
@@ -119,8 +117,8 @@ class Replay:
         return enclosing_primitives(self.program, site).count("scan")
 
     def output(self) -> Any:
-        """The shapes of what the model returns."""
-        return self.call.output(self.result)
+        """The model's output, as shapes."""
+        return self.call.output(self.result.build(self.result.shapes))
 
     def _arrays(self, inputs: Sequence[Any]) -> list[Any]:
         given = [leaf for leaf in jax.tree.leaves(tuple(inputs)) if hasattr(leaf, "shape")]
@@ -128,8 +126,10 @@ class Replay:
         found = [tuple(leaf.shape) for leaf in given]
         if found != [tuple(leaf.shape) for leaf in wanted]:
             raise ShapeMismatchError(
-                f"inputs: expected arrays of shapes {[tuple(leaf.shape) for leaf in wanted]} as given to "
-                f"mup_init, got {found}; give every batch the same shapes."
+                where="inputs",
+                expected=f"arrays of shapes {[tuple(leaf.shape) for leaf in wanted]} as given to mup_init",
+                got=found,
+                remedy="give every batch the same shapes",
             )
         return [_concrete(leaf, None) for leaf in given]
 
@@ -141,7 +141,7 @@ def _at(tree: PyTree, path: str) -> Any:
 
 
 def _concrete(leaf: Any, key: Key[Array, ""] | None) -> Any:
-    """An array in place of a shape: zeros, or the key."""
+    """An array for a shape: zeros, or the key."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

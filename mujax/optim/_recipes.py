@@ -184,7 +184,7 @@ def _whole(build: Build) -> optax.GradientTransformation:
                 where="lr_mults",
                 expected=f"multiples above 0 for {build.name}, which measures parameters in steps",
                 got=0,
-                remedy="use optax.masked for parameters that must not move",
+                remedy="use optax.partition with optax.set_to_zero() for parameters that must not move",
             )
         mults, params = {}, _inverse(update)
     keyword = entry.decay and entry.decay[0]

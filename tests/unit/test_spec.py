@@ -31,12 +31,12 @@ SCALAR = ParamSpec((), ())
         (
             {"shape": (4, 4), "base_shape": (4,)},
             mujax.ShapeMismatchError,
-            "expected shape and base_shape of the same rank, got shape=(4, 4), base_shape=(4,)",
+            "base_shape (4,) and shape (4, 4) must have the same rank",
         ),
         (
             {"shape": (4, 4), "base_shape": (4, 4), "fan_in": (0,)},
             mujax.MujaxError,
-            "ParamSpec of shape (4, 4): expected each axis in exactly one of fan_in, fan_out and stack, got "
+            "ParamSpec of shape (4, 4): each axis must be in exactly one of fan_in, fan_out and stack; got "
             "fan_in=(0,), fan_out=(), stack=()",
         ),
         (
@@ -47,15 +47,14 @@ SCALAR = ParamSpec((), ())
         (
             {"shape": (4,), "base_shape": (4,), "stack": (1,)},
             mujax.MujaxError,
-            "expected each axis in exactly one of",
+            "each axis must be in exactly one of",
         ),
         # Negative axes are not an alias: two specs of the same parameter must compare equal.
         ({"shape": (4,), "base_shape": (4,), "fan_in": (-1,)}, mujax.MujaxError, "fan_in=(-1,)"),
         (
             {"shape": (8, 4), "base_shape": (4, 4), "fan_in": (0,), "fan_out": (1,), "infinite": (1,)},
             mujax.ShapeMismatchError,
-            "shape (8, 4) and base_shape (4, 4): expected axes (0,), whose sizes differ, to be listed in "
-            "infinite, got infinite=(1,)",
+            "shape (8, 4) and base_shape (4, 4): axes (0,) differ, so they must be listed in infinite=(1,)",
         ),
         (
             {"shape": (8,), "base_shape": (4,), "fan_out": (0,), "infinite": (0, 3)},
@@ -192,20 +191,20 @@ def test_a_spec_in_another_order_is_equal_and_has_the_same_hash(spec):
 
 
 def test_a_spec_is_static_under_jit(spec):
-    """It can be a static argument, and a second equal one is not traced again."""
+    """It can be a static argument, and a second equal one does not compile again."""
     traces = []
 
     def function(x, spec):
         traces.append(spec)
         return x * spec["b/kernel"].r_in
 
-    jitted, x = jax.jit(function, static_argnums=1), jax.ShapeDtypeStruct((), jnp.float32)
-    jitted.trace(x, spec)
-    jitted.trace(x, MupSpec(dict(spec), MUP))
-    assert traces == [spec]
+    jitted = jax.jit(function, static_argnums=1)
+    assert jitted(jnp.ones(()), spec) == 3.0
+    assert jitted(jnp.ones(()), MupSpec(dict(spec), MUP)) == 3.0
+    assert len(traces) == 1
     other = MupSpec({"b/kernel": dataclasses.replace(KERNEL, shape=(16, 48))}, MUP)
-    jitted.trace(x, other)
-    assert traces == [spec, other]
+    assert jitted(jnp.ones(()), other) == 2.0
+    assert len(traces) == 2
 
 
 def test_a_spec_does_not_change_with_the_mapping_it_was_made_of():
@@ -268,15 +267,15 @@ def test_a_file_that_is_not_a_spec_is_an_error(spec, tmp_path):
         "{}": not_json,
         "null": not_json,
         spec.to_json()[:-20]: not_json,
-        _edited(spec, params=[1]): not_json,
-        _edited(spec, params={"w": {"shape": [4]}}): not_json,
-        _edited(spec, parametrization=None): not_json,
-        _edited(spec, parametrization=[["mup", "much"]]): not_json,
+        _edited(spec, params=[1]): "params: expected a table of parameters by path, got [1]",
+        _edited(spec, params={"w": {"shape": [4]}}): "of which shape and base_shape must be there",
+        _edited(spec, parametrization=None): "expected a list of tables and their weights, got None",
+        _edited(spec, parametrization=[["mup", "much"]]): "expected finite weights of at least 0",
         _edited(spec, mujax_spec=99): "expected format 1, got 99; write it again",
-        with_param(colour=1): not_json,
-        with_param(shape=4): "expected shape to be a tuple of integers, got 4",
-        with_param(shape=["4"]): "expected shape to be a tuple of integers, got ['4']",
-        with_param(stack=[0.0]): "expected stack to be a tuple of integers",
+        with_param(colour=1): "spec file, w: expected the fields",
+        with_param(shape=4): "w, shape: expected a list of integers, got 4",
+        with_param(shape=["4"]): "w, shape: expected a list of integers, got ['4']",
+        with_param(stack=[0.0]): "w, stack: expected a list of integers",
         # A file that is well-formed but whose content contradicts itself.
         with_param(fan_in=[]): "expected each axis in exactly one of",
     }
@@ -300,27 +299,13 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
 
 
 def test_paths_of_leaves_do_not_show_boxes():
-    box = nn.Partitioned(np.ones(2), names=("embed",))
-    tree = {"a": {"kernel": box, "value": np.ones(3)}, "blocks": [np.ones(1), (np.ones(1),)]}
+    box = nn.Partitioned(jnp.ones(2), names=("embed",))
+    tree = {"a": {"kernel": box, "value": jnp.ones(3)}, "blocks": [jnp.ones(1), (jnp.ones(1),)]}
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     assert paths == ["a/kernel", "a/value", "blocks/0", "blocks/1/0"]
 
 
 def test_paths_of_an_nnx_state_are_those_of_its_attributes():
-    state = nnx.eval_shape(lambda: nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     assert paths == ["bias", "kernel"]
-
-
-def test_a_tree_of_specs_has_the_structure_of_the_tree():
-    kernel = ParamSpec((8, 8), (4, 4), (0,), (1,), infinite=(0, 1))
-    bias = ParamSpec((8,), (4,), (), (0,), infinite=(0,))
-    spec = MupSpec({"a/kernel": kernel, "a/bias": bias}, Parametrization((("mup", 1.0),)))
-    tree = {"params": {"a": {"kernel": np.ones((8, 8)), "bias": None}}}
-    assert spec.match(tree) == {"params": {"a": {"kernel": kernel, "bias": None}}}
-    rates = spec.match(tree, {"a/kernel": 0.5, "a/bias": 1.0})
-    assert rates == {"params": {"a": {"kernel": 0.5, "bias": None}}}
-    with pytest.raises(
-        mujax.SpecMismatchError, match=r"^a/bias: expected shape \(8,\), got \(4,\) in the tree"
-    ):
-        spec.match({"a": {"kernel": np.ones((8, 8)), "bias": np.ones(4)}}, what="updates")

@@ -1,8 +1,11 @@
-"""What mujax needs of a model: its traced initialiser and its calls, as pure functions of flat arrays."""
+"""A model's traced initialiser and its calls, as pure functions of flat arrays."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import operator
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +17,6 @@ from mujax.spec import leaf_path
 
 Shape = tuple[int, ...]
 
-
 Static = dict[str, Any]
 
 
@@ -25,12 +27,12 @@ class Call:
     Attributes:
         function: flat arrays -> any pytree of arrays.
         leaves: the arrays, or their shapes.
-        params: which of them are parameters: position -> path.
-        state: which of them hold other state of the model (batch statistics): position -> path.
-        inputs: which of them are arrays of the user's positional arguments, and of the keyword arguments.
-        output: what `function` returns -> what the user's model returns.
-        static: everything that `function` depends on apart from the arrays; equal where two functions of
-            one model do the same.
+        params: the parameters among them: position -> path.
+        state: other state of the model among them (batch statistics): position -> path.
+        inputs: positions of the arrays in the user's positional arguments, and in the keyword arguments.
+        output: takes the model's own output out of the result of `function`.
+        static: everything else that `function` depends on; equal where two functions of one model do the
+            same.
     """
 
     function: Callable[..., Any]
@@ -41,9 +43,76 @@ class Call:
     output: Callable[[Any], Any] = lambda result: result
     static: tuple[Any, ...] = ()
 
-    def trace(self) -> tuple[ClosedJaxpr, Any]:
-        """The function's program, and what it returns, as shapes."""
-        return jax.make_jaxpr(self.function, return_shape=True)(*self.leaves)
+    def trace(self) -> tuple[ClosedJaxpr, Result]:
+        """The function's program and its result."""
+        builds: list[Callable[[Sequence[Any]], Any]] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            outputs, build = _open(self.function(*arrays))
+            builds.append(build)
+            return outputs
+
+        program, shapes = jax.make_jaxpr(flat, return_shape=True)(*self.leaves)
+        return program, Result(shapes, builds[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of a traced call.
+
+    Attributes:
+        shapes: its arrays, flat, as shapes.
+        build: makes the result from flat arrays. All else in it (a string, None) is as it was in the trace.
+    """
+
+    shapes: Sequence[Any]
+    build: Callable[[Sequence[Any]], Any]
+
+
+def _open(result: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a result, flat, and a function that makes the result from such arrays.
+
+    A model may return what JAX does not take for a tree: strings, and objects that hold arrays, such as a
+    dataclass that was never registered. Of an object the attributes are replaced in a copy.
+    """
+    leaves, structure = jax.tree.flatten(result)
+    arrays: list[Any] = []
+    fills: list[Callable[[Sequence[Any]], Any]] = []
+    for leaf in leaves:
+        if is_array(leaf):
+            fills.append(operator.itemgetter(len(arrays)))
+            arrays.append(leaf)
+            continue
+        inside, build = _open(_attributes(leaf))
+        if inside:
+            taken = slice(len(arrays), len(arrays) + len(inside))
+            arrays += inside
+            # The arrays of the trace must not outlive it, so the copy is made without them.
+            empty = _with_attributes(leaf, dict.fromkeys(_attributes(leaf)))
+            fills.append(
+                lambda given, taken=taken, build=build, empty=empty: _with_attributes(
+                    empty, build(given[taken])
+                )
+            )
+        else:
+            fills.append(lambda given, leaf=leaf: leaf)
+    return arrays, lambda given: jax.tree.unflatten(structure, [fill(given) for fill in fills])
+
+
+def _attributes(leaf: Any) -> dict[str, Any]:
+    """The attributes of an object that may hold arrays."""
+    if isinstance(leaf, type | types.ModuleType) or callable(leaf):
+        return {}
+    if dataclasses.is_dataclass(leaf):
+        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    return dict(getattr(leaf, "__dict__", {}))
+
+
+def _with_attributes(leaf: Any, attributes: Mapping[str, Any]) -> Any:
+    made = copy.copy(leaf)
+    for name, value in attributes.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +120,10 @@ class Initial:
     """An initialiser, traced.
 
     Attributes:
-        program: what it runs; the first input is the key.
+        program: its program; the first input is the key.
         variables: the pytree that it returns, with `jax.ShapeDtypeStruct` leaves.
-        params: which of its outputs are parameters: position -> path.
-        state: which hold other state of the model: position -> path.
+        params: the parameters among its outputs: position -> path.
+        state: other state of the model among them: position -> path.
     """
 
     program: ClosedJaxpr
@@ -69,7 +138,7 @@ class Initial:
 
 
 class Frontend(Protocol):
-    """What mujax needs of a model."""
+    """A model of one kind, as mujax uses it."""
 
     def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:
         """Traces the user's own initialiser."""
@@ -100,7 +169,7 @@ class Frontend(Protocol):
         ...
 
     def finish(self, variables: Any, result: Any) -> Any:
-        """What the user's call returns, given what the pure function returned."""
+        """The result of the user's call, from the result of the pure function."""
         ...
 
 
@@ -119,7 +188,7 @@ class Arguments:
     static: tuple[Any, ...]
 
     def after(self, count: int) -> tuple[range, range]:
-        """Positions of the positional and of the keyword ones, behind `count` other arrays."""
+        """Positions of the positional and of the keyword arrays, behind `count` others."""
         middle = count + self.positional
         return range(count, middle), range(middle, count + len(self.arrays))
 
@@ -146,7 +215,7 @@ def abstract(tree: Any) -> Any:
 
 
 def with_shape(shape: Shape, leaf: Any) -> jax.ShapeDtypeStruct:
-    """An abstract array that differs in shape only: a weak type makes another program, too."""
+    """An abstract array that differs from `leaf` in shape only; its weak type is kept."""
     return jax.ShapeDtypeStruct(shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
 
 
@@ -175,7 +244,7 @@ def sample(
         args, kw = arguments.rebuild(arrays)
         return pick(function(key, *args, **kw))
 
-    # As arguments: the forward pass of constants would be run, one operation after the other.
+    # As arguments: constants would be folded, one operation after the other.
     return jax.jit(flat)(key, *(jax.numpy.zeros(a.shape, a.dtype) for a in arguments.arrays))
 
 

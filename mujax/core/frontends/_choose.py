@@ -1,25 +1,26 @@
-"""The front end of a model, and the call that its base would make."""
+"""Chooses the front end of a model, and makes the base's counterpart of a target's call."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from flax import linen as nn, nnx
 
-from mujax.core.frontends._call import Call, Frontend, Shape, Static, with_shape
-from mujax.core.frontends._functional import Functional, PureFrontend
+from mujax.core.frontends._call import Call, Frontend, Shape, Static, is_array, with_shape
+from mujax.core.frontends._functional import Functional, FunctionalFrontend
 from mujax.core.frontends._linen import LinenFrontend
-from mujax.core.frontends._nnx import NNXFrontend, follow_mode
+from mujax.core.frontends._nnx import NNXFrontend, factory_of, follow_mode
 from mujax.errors import MujaxError, SpecMismatchError
 
 
-def frontend(model: Any) -> Frontend:
+def frontend(model: Any, name: str = "model") -> Frontend:
     """The front end of a model.
 
     Args:
         model: a Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`.
+        name: the argument that the model was given as, for errors.
 
     Raises:
         MujaxError: it is none of the three.
@@ -27,26 +28,40 @@ def frontend(model: Any) -> Frontend:
     if isinstance(model, nn.Module):
         return LinenFrontend(model)
     if isinstance(model, Functional):
-        return PureFrontend(model)
+        return FunctionalFrontend(model)
     if isinstance(model, nnx.Module):
+        kind = type(model).__name__
         raise MujaxError(
-            f"model: expected an NNX factory (a function rngs -> module), got an instance of "
-            f"{type(model).__name__}; pass lambda rngs: {type(model).__name__}(..., rngs=rngs)."
+            where=name,
+            expected="an NNX factory (a function rngs -> module)",
+            got=f"an instance of {kind}",
+            remedy=f"pass lambda rngs: {kind}(..., rngs=rngs)",
+        )
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise MujaxError(
+            where=name,
+            expected="an instance of a Flax Linen module",
+            got=f"the class {model.__name__}",
+            remedy=f"pass {model.__name__}(...)",
         )
     if isinstance(getattr(model, "module", None), nn.Module):
         raise MujaxError(
-            f"model: expected a Flax Linen module, got {type(model).__name__}, which holds one; pass its "
-            ".module."
+            where=name,
+            expected="a Flax Linen module",
+            got=f"{type(model).__name__}, which holds one",
+            remedy="pass its .module",
         )
     if callable(model):
-        return NNXFrontend(cast(Callable[[nnx.Rngs], nnx.Module], model))
+        return NNXFrontend(factory_of(model, name))
     raise MujaxError(
-        "model: expected a Flax Linen module, an NNX factory rngs -> nnx.Module or mujax.Functional(init, "
-        f"apply), got {type(model).__name__}."
+        where=name,
+        expected="a Flax Linen module, an NNX factory rngs -> nnx.Module or mujax.Functional(init, apply)",
+        got=f"the shape {tuple(model.shape)}" if is_array(model) else type(model).__name__,
+        remedy="call mup_init(model, base, *inputs)",
     )
 
 
-def shrink(
+def base_call(
     base: Frontend,
     target: Frontend,
     variables: Any,
@@ -54,8 +69,9 @@ def shrink(
     kwargs: Static,
     call: Call,
     sizes: Mapping[str, tuple[Shape, Shape]],
+    unused: Collection[int] = (),
 ) -> Call:
-    """The call that the base would make where the target makes `call`.
+    """The base's counterpart of a call of the target.
 
     Args:
         base: the base's front end.
@@ -65,47 +81,57 @@ def shrink(
         kwargs: keyword arguments, the same for both.
         call: the target's call.
         sizes: (target, base) shape of each parameter and of each piece of state, by path.
+        unused: positions in `call` that the target does not read; those that `mup_init` did not see, such as
+            a collection that another call returned, keep their shapes.
 
     Raises:
         SpecMismatchError: a shape in the call does not follow from those that `mup_init` saw.
     """
     if isinstance(base, NNXFrontend) and isinstance(target, NNXFrontend):
-        twin = base.call(follow_mode(base.abstract(), target.abstract(), variables), inputs, kwargs)
+        same = base.call(follow_mode(base.abstract(), target.abstract(), variables), inputs, kwargs)
         small = {
-            path: twin.leaves[position].shape
-            for which in (twin.params, twin.state)
+            path: same.leaves[position].shape
+            for which in (same.params, same.state)
             for position, path in which.items()
         }
     else:
-        twin = base.call(variables, inputs, kwargs)
+        same = base.call(variables, inputs, kwargs)
         small = {}
-    leaves = list(twin.leaves)
-    for which in (twin.params, twin.state):
+    leaves = list(same.leaves)
+    for which in (same.params, same.state):
         for position, path in which.items():
             leaf = call.leaves[position]
-            shape = small[path] if path in small else _base_shape(path, tuple(leaf.shape), sizes)
+            if path in small:
+                shape = small[path]
+            elif path not in sizes and position in unused:
+                shape = tuple(leaf.shape)
+            else:
+                shape = _base_shape(path, tuple(leaf.shape), sizes)
             leaves[position] = with_shape(shape, leaf)
-    return dataclasses.replace(twin, leaves=leaves)
+    return dataclasses.replace(same, leaves=leaves)
 
 
 def _base_shape(path: str, shape: Shape, sizes: Mapping[str, tuple[Shape, Shape]]) -> Shape:
     if path not in sizes:
         raise SpecMismatchError(
-            f"{path}: expected only variables that mup_init saw, got another one of shape {shape}; pass "
-            "mup_init "
-            "the inputs and keyword arguments with which the model creates it."
+            where=path,
+            expected="only variables that mup_init saw",
+            got=f"another one of shape {shape}",
+            remedy="pass mup_init the inputs and keyword arguments with which the model creates it",
         )
     target, base = sizes[path]
     if shape == target:
         return base
     if len(shape) != len(target):
-        raise SpecMismatchError(f"{path}: expected shape {target} as in mup_init, got {shape}.")
+        raise SpecMismatchError(where=path, expected=f"shape {target} as in mup_init", got=shape)
     out = []
     for size, big, small in zip(shape, target, base, strict=True):
         if big != small and size * small % big:
             raise SpecMismatchError(
-                f"{path}: expected a multiple of {big // small} along the axis that grows with width (shape "
-                f"{target} in mup_init), got shape {shape}."
+                where=path,
+                expected=f"a multiple of {big // small} along the axis that grows with width (shape {target} "
+                "in mup_init)",
+                got=f"shape {shape}",
             )
         out.append(size if big == small else size * small // big)
     return tuple(out)

@@ -26,7 +26,7 @@ class Functional:
 
 
 @dataclasses.dataclass(frozen=True)
-class PureFrontend:
+class FunctionalFrontend:
     model: Functional
 
     def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:

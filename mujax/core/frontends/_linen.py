@@ -55,10 +55,10 @@ class LinenFrontend:
         return {**variables, "params": params}
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
-        # One key serves every stream that the model asks for; sown intermediates are not wanted.
+        # One key serves every random stream; sown intermediates are left out.
         kwargs = {**kwargs, "rngs": jax.eval_shape(lambda: jax.random.key(0))}
         kwargs.setdefault("mutable", DenyList(("params", "intermediates")))
-        # With a cache of keys and values a module takes one token; without, it makes one as in its init.
+        # With a cache of keys and values a module takes one token; without one it makes it, as in its init.
         variables = {name: leaves for name, leaves in variables.items() if name != "cache"}
         call = self.call(variables, inputs, kwargs)
         return dataclasses.replace(call, output=lambda out: out[0]) if kwargs["mutable"] else call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,17 +29,55 @@ def _nnx_paths(state: Any) -> tuple[dict[int, str], dict[int, str]]:
     return params, other
 
 
-def _no_static_arrays(module: nnx.Module) -> None:
-    """Flax takes a bare array for a static setting where a module is made under a trace, and leaks it."""
+def factory_of(model: Callable[..., Any], name: str) -> Callable[[nnx.Rngs], Any]:
+    """A factory that takes `nnx.Rngs` as its one positional argument.
+
+    Args:
+        model: a callable that takes them so, or as the keyword argument `rngs`, as NNX modules do.
+        name: the argument that it was given as, for errors.
+
+    Raises:
+        MujaxError: it takes no `nnx.Rngs`, or needs other arguments too.
+    """
+    call, args, kwargs = model, (), {}
+    if isinstance(model, functools.partial):
+        call, args, kwargs = model.func, model.args, model.keywords
+    if isinstance(call, type):
+        call, args = call.__init__, (None, *args)
+    try:
+        signature = inspect.signature(call)
+    except (TypeError, ValueError):
+        # Written in C: called as it is.
+        return model
+    rngs = signature.parameters.get("rngs")
+    by_name = rngs is not None and rngs.kind is not inspect.Parameter.POSITIONAL_ONLY and "rngs" not in kwargs
+    try:
+        if by_name:
+            signature.bind(*args, **kwargs, rngs=None)
+        else:
+            signature.bind(*args, None, **kwargs)
+    except TypeError as error:
+        kind = getattr(getattr(model, "func", model), "__name__", type(model).__name__)
+        raise MujaxError(
+            where=name,
+            expected="an NNX factory that takes nnx.Rngs and nothing else",
+            got=f"{kind}{signature} ({error})",
+            remedy="pass lambda rngs: Net(..., rngs=rngs), with your own class for Net",
+        ) from error
+    return functools.partial(_by_name, model) if by_name else model
+
+
+def _by_name(model: Callable[..., Any], rngs: nnx.Rngs) -> Any:
+    return model(rngs=rngs)
+
+
+def _hold_arrays(module: nnx.Module) -> None:
+    """Makes bare arrays data: under a trace Flax takes them for static settings, unlike outside of one."""
     held = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module))}
     for path, node in nnx.iter_modules(module):
-        for name, value in vars(node).items():
+        for name, value in list(vars(node).items()):
             if isinstance(value, jax.Array) and (*map(str, path), name) not in held:
-                raise MujaxError(
-                    f"{'/'.join(map(str, (*path, name)))}: expected the arrays of an NNX module in "
-                    "variables, found a bare one; write nnx.data(...) or nnx.Variable(...) around it, or a "
-                    "Python number in its place."
-                )
+                setattr(node, name, nnx.data(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +88,16 @@ class NNXFrontend:
         module = self.factory(key if isinstance(key, nnx.Rngs) else nnx.Rngs(key))
         if not isinstance(module, nnx.Module):
             raise MujaxError(
-                f"model: expected an NNX factory that returns an nnx.Module, got {type(module).__name__}."
+                where="model",
+                expected="an NNX factory that returns an nnx.Module",
+                got=type(module).__name__,
             )
+        _hold_arrays(module)
         return module
 
     def trace_init(self, inputs: Sequence[Any], kwargs: Static) -> Initial:
         def state(key: Any) -> Any:
-            module = self._build(key)
-            _no_static_arrays(module)
-            return nnx.state(module)
+            return nnx.state(self._build(key))
 
         program, variables = jax.make_jaxpr(state, return_shape=True)(jax.random.key(0))
         return Initial(program, variables, *_nnx_paths(variables))
@@ -101,7 +141,7 @@ class NNXFrontend:
             run = functools.partial(method, module) if callable(method) else getattr(module, method)
             with warnings.catch_warnings():
                 if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-                    # Of a call that is only looked at, nothing that it sows is wanted.
+                    # A call that is only traced by mujax keeps nothing of what it sows.
                     warnings.filterwarnings("ignore", r"Using 'Module\.sow\(\)'", DeprecationWarning)
                 out = run(*args, **kw)
             # Parameters do not change in a call; all other state may.
@@ -124,12 +164,12 @@ class NNXFrontend:
 
 @functools.lru_cache(maxsize=64)
 def _abstract_parts(model: NNXFrontend) -> tuple[Any, Any]:
-    # Kept in two parts: a module can be changed, these can't.
+    # In two parts, which are immutable; a module is not.
     return nnx.split(nnx.eval_shape(lambda: model._build(jax.random.key(0))))
 
 
 def follow_mode(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Module:
-    """The base's module in the mode that the target's is in now (`eval()`, a changed setting)."""
+    """Gives the base's module the target's present mode (`eval()`, a changed setting)."""
     for (path, changed), (_, old), (_, mine) in zip(
         nnx.iter_modules(now), nnx.iter_modules(before), nnx.iter_modules(base), strict=False
     ):
@@ -139,8 +179,9 @@ def follow_mode(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Mo
             if hasattr(old, name) and getattr(old, name) != value:
                 if not hasattr(mine, name):
                     raise ShapeMismatchError(
-                        f"{'/'.join(map(str, path))}.{name}: expected it in the base as in the target, "
-                        "found none."
+                        where=f"{'/'.join(map(str, path))}.{name}",
+                        expected="it in the base as in the target",
+                        got="none",
                     )
                 setattr(mine, name, value)
     return base

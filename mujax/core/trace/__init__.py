@@ -22,4 +22,5 @@ from mujax.core.trace._uses import (
     Operand as Operand,
     Product as Product,
     Use as Use,
+    merged as merged,
 )

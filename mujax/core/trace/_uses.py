@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from mujax.core.program import (
@@ -107,11 +107,22 @@ class Finding:
         kind: a short name, stable across versions.
         message: what was found and the remedy.
         where: `file:line` in the user's code.
+        count: how many places of the program it stands for, all with this text and this line.
     """
 
     kind: str
     message: str
     where: str
+    count: int = 1
+
+
+def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings without repetitions: one of several with the same text and line, with their number."""
+    counts: dict[Finding, int] = {}
+    for finding in findings:
+        one = dataclasses.replace(finding, count=1)
+        counts[one] = counts.get(one, 0) + finding.count
+    return tuple(dataclasses.replace(finding, count=count) for finding, count in counts.items())
 
 
 class Operand(NamedTuple):

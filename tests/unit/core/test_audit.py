@@ -125,7 +125,7 @@ FINDINGS = {
         _own_derivative,
         "out of reach",
         "custom_vjp",
-        r"a factor of 0.5774 \(attention\) is wanted inside custom_vjp_call.*move the product out",
+        r"a factor of 0.5774 \(attention\) belongs inside custom_vjp_call.*move the product out",
     ),
     "no scale": (
         _unscaled,
@@ -205,7 +205,7 @@ def test_a_model_without_findings_is_silent():
     assert audit(_clean) == ()
     mup = mujax.mup_init(Model(WIDTH, _clean), Model(BASE, _clean), X, strict=True)
     assert mup.findings == ()
-    assert mup.explain().endswith("Found, and not put right:\n  nothing")
+    assert mup.explain().endswith("Found, and not corrected:\n  nothing")
 
 
 def test_what_a_scale_by_hand_puts_right_is_no_finding():
@@ -257,3 +257,44 @@ def test_constants_in_an_unknown_primitive_are_no_finding():
         return _readout(nn.Dense(w, name="first")(x) + _unheard_of.bind(jnp.ones(w)))
 
     assert audit(body) == ()
+
+
+# ---- findings that repeat ----------------------------------------------------------------------------
+
+
+def _layers(count: int) -> Callable:
+    def body(self, w, x):
+        h = nn.Dense(w, use_bias=False)(x)
+        for _ in range(count):
+            q, k = nn.Dense(w, use_bias=False)(h), nn.Dense(w, use_bias=False)(h)
+            h = nn.softmax(q @ k.T) @ h  # repeated
+        return _readout(h)
+
+    return body
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_finding_that_repeats_is_one_with_a_count(count):
+    body = _layers(count)
+    (finding,) = audit(body)
+    assert (finding.count, finding.where.endswith(line("repeated"))) == (count, True)
+    with pytest.warns(mujax.MujaxWarning) as caught:
+        mup = mujax.mup_init(Model(WIDTH, body), Model(BASE, body), X)
+    (warning,) = caught
+    times = f" ({count} times)"
+    for text in (str(warning.message), mup.explain()):
+        assert (times in text) == (count > 1)
+        assert text.count(finding.message) == 1
+    assert "more: see" not in str(warning.message)
+
+
+def test_findings_at_two_lines_stay_two():
+    """The negative twin."""
+
+    def body(self, w, x):
+        q, k, v = _qkv(w, x)
+        h = nn.softmax(q @ k.T) @ v  # one line
+        h = nn.softmax(h @ h.T) @ h  # another line
+        return _readout(h)
+
+    assert [finding.count for finding in audit(body)] == [1, 1]

@@ -173,7 +173,7 @@ def test_stored_constants_are_constants():
     np.testing.assert_allclose(before, by_hand(given), rtol=1e-5, atol=1e-6)
 
 
-def test_a_bare_array_in_an_nnx_module_is_an_error():
+def test_a_bare_array_in_an_nnx_module_is_a_constant():
     class Bare(nnx.Module):
         def __init__(self, w, rngs):
             self.inner = nnx.Linear(7, w, rngs=rngs)
@@ -182,8 +182,8 @@ def test_a_bare_array_in_an_nnx_module_is_an_error():
         def __call__(self, x):
             return self.inner(x) * self.inner.scale
 
-    with pytest.raises(mujax.MujaxError, match=r"inner/scale: .* found a bare one; write nnx.data\(...\)"):
-        mujax.mup_init(lambda r: Bare(WIDTH, r), lambda r: Bare(BASE, r), patterns.FLOATS[0])
+    mup = mujax.mup_init(lambda r: Bare(WIDTH, r), lambda r: Bare(BASE, r), patterns.FLOATS[0])
+    assert [(c.kind, c.factor) for c in mup.corrections] == [("scale", pytest.approx((BASE / WIDTH) ** 0.5))]
 
 
 @pytest.mark.parametrize("width", [WIDTH, 1000])

@@ -575,14 +575,13 @@ class TestInsideFlax:
         with pytest.raises(SpecMismatchError, match=r"^first/bias: expected shape \(16,\), got \(12,\)"):
             nnx.Optimizer(model, mup_adam(LR, make_spec(16)), wrt=nnx.Param)
 
-    def test_wrt_a_part_with_a_spec_of_that_part(self):
+    def test_wrt_a_part_with_the_whole_spec_or_one_of_that_part(self):
         class Frozen(nnx.Param):
             pass
 
         model = NnxMLP(nnx.Rngs(0))
         model.first.kernel = Frozen(model.first.kernel[...])
         trained = nnx.All(nnx.Param, nnx.Not(Frozen))
-        with pytest.raises(SpecMismatchError, match=r"^first/kernel: .*MupSpec of that part"):
-            nnx.Optimizer(model, mup_adam(LR, SPEC), wrt=trained)
+        nnx.Optimizer(model, mup_adam(LR, SPEC), wrt=trained)
         part = MupSpec({k: v for k, v in SPEC.items() if k != "first/kernel"}, SPEC.parametrization)
         nnx.Optimizer(model, mup_adam(LR, part), wrt=trained)

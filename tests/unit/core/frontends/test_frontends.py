@@ -1,6 +1,9 @@
 """Linen, NNX and pure functions: one behaviour; and what each can hold."""
 
+import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -613,3 +616,321 @@ def test_nothing_runs_in_tracing(name):
     huge = jax.ShapeDtypeStruct((1 << 40, 7), jnp.float32)
     mup = mujax.mup_init(MODELS[name](1 << 20), MODELS[name](BASE), huge)
     assert mup.spec["hidden/kernel"].shape == (1 << 20, 1 << 21)
+
+
+# ---- results that are not trees of arrays ----------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Any
+    name: str = "net"
+    hidden: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenOutput:
+    logits: Any
+    inner: Output
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedOutput:
+    logits: Any
+
+
+class Bare:
+    def __init__(self, logits: Any) -> None:
+        self.logits = logits
+
+
+RESULTS: dict[str, Callable[[Any, Any], Any]] = {
+    "a string beside": lambda y, h: (y, "text"),
+    "None beside": lambda y, h: {"y": y, "none": None, "deep": [None, (h, None)]},
+    "Python numbers beside": lambda y, h: (y, 3, 0.5, True),
+    "a dataclass": lambda y, h: Output(y, hidden=[h, None]),
+    "a frozen dataclass in another": lambda y, h: FrozenOutput(y, Output(h)),
+    "a dataclass with slots": lambda y, h: (SlottedOutput(y), h),
+    "a plain object": lambda y, h: Bare({"y": y, "h": h}),
+    "a function and a class": lambda y, h: (y, max, Output),
+}
+
+
+def contents(result: Any) -> list[Any]:
+    """What is in a result, in order: arrays, objects by their type, and all else."""
+    out: list[Any] = []
+    for leaf in jax.tree.leaves(result, is_leaf=lambda leaf: leaf is None):
+        if isinstance(leaf, Output | FrozenOutput | SlottedOutput):
+            out += [type(leaf), *contents([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])]
+        elif isinstance(leaf, Bare):
+            out += [Bare, *contents(leaf.logits)]
+        else:
+            out.append(leaf)
+    return out
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_may_hold_anything(name):
+    class Net(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            h = nn.relu(nn.Dense(self.width)(x))
+            return RESULTS[name](nn.Dense(3)(h), h.mean())
+
+    mup, at_base = (mujax.mup_init(Net(width), Net(BASE), X) for width in (WIDTH, BASE))
+    assert [c.kind for c in mup.corrections] == ["readout"]
+    variables = mup.init(KEY, X)
+    plain = contents(Net(WIDTH).apply(variables, X))
+    bias = variables["params"]["Dense_1"]["bias"]
+    for _ in range(2):
+        ours = contents(mup.apply(variables, X))
+        assert len(ours) == len(plain)
+        for mine, theirs in zip(ours, plain, strict=True):
+            if isinstance(theirs, jax.Array):
+                factor = 1 / R if theirs.ndim == 2 else 1
+                shift = bias if theirs.ndim == 2 else 0
+                close(mine, (theirs - shift) * factor + shift)
+            else:
+                assert mine == theirs
+                assert type(mine) is type(theirs)
+    # At the base's widths the model runs as it is; and no array of a trace is left behind.
+    small = at_base.init(KEY, X)
+    close([leaf for leaf in contents(at_base.apply(small, X)) if isinstance(leaf, jax.Array)],
+          [leaf for leaf in contents(Net(BASE).apply(small, X)) if isinstance(leaf, jax.Array)])  # fmt: skip
+    gradient = jax.jit(jax.grad(lambda v: sum(leaf.sum() for leaf in contents(mup.apply(v, X))
+                                              if isinstance(leaf, jax.Array))))(variables)  # fmt: skip
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+def test_two_calls_return_two_objects():
+    class Net(nn.Module):
+        width: int
+
+        @nn.compact
+        def __call__(self, x):
+            return Output(nn.Dense(3)(nn.relu(nn.Dense(self.width)(x))))
+
+    mup = mujax.mup_init(Net(WIDTH), Net(BASE), X)
+    variables = mup.init(KEY, X)
+    first, second = mup.apply(variables, X), mup.apply(variables, 2 * X)
+    assert first is not second
+    assert not np.allclose(first.logits, second.logits)
+
+
+# ---- collections that the model does not use -------------------------------------------------------
+
+
+class Sows(nn.Module):
+    width: int
+    looks: str | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(self.width)(x))
+        self.sow("intermediates", "h", h)
+        if self.looks is not None:
+            h = h + self.get_variable(self.looks, "shift", 0.0)
+        return nn.Dense(3)(h)
+
+
+def test_what_a_call_returned_goes_into_the_next():
+    mup = mujax.mup_init(Sows(WIDTH), Sows(BASE), X)
+    variables = mup.init(KEY, X)
+    variables = {"params": variables["params"]}
+    plain, state = mup.apply(variables, X, mutable=True)
+    assert "intermediates" in state
+    for mutable in (False, True, ["intermediates"]):
+        out = mup.apply({**variables, **state}, X, mutable=mutable)
+        theirs = Sows(WIDTH).apply({**variables, **state}, X, mutable=mutable)
+        assert jax.tree.structure(out) == jax.tree.structure(theirs)
+        close(out if mutable is False else out[0], plain)
+
+
+@pytest.mark.parametrize("extra", [{"other": {"a": X}}, {"other": {"a": jnp.ones(WIDTH)}}, {"a": {}}, {
+    "cache": {"k": jnp.ones((2, WIDTH)), "n": jnp.zeros((), int)}}])  # fmt: skip
+def test_a_collection_that_the_model_does_not_use_is_ignored(extra):
+    mup = mujax.mup_init(Sows(WIDTH), Sows(BASE), X)
+    variables = {"params": mup.init(KEY, X)["params"]}
+    close(mup.apply({**variables, **extra}, X), mup.apply(variables, X))
+
+
+def test_a_new_variable_that_the_model_reads_is_refused():
+    """The negative twin: what it would be at the base is not known."""
+    mup = mujax.mup_init(Sows(WIDTH, "other"), Sows(BASE, "other"), X)
+    variables = {"params": mup.init(KEY, X)["params"]}
+    with pytest.raises(
+        mujax.SpecMismatchError, match=r"other/shift: expected only variables that mup_init saw"
+    ):
+        mup.apply({**variables, "other": {"shift": jnp.ones(WIDTH)}}, X)
+
+
+# ---- NNX: factories and bare arrays ----------------------------------------------------------------
+
+
+class Keyword(nnx.Module):
+    def __init__(self, width=WIDTH, *, scale=1.0, rngs):
+        self.first = nnx.Linear(7, width, rngs=rngs)
+        self.out = nnx.Linear(width, 3, rngs=rngs)
+        self.scale = scale
+
+    def __call__(self, x):
+        return self.out(nnx.relu(self.first(x))) * self.scale
+
+
+def _varargs(**kwargs):
+    return Keyword(kwargs.pop("width", WIDTH), **kwargs)
+
+
+FACTORIES: dict[str, Callable[[int], Any]] = {
+    "partial": lambda width: functools.partial(Keyword, width),
+    "partial by keyword": lambda width: functools.partial(Keyword, width=width, scale=1.0),
+    "partial of a partial": lambda width: functools.partial(functools.partial(Keyword, scale=1.0), width),
+    "rngs by keyword only": lambda width: lambda *, rngs: Keyword(width, rngs=rngs),
+    "another name": lambda width: lambda r: Keyword(width, rngs=r),
+    "a default after it": lambda width: lambda rngs, scale=1.0: Keyword(width, scale=scale, rngs=rngs),
+    "positional only": lambda width: eval(
+        "lambda rngs, /: make(rngs)", {"make": lambda r: Keyword(width, rngs=r)}
+    ),
+    "positional class": lambda width: functools.partial(NNXNet, width),
+    "any arguments": lambda width: lambda *args: Keyword(width, rngs=args[0]),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_factories_of_every_kind(name):
+    mup = mujax.mup_init(FACTORIES[name](WIDTH), FACTORIES[name](BASE), X)
+    assert mup.spec["first/kernel"].role == "input"
+    module = mup.init(KEY)
+    assert mup.apply(module, X).shape == (16, 3)
+    assert not np.allclose(module.first.kernel[...], mup.init(jax.random.key(1)).first.kernel[...])
+
+
+@pytest.mark.parametrize(
+    ("factory", "got"),
+    [
+        (lambda: Keyword(WIDTH, rngs=nnx.Rngs(0)), "got <lambda>() (too many positional arguments)"),
+        (lambda rngs, width: Keyword(width, rngs=rngs), "missing a required argument: 'width'"),
+        (functools.partial(NNXNet), "missing a required argument: 'width'"),
+        (functools.partial(Keyword, 4, 5), "got Keyword"),
+        (NNXNet, "missing a required argument: 'width'"),
+        (functools.partial(Keyword, depth=2), "got an unexpected keyword argument 'depth'"),
+        (functools.partial(Keyword, 4, rngs=nnx.Rngs(0)), "too many positional arguments"),
+    ],
+)  # fmt: skip
+def test_a_factory_that_cannot_be_called_with_rngs_alone(factory, got):
+    sentence = "^model: expected an NNX factory that takes nnx.Rngs and nothing else, got "
+    with pytest.raises(mujax.MujaxError, match=sentence) as caught:
+        mujax.mup_init(factory, factory, X)
+    assert got in str(caught.value)
+    assert str(caught.value).endswith("; pass lambda rngs: Net(..., rngs=rngs), with your own class for Net.")
+
+
+def test_an_error_inside_of_a_factory_is_its_own():
+    def broken(rngs):
+        raise TypeError("my own fault")
+
+    with pytest.raises(TypeError, match="my own fault"):
+        mujax.mup_init(broken, broken, X)
+
+
+@pytest.mark.parametrize(
+    ("base", "got"),
+    [
+        (X, "got the shape (16, 7)"),
+        (jax.ShapeDtypeStruct((2, 7), "float32"), "got the shape (2, 7)"),
+        (np.ones(3), "got the shape (3,)"),
+        (None, "got NoneType"),
+        ({"params": {}}, "got dict"),
+        ("net", "got str"),
+    ],
+)
+def test_a_base_that_is_forgotten_is_called_a_base(base, got):
+    with pytest.raises(mujax.MujaxError, match=r"^base: expected a Flax Linen module") as caught:
+        mujax.mup_init(lambda rngs: Keyword(WIDTH, rngs=rngs), base)
+    assert str(caught.value).endswith(got + "; call mup_init(model, base, *inputs).")
+    with pytest.raises(mujax.MujaxError, match=r"^delta: expected"):
+        mujax.mup_init(functional(WIDTH), functional(BASE), X, delta=3)
+
+
+def test_a_linen_class_instead_of_an_instance():
+    with pytest.raises(
+        mujax.MujaxError, match=r"^base: expected an instance of .*; pass LinenNet\(\.\.\.\)\.$"
+    ):
+        mujax.mup_init(LinenNet(WIDTH), LinenNet, X)
+
+
+class Inner(nnx.Module):
+    def __init__(self, width):
+        self.shift = jnp.linspace(0.0, 1.0, width)
+
+    def __call__(self, h):
+        return h + self.shift
+
+
+TABLES: dict[str, Callable[[int], Any]] = {
+    "grows with width": lambda width: jnp.sin(jnp.arange(float(width))),
+    "of one size": lambda width: jnp.ones((16, 1)),
+    "a scalar": lambda width: jnp.asarray(0.5),
+    "whole numbers": lambda width: jnp.arange(width),
+    "a mask": lambda width: jnp.arange(width) % 2 == 0,
+    "in a module inside": Inner,
+    "of NumPy": lambda width: np.ones(width, np.float32),
+    "in a variable": lambda width: nnx.Variable(jnp.ones(width)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_bare_arrays_in_nnx_modules(name):
+    class Net(nnx.Module):
+        def __init__(self, width, rngs):
+            self.table = TABLES[name](width)
+            self.first = nnx.Linear(7, width, rngs=rngs)
+            self.out = nnx.Linear(width, 3, rngs=rngs)
+
+        def __call__(self, x):
+            h = nnx.relu(self.first(x))
+            if callable(self.table) and not isinstance(self.table, nnx.Variable):
+                return self.out(self.table(h))
+            return self.out(h + self.table)
+
+    mup = mujax.mup_init(lambda rngs: Net(WIDTH, rngs), lambda rngs: Net(BASE, rngs), X)
+    assert {path: spec.role for path, spec in mup.spec.items()} == {
+        "first/bias": "input", "first/kernel": "input", "out/bias": "finite", "out/kernel": "output",
+    }  # fmt: skip
+    module = mup.init(KEY)
+    plain = Net(WIDTH, nnx.Rngs(KEY))
+    close(
+        jax.tree.leaves(nnx.state(module, nnx.Not(nnx.Param))),
+        jax.tree.leaves(nnx.state(plain, nnx.Not(nnx.Param))),
+    )
+    bias = module.out.bias[...]
+    expected = (module(X) - bias) / R + bias
+    close(mup.apply(module, X), expected)
+    close(nnx.jit(lambda module: mup.apply(module, X))(module), expected)
+    gradients = nnx.grad(lambda module: (mup.apply(module, X) ** 2).sum())(module)
+    assert jax.tree.leaves(gradients["first"])
+    # Made under a transformation, too, where Flax itself would leak the array.
+    made = nnx.jit(lambda: mup.init(KEY))()
+    close(mup.apply(made, X), expected)
+
+
+def test_a_bare_array_that_scales_with_width_is_read_as_a_constant():
+    def net(width, scale):
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.scale = scale(width)
+                self.first, self.out = nnx.Linear(7, width, rngs=rngs), nnx.Linear(width, 3, rngs=rngs)
+
+            def __call__(self, x):
+                return self.out(self.first(x) * self.scale)
+
+        return lambda rngs: Net(rngs)
+
+    def kinds(scale):
+        return [c.kind for c in mujax.mup_init(net(WIDTH, scale), net(BASE, scale), X).corrections]
+
+    assert kinds(lambda width: jnp.sqrt(jnp.asarray(float(width)))) == kinds(lambda width: width**0.5)
+    assert "scale" in kinds(lambda width: jnp.sqrt(jnp.asarray(float(width))))
+    assert kinds(lambda width: jnp.asarray(2.0)) == ["readout"]
