@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from mujax.errors import ConfigError
-from mujax.tune import number, said
+from mujax.tune import number, summary_of
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ def _yaml(path: pathlib.Path, text: str) -> dict[str, Any]:
         raise _unreadable(path, "YAML", line, error.problem or "something else") from error
     # A control character; and a value that is not what its explicit tag says raises what it likes.
     except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _unreadable(path, "YAML", 1, said(error)) from error
+        raise _unreadable(path, "YAML", 1, summary_of(error)) from error
     # All commented out is as good as nothing set.
     return _mapping(path, {} if values is None else values)
 
@@ -112,7 +112,7 @@ def _json(path: pathlib.Path, text: str) -> dict[str, Any]:
         raise _unreadable(path, "JSON", error.lineno, error.msg) from error
     except ValueError as error:
         # A number of thousands of digits.
-        raise _unreadable(path, "JSON", 1, said(error)) from error
+        raise _unreadable(path, "JSON", 1, summary_of(error)) from error
     return _mapping(path, values)
 
 
@@ -162,7 +162,7 @@ def _python(path: pathlib.Path, _: str) -> dict[str, Any]:
         line = error.lineno if isinstance(error, SyntaxError) and error.filename == file else None
         at = line or (lines[-1] if lines else None) or 1
         raise ConfigError(
-            f"{path}: expected a Python file that runs, got at line {at} {said(error)}; mend it there."
+            f"{path}: expected a Python file that runs, got at line {at} {summary_of(error)}; mend it there."
         ) from error
     finally:
         if folder in sys.path:

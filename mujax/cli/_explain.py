@@ -13,7 +13,7 @@ from mujax import models
 from mujax.cli._arguments import numbers, option, positional
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxError
-from mujax.tune import build, imported, said
+from mujax.tune import build, imported, summary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options:
     except MujaxError:
         raise
     except Exception as error:
-        raise ConfigError(f"MODEL: expected {name} to run on its inputs, got {said(error)}.") from error
+        raise ConfigError(f"MODEL: expected {name} to run on its inputs, got {summary_of(error)}.") from error
 
 
 def run(options: Explain) -> None:
