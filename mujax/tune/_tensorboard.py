@@ -45,7 +45,7 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None
         raise ConfigError(
             where="tensorboard",
             expected="a folder to write to",
-            got=f"{path}, which is none ({error})",
+            got=f"{path} ({error})",
             remedy="take another",
         ) from error
     # A loss that is not a number means divergence, which is not worth a line on stderr.

@@ -296,7 +296,7 @@ def test_interrupted_before_there_is_anything_writes_nothing(
     monkeypatch.setattr(_tune, "read_study", read_study)
     assert cli.main(["tune", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "mujax: interrupted; no trial is stored, the same command begins anew."
+    assert last == "mujax: interrupted; no trial is stored, the same command starts anew."
     assert list((folder / "here").iterdir()) == []
 
 
@@ -522,8 +522,8 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune --set b1=", "set: expected NAME=VALUE, such as momentum=0.9, got 'b1='"),
         ("tune --set b1=0 b1=1", "set: expected each hyperparameter once, got 'b1' twice"),
         ("tune --config none.yaml", "none.yaml: expected a text file of settings"),
-        ("tune --config wrong.yaml", "trails: expected the name of a setting, found an unknown one"),
-        ("tune --out wrong.yaml", "out: expected a folder to write to, found that wrong.yaml is not"),
+        ("tune --config wrong.yaml", "trails: expected the name of a setting, got an unknown one"),
+        ("tune --out wrong.yaml", "out: expected a folder to write to, got wrong.yaml ("),
         ("tune --tensorboard wrong.yaml", "tensorboard: expected a folder to write to"),
         ("transfer --study s --widths 8 16", "widths: expected it without a study, got it beside one"),
         ("transfer --study s --quick", "quick: expected it without a study, got it beside one"),
