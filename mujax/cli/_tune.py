@@ -297,7 +297,7 @@ def _summary(found: Sweep, config: TuneConfig, options: Tune) -> list[str]:
         if left:
             what = " and ".join(left)
             lines.append(
-                f"Across width {what} can't be expected to transfer: say --set {left[0]}=VALUE, or "
+                f"Across width {what} can't be expected to transfer: pass --set {left[0]}=VALUE, or "
                 f"--also {left[0]} for the proxy's all the same."
             )
     return lines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
 import uuid
 from collections.abc import Mapping
 from typing import Any, Final
@@ -44,7 +43,7 @@ def check_seconds(heartbeat: float, heartbeat_timeout: float | None, patience: f
     """Refuses times that make no sense; returns the heartbeat timeout."""
     given = {"heartbeat": heartbeat, "heartbeat_timeout": heartbeat_timeout, "patience": patience}
     for option, seconds in given.items():
-        is_number = isinstance(seconds, numbers.Real) and not isinstance(seconds, bool)
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
         if seconds is not None and not (is_number and math.isfinite(seconds) and seconds >= 0):
             raise ConfigError(where=option, expected="a number of seconds", got=repr(seconds))
     timeout = 3 * heartbeat if heartbeat_timeout is None else heartbeat_timeout

@@ -245,7 +245,8 @@ def test_what_does_not_transfer_is_said_at_once(
     assert cli.main(["tune"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "Across width weight_decay and dropout can't be expected to transfer: say --set weight_decay=" in said
+        "Across width weight_decay and dropout can't be expected to transfer: pass --set weight_decay="
+        in said
     )
 
 
@@ -508,6 +509,10 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune mine:net --width 8", "data: expected either a file of data or batches"),
         ("tune --trials 0", "trials: expected at least 1, got 0."),
         ("tune --trials many", "--trials: expected a whole number, got 'many'"),
+        (
+            "tune --objective accuracy",
+            "objective: expected one of loss, mean_loss, valid_loss, got 'accuracy'.",
+        ),
         ("tune --optimizer adamm", "optimizer: expected one of 'acprop', "),
         ("tune --zero-init head", "zero_init: expected 'readout' or 'query', got 'head'."),
         ("tune --data a.npz", "data: expected none for the task 'mnist-mlp'"),
