@@ -153,7 +153,7 @@ def test_a_pruner_stops_what_is_behind_at_a_rung():
 # ---- the study -------------------------------------------------------------------------------------------
 
 
-def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp_path: pathlib.Path):
+def test_a_study_is_resumed_and_holds_what_a_trial_needs_to_be_repeated(tmp_path: pathlib.Path):
     ran = []
 
     def run(hparams, key):
@@ -184,7 +184,7 @@ def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp
         sweep(run, {"x": {"low": 0.0, "high": 5.0}}, trials=6, **options)
 
 
-def test_a_study_can_be_given_as_its_name_and_by_the_arguments_of_0_3(tmp_path: pathlib.Path):
+def test_a_study_can_be_given_by_its_name_and_by_the_arguments_of_0_3(tmp_path: pathlib.Path):
     place = Study(
         "s", tmp_path / "a.db", settings={"width": 8}, attributes={"by": "me"}, heartbeat=5, patience=1
     )
@@ -281,7 +281,7 @@ def test_an_interrupt_puts_back_what_is_under_way(tmp_path: pathlib.Path):
     )
 
 
-def test_progress_and_finished_trials_are_told():
+def test_progress_and_finished_trials_are_reported():
     seen, ends = [], []
     sweep(Decay(length=4), {"rate": [0.5, 0.25, 0.125]}, trials=3, sampler="grid", lanes=2, rungs=2,
           progress=seen.append, finished=ends.append)  # fmt: skip

@@ -118,7 +118,7 @@ def test_what_does_not_transfer_is_settled_or_refused(config: TuneConfig) -> Non
     assert "layers_6" in found.params
 
 
-def test_a_study_is_gone_on_with_from_its_name(config: TuneConfig, monkeypatch, tmp_path) -> None:
+def test_a_study_is_resumed_from_its_name(config: TuneConfig, monkeypatch, tmp_path) -> None:
     (tmp_path / "mine_tuned.py").write_text(
         "from flax import linen as nn\n"
         "def net(width):\n"
