@@ -112,6 +112,7 @@ from mujax.rules import interpolate as interpolate
 from mujax.spec import MupSpec as MupSpec, Parametrization as Parametrization, ParamSpec as ParamSpec
 from mujax.train import Batches as Batches, training_run as training_run
 from mujax.tune import (
+    Study as Study,
     Sweep as Sweep,
     TransferConfig as TransferConfig,
     Transferred as Transferred,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Final
 
 from mujax.cli import _check, _explain, _transfer, _tune
 from mujax.cli._arguments import parse
-from mujax.cli._display import StoppedError, fail
+from mujax.cli._display import StoppedError, end_quietly, fail, terminal
 from mujax.errors import MujaxError
 
 # What the extra `cli` brings and only the command needs.
@@ -30,6 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with terminal():
+        try:
+            code = _main(argv)
+            # Here, and not when Python ends, which would print a traceback if the pipe is closed.
+            sys.stdout.flush()
+        except BrokenPipeError:
+            return end_quietly()
+        return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         options = parse(_COMMANDS, argv)
         if isinstance(options, _tune.Tune):
@@ -50,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if package not in _EXTRA:
             raise
         return fail(f'the command needs the package {package}; pip install "mujax-mup[cli]".', 2)
+    except BrokenPipeError:
+        raise
     except (MujaxError, OSError) as error:
         return fail(str(error), 2)
     return 0

@@ -74,6 +74,8 @@ _IDX_FOLDER: Final = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx
 
 
 _GZIP: Final = b"\x1f\x8b"
+_NPY: Final = b"\x93NUMPY"
+_ZIP: Final = b"PK"
 
 
 # What would pass as a text, since any bytes do, and never is one.
@@ -248,6 +250,9 @@ def _all_good(
     )
 
 
+# How pickles begin, of protocol 2 and later.
+_PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+
 # What comes out of `numpy.load` on a file that is not whole or not NumPy's. An unknown compression is a
 # RuntimeError, a header that is no Python literal a TokenError.
 _NUMPY_RAISES: Final = (
@@ -257,13 +262,15 @@ _NUMPY_RAISES: Final = (
 
 
 @contextlib.contextmanager
-def _by_numpy(path: pathlib.Path, kind: str) -> Iterator[None]:
+def _by_numpy(path: pathlib.Path, kind: str, raw: bytes) -> Iterator[None]:
     try:
         yield
     except _NUMPY_RAISES as error:
         said = str(error).partition("\n")[0].rstrip(".")
-        # NumPy's own words advise to load it all the same.
+        # NumPy takes any bytes without a magic number of its own for a pickle, and advises to load it.
         found = "Python objects, which may run code" if "pickle" in said else f"something else ({said})"
+        if "pickle" in said and not raw.startswith((_NPY, _ZIP, *_PICKLES)):
+            found = "bytes of no format of NumPy's"
         raise DataError(
             where=path,
             expected=kind,
@@ -274,9 +281,9 @@ def _by_numpy(path: pathlib.Path, kind: str) -> Iterator[None]:
 
 def _npz(path: pathlib.Path) -> ExampleData:
     kind = "a whole .npz file of arrays"
-    raw = io.BytesIO(read_bytes(path, kind))
-    with _by_numpy(path, kind):
-        archive = np.load(raw, allow_pickle=False)
+    raw = read_bytes(path, kind)
+    with _by_numpy(path, kind, raw):
+        archive = np.load(io.BytesIO(raw), allow_pickle=False)
     if isinstance(archive, np.ndarray):
         raise DataError(
             where=path,
@@ -286,7 +293,7 @@ def _npz(path: pathlib.Path) -> ExampleData:
         )
 
     def part(pair: tuple[str, str]) -> _Part:
-        with _by_numpy(path, kind):
+        with _by_numpy(path, kind, raw):
             inputs, targets = (np.asarray(archive[name]) for name in pair)
         return _Part(inputs, targets, *pair)
 
@@ -311,9 +318,9 @@ def _npz(path: pathlib.Path) -> ExampleData:
 def _npy(path: pathlib.Path) -> TextData:
     kind = "the tokens of a text, whole numbers of shape (n,)"
     # Not by the path: on a damaged file NumPy leaves it open.
-    raw = io.BytesIO(read_bytes(path, kind))
-    with _by_numpy(path, kind):
-        tokens = np.load(raw, allow_pickle=False)
+    raw = read_bytes(path, kind)
+    with _by_numpy(path, kind, raw):
+        tokens = np.load(io.BytesIO(raw), allow_pickle=False)
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         found = (
             f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else "an .npz file"

@@ -19,7 +19,7 @@ import numpy as np
 from mujax.errors import ConfigError
 from mujax.train import Group, refuse_untransferable, run_one, transfers
 from mujax.tune._cost import Front, front
-from mujax.tune._sweep import Sweep, Trial
+from mujax.tune._results import Sweep, Trial
 from mujax.tune._tune import TuneConfig, read_study
 from mujax.tune._width_sweep import Progress, Report, TransferConfig, sweep_widths
 
@@ -227,8 +227,10 @@ def _train_target(
     best = study.best
     if best is None:
         raise ConfigError(
-            f"study: expected a trial in {config.study!r} that came to its end, found {len(study.trials)} "
-            "that did not; run mujax tune with lower learning rates."
+            where="study",
+            expected=f"a trial in {config.study_name!r} that came to its end",
+            got=f"{len(study.trials)} that did not",
+            remedy="run mujax tune with lower learning rates",
         )
     tuned = set(best.hparams)
     for name in also:
@@ -265,7 +267,7 @@ def _train_target(
         direct = study.flops / (best.flops / study.seeds) * group.flops
     return Transferred(
         task=config.name,
-        study=config.study,
+        study=config.study_name,
         width=target,
         proxy=config.proxy,
         trial=best,

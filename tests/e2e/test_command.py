@@ -31,8 +31,10 @@ RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 Done = subprocess.CompletedProcess[str]
 
 
-def run_process(*command: str, cwd: pathlib.Path) -> Done:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+def run_process(*command: str, cwd: pathlib.Path, **env: str) -> Done:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def run(*arguments: str, cwd: pathlib.Path) -> Done:
@@ -136,8 +138,10 @@ def test_explain_reads_a_model_from_the_current_directory(tmp_path: pathlib.Path
     )
     script = pathlib.Path(sys.executable).with_name("mujax")
     command = (str(script),) if os.access(script, os.X_OK) else PROCESS
-    done = run_process(*command, "explain", "mine:net", "--width", "64", "--base-width", "16", cwd=tmp_path)
+    words = ("explain", "mine:net", "--width", "64", "--base-width", "16")
+    done = run_process(*command, *words, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
     (readout,) = [line for line in done.stdout.splitlines() if line.startswith("layers_2/kernel")]
     assert readout.split()[1:4] == ["64x3", "16x3", "output"]
 
@@ -234,7 +238,8 @@ def test_an_interrupted_search_goes_on_and_has_every_trial_once(tmp_path: pathli
         while "2 of 12 trials" not in log.read_text() and search.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        search.send_signal(signal.SIGINT)
+        # As for a job that is preempted; Ctrl-C is the same, and tried above.
+        search.send_signal(signal.SIGTERM)
         assert search.wait(timeout=120) == 130, log.read_text()
     stored = tuned(stopped)
     assert 2 <= len(stored) < 12

@@ -531,10 +531,10 @@ SIZES = "--width 32 --base-width 8"
         (f"explain broken:f {SIZES}", "got SyntaxError"),
         (
             f"explain own.nets:none {SIZES}",
-            "'none' in 'own.nets' to be a function of the width, found no such",
+            "'none' in 'own.nets' to be a function of the width, got no such",
         ),
-        (f"explain own.nets:constant {SIZES}", "to be a function of the width, found an object of type int."),
-        (f"explain own.nets:alone {SIZES}", "return (module, inputs) or say --inputs"),
+        (f"explain own.nets:constant {SIZES}", "to be a function of the width, got an object of type int."),
+        (f"explain own.nets:alone {SIZES}", "return (module, inputs) or pass --inputs"),
         (f"explain own.nets:three {SIZES}", "return the module or (module, inputs), got 3 values."),
         (f"explain own.nets:breaks {SIZES}", "to build width 32, got RuntimeError: no such luck."),
         (
@@ -553,10 +553,10 @@ SIZES = "--width 32 --base-width 8"
         ("coord-check mlp --seeds 0", "seeds: expected at least 1, got 0."),
         ("coord-check mlp --optimizer adamm", "optimizer: expected one of 'acprop', "),
         ("coord-check mlp --parametrization ntk", "parametrization: expected one of"),
-        ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which brings its own."),
-        ("coord-check mlp --out broken.py", "out: expected a folder to write to, found that broken.py is"),
+        ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which has its own, got ('2x5',)."),
+        ("coord-check mlp --out broken.py", "out: expected a folder to write to, got broken.py ("),
         ("coord-check mpl", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
-        ("coord-check own.nets:alone", "return (module, inputs) or say --inputs"),
+        ("coord-check own.nets:alone", "return (module, inputs) or pass --inputs"),
         ("coord-check own.nets:breaks", "to build width 64, got RuntimeError: no such luck."),
         (
             "coord-check own.nets:wrong_inputs",

@@ -245,7 +245,8 @@ def test_what_does_not_transfer_is_said_at_once(
     assert cli.main(["tune"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "Across width weight_decay and dropout can't be expected to transfer: say --set weight_decay=" in said
+        "Across width weight_decay and dropout can't be expected to transfer: pass --set weight_decay="
+        in said
     )
 
 
@@ -296,7 +297,7 @@ def test_interrupted_before_there_is_anything_writes_nothing(
     monkeypatch.setattr(_tune, "read_study", read_study)
     assert cli.main(["tune", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "mujax: interrupted; no trial is stored, the same command begins anew."
+    assert last == "mujax: interrupted; no trial is stored, the same command starts anew."
     assert list((folder / "here").iterdir()) == []
 
 
@@ -508,6 +509,10 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune mine:net --width 8", "data: expected either a file of data or batches"),
         ("tune --trials 0", "trials: expected at least 1, got 0."),
         ("tune --trials many", "--trials: expected a whole number, got 'many'"),
+        (
+            "tune --objective accuracy",
+            "objective: expected one of loss, mean_loss, valid_loss, got 'accuracy'.",
+        ),
         ("tune --optimizer adamm", "optimizer: expected one of 'acprop', "),
         ("tune --zero-init head", "zero_init: expected 'readout' or 'query', got 'head'."),
         ("tune --data a.npz", "data: expected none for the task 'mnist-mlp'"),
@@ -522,8 +527,8 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune --set b1=", "set: expected NAME=VALUE, such as momentum=0.9, got 'b1='"),
         ("tune --set b1=0 b1=1", "set: expected each hyperparameter once, got 'b1' twice"),
         ("tune --config none.yaml", "none.yaml: expected a text file of settings"),
-        ("tune --config wrong.yaml", "trails: expected the name of a setting, found an unknown one"),
-        ("tune --out wrong.yaml", "out: expected a folder to write to, found that wrong.yaml is not"),
+        ("tune --config wrong.yaml", "trails: expected the name of a setting, got an unknown one"),
+        ("tune --out wrong.yaml", "out: expected a folder to write to, got wrong.yaml ("),
         ("tune --tensorboard wrong.yaml", "tensorboard: expected a folder to write to"),
         ("transfer --study s --widths 8 16", "widths: expected it without a study, got it beside one"),
         ("transfer --study s --quick", "quick: expected it without a study, got it beside one"),

@@ -608,6 +608,14 @@ def test_a_pickle_is_never_run(tmp_path, name):
     assert "got Python objects, which may run code; " in refusal(path)
 
 
+@pytest.mark.parametrize("name", ["own.npz", "own.npy"])
+def test_bytes_of_no_format_are_called_so(tmp_path, name):
+    path = tmp_path / name
+    for seed in range(20):
+        path.write_bytes(np.random.default_rng(seed).bytes(2000))
+        assert "found bytes of no format of NumPy's; " in refusal(path)
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_cut_anywhere(tmp_path, save):
     path = tmp_path / "own.npz"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from trials import Decay
 
 from mujax.errors import ConfigError
 from mujax.train import _lanes as lanes
@@ -21,38 +19,6 @@ from mujax.train._lanes import MODES, Group, OutOfMemoryError, Whole, run_lanes,
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 RATES = {"rate": np.array([0.5, 0.25, 0.125, 1.0, 0.75])}
-
-
-@dataclasses.dataclass
-class Decay:
-    """x <- rate x, `length` times from a random start; `seen` has the steps that are really computed."""
-
-    length: int = 8
-    in_loop: bool = True
-    data: Any = dataclasses.field(default_factory=lambda: jnp.float32(1.0))
-    static: frozenset[str] = frozenset()
-    seen: list[float] = dataclasses.field(default_factory=list)
-    sizes: list[str] = dataclasses.field(default_factory=list)
-
-    def check(self, hparams: Mapping[str, Any]) -> None:
-        pass
-
-    def steps(self, static: Mapping[str, Any]) -> int:
-        return static.get("length", self.length)
-
-    def init(self, hparams: Mapping[str, Any], key: Any, data: Any) -> Any:
-        return {"x": data * jax.random.normal(key, (3,)), "at": jnp.int32(0)}
-
-    def advance(self, hparams: Mapping[str, Any], state: Any, steps: Any, data: Any) -> Any:
-        def one(_: Any, state: Any) -> Any:
-            jax.debug.callback(lambda rate: self.seen.append(float(rate)), hparams["rate"])
-            return {"x": state["x"] * hparams["rate"], "at": state["at"] + 1}
-
-        state = one(None, state) if steps is None else jax.lax.fori_loop(0, steps, one, state)
-        return state, {"loss": jnp.abs(state["x"]).sum(), "at": state["at"]}
-
-    def finish(self, hparams: Mapping[str, Any], state: Any, data: Any) -> Any:
-        return {"vector": state["x"]}
 
 
 def expected(rate: float, key: Any, steps: int = 8) -> float:
@@ -273,7 +239,7 @@ def test_one_run_keeps_its_state_and_can_be_ended():
 
 _SPLIT = """
 import sys, json
-sys.path[:0] = ["tests/unit/train"]
+sys.path[:0] = ["tests/unit", "tests/unit/train"]
 import jax, numpy as np
 from test_lanes import *
 found = {}
