@@ -1,4 +1,4 @@
-"""The two questions asked of a pair of programs."""
+"""Analysis of a pair of programs: of two calls, and of two initialisers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mujax.errors import TraceMismatchError
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a pair of programs says.
+    """What is read off a pair of programs.
 
     Attributes:
         uses: per parameter path, its uses in program order.
@@ -26,8 +26,8 @@ class Analysis:
         output_params: parameters whose product is an output of the program.
         activations: per product, which of its operands is an activation.
         flow: which value is computed from which.
-        fixes: what scales with width through constants in the program, and what would put it right.
-        findings: what was seen and can't be put right.
+        fixes: what scales with width through constants in the program, and what would correct it.
+        findings: what was found and cannot be corrected.
     """
 
     uses: Mapping[str, Sequence[Use]]
@@ -120,7 +120,7 @@ def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How the outputs of two initialisers scale: entries of the target over those of the base.
 
     Returns:
-        Per output, the ratio; 0 for identically zero; None where the program does not tell.
+        Per output, the ratio; 0 for identically zero; None where the program does not show it.
     """
     try:
         return [value.scale.total for value in _initial(base, target)[0]]

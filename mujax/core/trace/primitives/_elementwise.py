@@ -27,9 +27,9 @@ ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scal
 
 
 def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    """A sum or a choice: terms of one scale, or each is put right first.
+    """A sum or a choice: terms of one scale, or each is corrected first.
 
-    A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is.
+    A constant term (a mask, an epsilon) does not count, except in an initialiser.
     """
     moving = [
         scale for value, scale in zip(ins, scales, strict=True) if interp.exact or value.kind != "const"
@@ -63,7 +63,7 @@ def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: S
 
 
 def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    """Zeros and ones. How many of each there are tells only on entries of the same scale at every width."""
+    """Zeros and ones. Their shares are the same at every width if the scale of the entries is."""
     if interp.exact and not all(scale.is_one for scale in scales):
         return UNKNOWN
     return ONE
@@ -118,7 +118,7 @@ class Elementwise:
     Attributes:
         scale: the scale of the result.
         linear: operands that the result is linear in, with the others fixed.
-        logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
+        logits: whether logits remain logits: linear steps, choices, a soft cap.
     """
 
     scale: ScaleRule = order_one
