@@ -5,8 +5,8 @@
 Nothing is run.
 
 `_values.py` is the abstract domain, `_align.py` pairs the equations of the two programs, `_interpreter.py` is
-the walk, `_uses.py` its record, `primitives/` the table of what each primitive does, and `_roles.py` turns uses
-into roles.
+the walk, `_uses.py` its record, `primitives/` the table of what each primitive does, and `_roles.py` turns
+uses into roles.
 """
 
 from mujax.core.trace._analyse import (

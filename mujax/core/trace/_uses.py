@@ -272,8 +272,8 @@ class Record:
     def copy(self) -> Record:
         """A record to go back to: the body of a loop is walked again until its facts no longer change.
 
-        Fields that are keyed by equation are overwritten by each walk, and are shared: a value that enters the
-        next walk may have left order one at an equation of the last.
+        Fields that are keyed by equation are overwritten by each walk, and are shared: a value that enters
+        the next walk may have left order one at an equation of the last.
         """
         shared: dict[str, Any] = {
             "activations": self.activations,
