@@ -26,11 +26,11 @@ from mujax.core.program import (
     equations,
     program_at,
     scope,
+    source_line,
     subprograms,
     tappable,
-    where,
 )
-from mujax.core.trace import Analysis, Operand, Use, read
+from mujax.core.trace import Analysis, Operand, Use, axes_of_use
 from mujax.spec import ParamSpec
 
 TapKind = Literal["product", "readout", "lookup", "vector", "logits", "mixing", "norm", "output"]
@@ -94,7 +94,7 @@ def find_taps(
     for site, here in uses.items():
         if kind := _kind(here, params):
             paths = tuple(dict.fromkeys(use.path for use in here))
-            operand = _param_operand(eqns[site], analysis.operands.get(site, ()))
+            operand = _param_operand(eqns[site], analysis.flow.operands(site))
             found[site] = Tap(paths[0], kind, site, here[0].where, paths, operand)
     for product in analysis.products:
         kind = "logits" if product.logits else "mixing"
@@ -104,8 +104,8 @@ def find_taps(
         found[product.site] = Tap(f"{name} {kind}", kind, product.site, product.where, (), operand)
     for site, reads in _norms(program, analysis):
         if site not in found:
-            name = _module(eqns[site]) or where(eqns[site])
-            found[site] = Tap(f"{name} norm", "norm", site, where(eqns[site]), reads=reads)
+            name = _module(eqns[site]) or source_line(eqns[site])
+            found[site] = Tap(f"{name} norm", "norm", site, source_line(eqns[site]), reads=reads)
     order = {site: number for number, site in enumerate(eqns)}
     taps = [
         found[site]
@@ -136,7 +136,7 @@ def _kind(uses: Sequence[Use], params: Mapping[str, ParamSpec]) -> TapKind | Non
         return "vector"
     if use.kind in ("contraction", "statistic"):
         param = params[use.path]
-        is_readout = read(use, param.shape, param.base_shape).role == "output"
+        is_readout = axes_of_use(use, param.shape, param.base_shape).role == "output"
         return "readout" if is_readout else "product"
     return None
 
@@ -176,7 +176,7 @@ def _norms(program: ClosedJaxpr, analysis: Analysis, site: EqnPath = ()) -> Iter
         here = (*site, index)
         for inner in subprograms(eqn):
             yield from _norms(inner.program, analysis, (*here, inner.step))
-        operands = analysis.operands.get(here, ())
+        operands = analysis.flow.operands(here)
         name, atoms = eqn.primitive.name, eqn.invars
         from_root = [None if isinstance(atom, jex.Literal) else roots.get(atom) for atom in atoms]
         if name in ("rsqrt", "sqrt") and operands and operands[0].kind == "data":
@@ -264,7 +264,7 @@ def chain(program: ClosedJaxpr, analysis: Analysis, site: EqnPath) -> Iterator[S
             yield Step(site, 1.0, product=True)
             return
         eqn = jaxpr.eqns[index]
-        constant = _constant_step(eqn, eqn.invars.index(out), analysis.operands.get(site, ()))
+        constant = _constant_step(eqn, eqn.invars.index(out), analysis.flow.operands(site))
         if constant is None:
             return
         yield Step(site, constant)

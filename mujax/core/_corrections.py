@@ -11,7 +11,7 @@ from mujax import rules
 from mujax.core.depth import Branches, Depth, find_branches, power_of_fix
 from mujax.core.frontends import Call
 from mujax.core.program import ClosedJaxpr, EqnPath, blocked, loses_derivative
-from mujax.core.trace import Analysis, Finding, Use, analyse, read, telling
+from mujax.core.trace import Analysis, Finding, Use, analyse, axes_of_use, informative_uses
 from mujax.errors import DepthError, MujaxError, RoleError
 from mujax.spec import MupSpec, Parametrization, ParamSpec
 
@@ -117,7 +117,7 @@ def plan_call(
     findings = list(analysis.findings)
     reached = None
     if share and depth is not None and depth.ratio != 1:
-        reached = _known_branches(spec, find_branches(program, call.params, depth.residual, part=True))
+        reached = _known_branches(spec, find_branches(analysis.flow, depth.residual, part=True))
     if share:
         for site, correction in _of_products(spec, analysis).items():
             found.setdefault(site, []).append(correction)
@@ -182,7 +182,7 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
     """The factor of each product with an output weight or a tied embedding, by place."""
     at: dict[EqnPath, list[tuple[Use, Correction | None]]] = {}
     for path, uses in analysis.uses.items():
-        for use in telling(uses):
+        for use in informative_uses(uses):
             if use.kind in ("contraction", "statistic") and any(role == "fan_in" for _, role, *_ in use.axes):
                 at.setdefault(use.site, []).append(
                     (use, _correction(path, spec[path], use, spec.parametrization))
@@ -220,7 +220,7 @@ def _correction(path: str, param: ParamSpec, use: Use, parametrization: Parametr
 def _reads_out(param: ParamSpec, use: Use) -> bool:
     """Whether a product reads out: of an output weight, or of an input weight over its features."""
     if param.role == "input":
-        return read(use, param.shape, param.base_with_layers, param.infinite).role == "output"
+        return axes_of_use(use, param.shape, param.base_with_layers, param.infinite).role == "output"
     return param.role == "output"
 
 
@@ -251,7 +251,7 @@ def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
     """The output weights and tied embeddings whose product is an output of the model."""
     return [
         path
-        for path in analysis.heads
+        for path in analysis.output_params
         if any(_reads_out(spec[path], use) for use in analysis.uses[path] if use.kind == "contraction")
     ]
 

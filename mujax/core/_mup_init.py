@@ -139,9 +139,14 @@ def mup_init(
         wide = _traced(frontend(delta, "delta"), inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
-    layers = scanned_layers(wide.program, wide.call.params)
     spec = describe_parameters(
-        target.initial, small.initial, wide.initial, analysis, roles or {}, table, layers
+        target.initial,
+        small.initial,
+        wide.initial,
+        analysis,
+        roles or {},
+        table,
+        scanned_layers(analysis.flow),
     )
     ratios = init_ratios(target.end, small.end, target.initial, small.initial, inputs, kwargs)
     stored = stored_scales(target.initial, small.initial)
@@ -149,13 +154,15 @@ def mup_init(
     layout, findings = None, ()
     if depth is not None:
         layout = plan_depth(depth, residual, spec)
-        branches = plan_branches(layout, small.program, small.call.params, target.program, target.call.params)
-        spec = with_depth_of_branches(spec, branches[1], layout)
-        refuse_scaled_init(spec, branches[1], layout, ratios, target.initial.program, target.initial.params)
-        findings = findings_of_depth(branches[1])
+        if wide is not target:
+            analysis = analyse(small.program, target.program, target.call.params)
+        branches = plan_branches(layout, analysis.flow)
+        spec = with_depth_of_branches(spec, branches, layout)
+        refuse_scaled_init(spec, branches, layout, ratios, target.initial.program, target.initial.params)
+        findings = findings_of_depth(branches)
         plan = plan_call(spec, disabled, stored, *programs, layout)
         if "residual" not in disabled:
-            refuse_own_factors(*branches, layout, plan.analysis.fixes, spec)
+            refuse_own_factors(branches, layout, plan.analysis.fixes, spec)
     else:
         _refuse_layers_alone(spec)
         plan = plan_call(spec, disabled, stored, *programs)

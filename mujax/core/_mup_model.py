@@ -27,8 +27,8 @@ from mujax.core.program import (
     blocked,
     equation_at,
     evaluate,
+    source_line,
     under_named_axes,
-    where,
 )
 from mujax.core.trace import Finding
 from mujax.errors import ConfigError, SpecMismatchError
@@ -347,7 +347,7 @@ class MupModel:
             for site in plan.multiplier_sites[name]:
                 if block := blocked(program, site):
                     raise ConfigError(
-                        where=where(equation_at(program, site)),
+                        where=source_line(equation_at(program, site)),
                         expected=f"the product that {name} multiplies outside of {block}, which would lose "
                         "its own derivative if it were changed",
                         got="it inside",

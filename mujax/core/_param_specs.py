@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 
 from mujax.core.frontends import Initial
-from mujax.core.trace import Analysis, Use, read, resolve
+from mujax.core.trace import Analysis, Use, axes_of_use, resolve
 from mujax.errors import RoleError, ShapeMismatchError
 from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec, Role
 
@@ -155,7 +155,7 @@ def _with_role(
 ) -> ParamSpec:
     """The axes of a parameter whose role the user gives by name."""
     for use in uses:
-        if use.kind != "opaque" and (seen := read(use, shape, base)).role == role:
+        if use.kind != "opaque" and (seen := axes_of_use(use, shape, base)).role == role:
             return seen
     axes = range(len(shape))
     if role == "finite" and infinite:

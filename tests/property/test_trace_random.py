@@ -148,11 +148,11 @@ def traced(steps: Sequence[Step], width: int):
 
 
 class AsItIs(Interpreter):
-    """Puts nothing right: sizes run through to the outputs."""
+    """Corrects nothing: scales run through to the outputs."""
 
-    def settle(self, pair, value, report=True):
-        """What the value brings."""
-        return value.size
+    def require_order_one(self, place, value, report=True):
+        """The scale of the value."""
+        return value.scale
 
 
 def reported(small, big) -> float | None:
@@ -168,7 +168,7 @@ def reported(small, big) -> float | None:
             inputs.append(Value(shape, base, "param", views=(whole(path, shape, base),)))
     (out,) = AsItIs(PRIMITIVES, shapes).run(small, big, inputs)
     ratio = big.jaxpr.invars[0].aval.shape[1] / BASE
-    return None if out.size.total is None else math.log(out.size.total) / math.log(ratio)
+    return None if out.scale.total is None else math.log(out.scale.total) / math.log(ratio)
 
 
 def measured(values: Sequence[float]) -> float:

@@ -1,8 +1,8 @@
 """Depth: the residual branches of a program, and what multiplies them already.
 
-`_graph.py` opens a program up, `_branches.py` finds the branches in it, `_own_factors.py` refuses models
-that have factors for depth of their own, `_plan.py` puts together what `mup_init` needs. The factors
-themselves are rules, in `mujax.rules`.
+`_nodes.py` numbers the values that the interpreter recorded, `_branches.py` finds the branches among them,
+`_own_factors.py` refuses models that have factors for depth of their own, `_plan.py` serves
+`mup_init`. The factors themselves are rules, in `mujax.rules`.
 
 References:
     Yang, Yu, Zhu and Hayou, Tensor Programs VI, arXiv 2310.02244.
@@ -15,8 +15,8 @@ from mujax.core.depth._branches import (
     Depth as Depth,
     find_branches as find_branches,
     residual_branch as residual_branch,
-    scanned_layers as scanned_layers,
 )
+from mujax.core.depth._nodes import scanned_layers as scanned_layers
 from mujax.core.depth._own_factors import (
     power_of_fix as power_of_fix,
     refuse_own_factors as refuse_own_factors,

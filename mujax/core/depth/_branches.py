@@ -3,7 +3,7 @@
 At an addition the *split* is what both operands were last computed from alike. The operand that goes from
 there through products with parameters is the branch; the one that does not is the stream. Past an addition
 that was found, only the stream counts as its past: so `(x + attention(x)) + mlp(x)` is two branches from one
-split. A set of nodes of the graph is an integer with a bit for each.
+split. A set of nodes is an integer with a bit for each.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Shaped
 
-from mujax.core.depth._graph import Graph, Node, bits
-from mujax.core.program import ClosedJaxpr, EqnPath, JaxprEqn, checkpoint_label, dtype_of, shape_of, where
+from mujax.core.depth._nodes import Node, Nodes, bits, scanned_layers
+from mujax.core.program import EqnPath, JaxprEqn, checkpoint_label, dtype_of, shape_of, source_line
+from mujax.core.trace import Flow
 from mujax.errors import DepthError
 
 MARK: Final = "mujax.residual_branch"
@@ -32,11 +33,11 @@ _REMEDY: Final = (
 def residual_branch(y: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Marks a value as the output of a residual branch; returns it unchanged.
 
-    Only needed where `mup_init(..., depth=...)` can't tell the branches of a model by itself. With one mark
-    in a program only what is marked counts as a branch. It costs nothing when the program runs.
+    Only needed where `mup_init(..., depth=...)` cannot find the branches of a model by itself. Once a program
+    has a mark, only marked values count as branches. It costs nothing when the program runs.
 
     Args:
-        y: what is then added to the stream, maybe after a norm or a dropout.
+        y: the value that is added to the stream, possibly after a norm or a dropout.
 
     >>> import jax, jax.numpy as jnp
     >>> print(jax.make_jaxpr(lambda x: x + residual_branch(2 * x))(1.0).eqns[1].params["name"])
@@ -75,8 +76,9 @@ class Branch:
         params: the parameters inside of the branch.
         repeats: how often loops run the addition.
         constants: the numbers that the branch's output is multiplied with between its last product and the
-            addition, and that product's weight; those of the stream are left out.
-        nodes: the nodes of the graph that are inside.
+            addition, and that product's weight, each in the base and in the target; those of the stream are
+            left out.
+        nodes: the nodes that are inside, a bit for each.
         eqn: the addition's equation.
         tolerance: how far its constants may be from what they were written as, relative.
     """
@@ -85,7 +87,7 @@ class Branch:
     operand: int
     params: frozenset[str]
     repeats: int
-    constants: tuple[float, ...]
+    constants: tuple[tuple[float, float], ...]
     nodes: int
     eqn: JaxprEqn
     tolerance: float
@@ -93,12 +95,12 @@ class Branch:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """What a program says of its depth.
+    """The residual branches of a program, and what goes with them.
 
     Attributes:
         found: the residual branches, in program order.
@@ -125,32 +127,18 @@ class Branches:
         return sum(branch.repeats for branch in self.found)
 
 
-def scanned_layers(program: ClosedJaxpr, params: Mapping[int, str]) -> dict[str, frozenset[int]]:
-    """Axes of parameters that a scan over layers strips: it carries an activation through their products.
-
-    Args:
-        program: the traced call.
-        params: which of its inputs are parameters: position -> path.
-    """
-    return Graph.of(program, params).layers()
-
-
-def find_branches(
-    program: ClosedJaxpr, params: Mapping[int, str], residual: Sequence[str] = (), *, part: bool = False
-) -> Branches:
+def find_branches(flow: Flow, residual: Sequence[str] = (), *, part: bool = False) -> Branches:
     """Finds the residual branches of a program.
 
     Args:
-        program: the traced call.
-        params: which of its inputs are parameters: position -> path.
-        residual: globs of module scopes or of parameters that make up the branches; all others are none then.
+        flow: what the interpreter recorded of the traced call.
+        residual: globs of module scopes or of parameters that make up the branches; there are no others then.
         part: whether the program may be a part of the model, which some globs do not match.
 
     Raises:
         DepthError: an addition may or may not be that of a branch.
     """
-    graph = Graph.of(program, params)
-    return _Search(graph, tuple(residual), part).run()
+    return _Search(Nodes(flow), tuple(residual), part).run()
 
 
 # ---- the search ------------------------------------------------------------------------------------
@@ -182,16 +170,19 @@ class _Sum:
 
 
 class _Search:
-    """Goes through the additions of a graph in program order."""
+    """Goes through the additions of a program in order."""
 
-    def __init__(self, graph: Graph, residual: tuple[str, ...], part: bool) -> None:
-        self.graph = graph
+    def __init__(self, nodes: Nodes, residual: tuple[str, ...], part: bool) -> None:
+        self.nodes = nodes.all
+        self.constants = nodes.constants
+        self.flow = nodes.flow
+        self.ends = list(nodes.ends())
         self.part = part
         self.residual = residual
         self.above: list[int] = []
         """Per node itself and what it was computed from, along the streams."""
-        self.below = graph.descendants()
-        self.readers = graph.readers()
+        self.below = nodes.descendants()
+        self.readers = nodes.readers()
         self.products = self._where(lambda node: node.product)
         self.users = self._where(lambda node: bool(node.uses))
         self.data = self._where(lambda node: node.data)
@@ -203,12 +194,12 @@ class _Search:
         self.open: list[tuple[_Sum, str]] = []
 
     def _where(self, holds: Callable[[Node], bool]) -> int:
-        return sum(1 << number for number, node in enumerate(self.graph.nodes) if holds(node))
+        return sum(1 << number for number, node in enumerate(self.nodes) if holds(node))
 
     def _marks(self) -> tuple[int, dict[str, int]]:
         by_glob = dict.fromkeys(self.residual, 0)
         marked = 0
-        for number, node in enumerate(self.graph.nodes):
+        for number, node in enumerate(self.nodes):
             if not node.data or node.eqn is None:
                 continue
             if _is_mark(node):
@@ -219,15 +210,16 @@ class _Search:
         for glob, found in by_glob.items():
             if not (found or self.part):
                 raise DepthError(
-                    f"residual: expected globs of module scopes or of parameters, but {glob!r} matches "
-                    "nothing in the traced call; the first scope with a parameter is "
-                    f"{self._first_scope()!r}."
+                    where="residual",
+                    expected="globs of module scopes or of parameters",
+                    got=f"{glob!r}, which matches nothing in the traced call",
+                    remedy=f"the first scope with a parameter is {self._first_scope()!r}",
                 )
             marked |= found
         return marked, by_glob
 
     def _first_scope(self) -> str:
-        return next((node.scope for node in self.graph.nodes if node.uses and node.scope), "")
+        return next((node.scope for node in self.nodes if node.uses and node.scope), "")
 
     # ---- the walk ----------------------------------------------------------------------------------
 
@@ -237,7 +229,7 @@ class _Search:
         Raises:
             DepthError: an addition may or may not be that of a branch.
         """
-        for number, node in enumerate(self.graph.nodes):
+        for number, node in enumerate(self.nodes):
             past = 1 << number
             skip = self._skip(number, node)
             for parent in node.parents if skip is None else (skip,):
@@ -248,7 +240,9 @@ class _Search:
         self._check_nested()
         self._check_marks()
         found = tuple(self._branch(number) for number in sorted(self.branches))
-        result = Branches(found, self.graph.layers(), self._sites(), self._stream(), self._shared(found))
+        result = Branches(
+            found, scanned_layers(self.flow), self._sites(), self._stream(), self._shared(found)
+        )
         self._check_shared(result)
         return result
 
@@ -259,7 +253,7 @@ class _Search:
             return self._refuse_sum_by_index(number, node)
         sides = [self._region(total, side) for side in (0, 1)]
         if self.explicit:
-            # A sum inside of what is named is its own.
+            # A sum inside of a named scope belongs to that scope.
             if self.marked >> number & 1:
                 return None
             inside = [bool(region & self.marked) for region in sides]
@@ -289,7 +283,7 @@ class _Search:
         """Notes `x.at[...].add(f(x))`, which may be a branch that is added to a part of the stream."""
         if node.eqn is None or not node.eqn.primitive.name.startswith("scatter") or len(node.operands) != 3:
             return
-        stream, _, added = (atom.node for atom in node.operands)
+        stream, _, added = node.inputs
         if stream is None or added is None or "add" not in node.eqn.primitive.name:
             return
         common = self.above[stream] & self.above[added] & self.data
@@ -299,11 +293,11 @@ class _Search:
             self.open.append((total, "an addition to a part of an array"))
 
     def _gates(self, number: int) -> bool:
-        node = self.graph.nodes[number]
+        node = self.nodes[number]
         return (
             node.eqn is not None
             and node.eqn.primitive.name in ("mul", "div")
-            and [atom.kind for atom in node.operands] == ["data", "data"]
+            and [operand.kind for operand in node.operands] == ["data", "data"]
         )
 
     def _sum(self, number: int, node: Node) -> _Sum | None:
@@ -346,15 +340,15 @@ class _Search:
         for split in total.splits:
             after |= self.below[split]
         inside = region & after | 1 << end
-        loops = self.graph.nodes[total.node].loops
+        loops = self.nodes[total.node].loops
         for number in bits(region & ~inside):
-            node = self.graph.nodes[number]
+            node = self.nodes[number]
             readers = self.readers[number]
             if node.loops[: len(loops)] == loops and readers and not readers & ~inside:
                 inside |= 1 << number
         return inside
 
-    # ---- what is left over -------------------------------------------------------------------------
+    # ---- ambiguous sums --------------------------------------------------------------------------
 
     def _settle_open(self) -> None:
         """Sums that are inside of a branch are that branch's own; of the others none may be left."""
@@ -367,8 +361,10 @@ class _Search:
             branch = self._projected(total)
             if branch is None:
                 raise DepthError(
-                    f"{where(self._equation(total.node))}: expected an addition x + f(x) whose branch can "
-                    f"be told from its stream, found {found}; {_REMEDY}."
+                    where=source_line(self._equation(total.node)),
+                    expected="an addition x + f(x) whose branch can be distinguished from its stream",
+                    got=found,
+                    remedy=_REMEDY,
                 )
             inside = self._inside(total, branch)
             self.branches[total.node] = (branch, total.past, inside)
@@ -379,7 +375,7 @@ class _Search:
         """What a branch computes from the stream for other branches, too, is inside of none."""
         outside = {}
         for number, (branch, past, inside) in self.branches.items():
-            end = self.graph.nodes[number].parents[branch]
+            end = self.nodes[number].parents[branch]
             outside[number] = self.above[end] & ~past & ~inside
         for number, (branch, past, inside) in self.branches.items():
             for other, region in outside.items():
@@ -401,7 +397,7 @@ class _Search:
             return None
         if not any(
             node.eqn is not None and node.eqn.primitive.name in _NONLINEAR
-            for node in (self.graph.nodes[number] for number in bits(region & self.below[split]))
+            for node in (self.nodes[number] for number in bits(region & self.below[split]))
         ):
             return None
         after = self.below[total.node]
@@ -412,7 +408,7 @@ class _Search:
         """Products on the way with the fewest of them."""
         fewest: dict[int, float] = {split: 0.0}
         for number in sorted(bits(region)):
-            node = self.graph.nodes[number]
+            node = self.nodes[number]
             best = min((fewest.get(parent, math.inf) for parent in node.parents), default=math.inf)
             fewest[number] = best + node.product
         return fewest.get(end, math.inf)
@@ -424,9 +420,10 @@ class _Search:
             if inner:
                 one = self._equation((inner & -inner).bit_length() - 1)
                 raise DepthError(
-                    f"{where(self._equation(number))}: expected residual branches one after the "
-                    f"other, found one whose inside has another that is added at {where(one)}; "
-                    f"{_REMEDY}."
+                    where=source_line(self._equation(number)),
+                    expected="residual branches one after the other",
+                    got=f"one that contains another, which is added at {source_line(one)}",
+                    remedy=_REMEDY,
                 )
 
     def _check_marks(self) -> None:
@@ -435,15 +432,18 @@ class _Search:
             within |= inside
         for number in bits(self._where(_is_mark) & ~within):
             raise DepthError(
-                f"{where(self._equation(number))}: expected what mujax.residual_branch marks to be "
-                "added to a stream of its shape, found no such addition; put the mark on what is added."
+                where=source_line(self._equation(number)),
+                expected="what mujax.residual_branch marks to be added to a stream of its shape",
+                got="no such addition",
+                remedy="put the mark on what is added",
             )
         for glob, found in self.by_glob.items():
             if found and not found & within:
                 raise DepthError(
-                    f"residual: expected {glob!r} to name what is inside of residual branches, but nothing "
-                    "that it matches is on one side only of an addition to a stream; mark what is added "
-                    "with mujax.residual_branch(...)."
+                    where="residual",
+                    expected=f"{glob!r} to name what is inside of residual branches",
+                    got="no match on one side only of an addition to a stream",
+                    remedy="mark what is added with mujax.residual_branch(...)",
                 )
 
     def _check_shared(self, result: Branches) -> None:
@@ -453,31 +453,32 @@ class _Search:
             within |= branch.nodes
         inside = result.params
         for number in bits(self.users & ~within):
-            for path in sorted(self.graph.nodes[number].uses & inside):
+            for path in sorted(inside.intersection(self.nodes[number].uses)):
                 raise DepthError(
-                    f"{path}: expected it to be used inside of residual branches or outside of them, found "
-                    f"both; outside at {where(self._equation(number))}. Use separate parameters, or "
-                    f"{_REMEDY}."
+                    where=path,
+                    expected="it to be used inside of residual branches or outside of them",
+                    got=f"both, outside at {source_line(self._equation(number))}",
+                    remedy=f"use separate parameters, or {_REMEDY}",
                 )
 
-    # ---- what is said of them ----------------------------------------------------------------------
+    # ---- the result ------------------------------------------------------------------------------
 
     def _equation(self, number: int) -> JaxprEqn:
         """The equation of a node that is no input and no carry."""
-        eqn = self.graph.nodes[number].eqn
+        eqn = self.nodes[number].eqn
         assert eqn is not None
         return eqn
 
     def _branch(self, number: int) -> Branch:
         operand, past, inside = self.branches[number]
-        node = self.graph.nodes[number]
-        params = frozenset[str]().union(*(self.graph.nodes[n].uses for n in bits(inside & self.users)))
-        repeats = math.prod(self.graph.scans[loop].length for loop in node.loops if loop in self.graph.scans)
-        stream = list(self.graph.constants(node.operands[1 - operand], past))
+        node = self.nodes[number]
+        params = frozenset[str]().union(*(self.nodes[n].uses for n in bits(inside & self.users)))
+        repeats = math.prod(self.flow.loops[loop].length or 1 for loop in node.loops)
+        stream = list(self.constants(node.inputs[1 - operand], past))
         constants = []
-        for constant in self.graph.constants(node.operands[operand], past):
+        for constant in self.constants(node.inputs[operand], past):
             if constant in stream:
-                # Both terms of a weighted sum: that is no matter of depth.
+                # Both terms of a weighted sum: it has nothing to do with depth.
                 stream.remove(constant)
             else:
                 constants.append(constant)
@@ -488,7 +489,7 @@ class _Search:
     def _sites(self) -> frozenset[EqnPath]:
         sites: set[EqnPath] = set()
         for _, _, inside in self.branches.values():
-            sites.update(self.graph.nodes[number].site for number in bits(inside))
+            sites.update(self.nodes[number].site for number in bits(inside))
         return frozenset(sites)
 
     def _stream(self) -> dict[str, str]:
@@ -499,7 +500,7 @@ class _Search:
             additions |= 1 << number
         outside = self.users & ~within
         found: dict[str, str] = {}
-        for starts, stops in self.graph.ends:
+        for starts, stops in self.ends:
             for stop in stops:
                 past = self.above[stop]
                 if past & additions:
@@ -507,7 +508,7 @@ class _Search:
                         found |= self._used(past & self.below[start] & outside)
         between: list[dict[str, str]] = []
         for number, (branch, _, _) in self.branches.items():
-            past = self.above[self.graph.nodes[number].parents[1 - branch]]
+            past = self.above[self.nodes[number].parents[1 - branch]]
             before = past & additions
             # A projection where a stage begins is not one in each layer.
             if before and number not in self.projections:
@@ -522,16 +523,16 @@ class _Search:
         """What more than the two branches of one layer use as a whole."""
         times: dict[str, int] = {}
         for branch in found:
-            users = bits(branch.nodes & self.users)
-            for path in sorted(frozenset[str]().union(*(self.graph.nodes[number].whole for number in users))):
+            uses = [self.nodes[number].uses for number in bits(branch.nodes & self.users)]
+            for path in sorted({path for one in uses for path, is_part in one.items() if not is_part}):
                 times[path] = times.get(path, 0) + branch.repeats
         return {path: count for path, count in times.items() if count > 2}
 
     def _used(self, nodes: int) -> dict[str, str]:
         return {
-            path: where(self._equation(number))
+            path: source_line(self._equation(number))
             for number in bits(nodes)
-            for path in sorted(self.graph.nodes[number].uses)
+            for path in sorted(self.nodes[number].uses)
         }
 
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
 from mujax.core.depth._branches import Branch, Branches, Depth
-from mujax.core.depth._graph import Graph
+from mujax.core.depth._nodes import Nodes
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Fix
+from mujax.core.trace import Fix, flow_of
 from mujax.errors import DepthError
 from mujax.spec import ParamSpec
 
@@ -20,7 +20,7 @@ _OWN_REMEDY: Final = (
 
 
 def refuse_own_factors(
-    base: Branches, target: Branches, depth: Depth, fixes: Sequence[Fix], spec: Mapping[str, ParamSpec]
+    branches: Branches, depth: Depth, fixes: Sequence[Fix], spec: Mapping[str, ParamSpec]
 ) -> None:
     """Refuses a model whose branches are multiplied with a power of the depth already.
 
@@ -28,48 +28,55 @@ def refuse_own_factors(
     layers, as a constant of every branch that is 1/L, 1/sqrt(L) or the like.
 
     Args:
-        base: the branches of the base.
-        target: the branches of the target.
+        branches: the residual branches.
         depth: how deep the two are.
         fixes: constants that scale from base to target.
-        spec: the parameters; what scales as their widths do is no matter of depth.
+        spec: the parameters; a constant that scales as their widths do has nothing to do with depth.
 
     Raises:
-        DepthError: there is one.
+        DepthError: there is such a factor.
     """
     if depth.ratio == 1:
         return
     widths = _widths(spec)
-    for small, big in zip(base.found, target.found, strict=True):
-        for before, after in zip(small.constants, big.constants, strict=False):
+    for branch in branches.found:
+        for before, after in branch.constants:
             ratio = after / before if before else 0.0
-            power = _power(ratio, depth.ratio, big.tolerance)
-            of_depth = _power(before, depth.base, big.tolerance) is not None
-            if power is not None and (of_depth or not _of_width(ratio, widths, big.tolerance)):
-                raise DepthError(
-                    f"{big.where}: expected a residual branch without a factor for depth, found one "
-                    f"multiplied with {before:.4g} in the base and {after:.4g} in the target, which falls "
-                    f"with the power {power:g} of the depth; {_OWN_REMEDY}."
+            power = _power(ratio, depth.ratio, branch.tolerance)
+            of_depth = _power(before, depth.base, branch.tolerance) is not None
+            if power is not None and (of_depth or not _of_width(ratio, widths, branch.tolerance)):
+                raise _own_factor(
+                    branch,
+                    f"{before:.4g} in the base and {after:.4g} in the target, which falls with the power "
+                    f"{power:g} of the depth",
                 )
-    first, *others = target.found
-    for constant in first.constants:
-        named = _power_of_depth(constant, depth, target.count, first.tolerance)
+    first, *others = branches.found
+    for _, constant in first.constants:
+        named = _power_of_depth(constant, depth, branches.count, first.tolerance)
         everywhere = all(
-            any(math.isclose(constant, own, rel_tol=first.tolerance) for own in other.constants)
+            any(math.isclose(constant, one, rel_tol=first.tolerance) for _, one in other.constants)
             for other in others
         )
         if named is not None and everywhere:
-            raise DepthError(
-                f"{first.where}: expected a residual branch without a factor for depth, found one "
-                f"multiplied with {constant:.4g}, which is {named}; {_OWN_REMEDY}."
-            )
+            raise _own_factor(first, f"{constant:.4g}, which is {named}")
     for fix in fixes:
-        power = power_of_fix(fix, target, depth, spec)
+        power = power_of_fix(fix, branches, depth, spec)
         if power is not None:
             raise DepthError(
-                f"{fix.where}: expected nothing inside of residual branches to scale with depth, found a "
-                f"constant that falls with its power {power:g} from base to target; {_OWN_REMEDY}."
+                where=fix.where,
+                expected="nothing inside of residual branches to scale with depth",
+                got=f"a constant that falls with its power {power:g} from base to target",
+                remedy=_OWN_REMEDY,
             )
+
+
+def _own_factor(branch: Branch, factor: str) -> DepthError:
+    return DepthError(
+        where=branch.where,
+        expected="a residual branch without a factor for depth",
+        got=f"one multiplied with {factor}",
+        remedy=_OWN_REMEDY,
+    )
 
 
 def power_of_fix(fix: Fix, branches: Branches, depth: Depth, spec: Mapping[str, ParamSpec]) -> float | None:
@@ -113,38 +120,39 @@ def refuse_scaled_init(
     spec: Mapping[str, ParamSpec],
     branches: Branches,
     depth: Depth,
-    own: Mapping[str, float],
+    init_ratios: Mapping[str, float],
     program: ClosedJaxpr,
     outputs: Mapping[int, str],
 ) -> None:
-    """Refuses a model that initialises what is inside of its branches by the depth.
+    """Refuses a model whose initial values inside of branches depend on depth.
 
     Args:
         spec: the parameters.
         branches: the target's branches.
         depth: how deep base and target are.
-        own: std of the model's own initial values at the target over that at the base, by path.
+        init_ratios: std of the model's own initial values at the target over that at the base, by path.
         program: the target's traced initialiser.
         outputs: which of its outputs are parameters: position -> path.
 
     Raises:
-        DepthError: it does.
+        DepthError: they do.
     """
     if depth.ratio == 1:
         return
     for path in sorted(branches.params):
         param = spec[path]
         laws = _width_laws(param)
-        ratio = own.get(path, 0.0)
+        ratio = init_ratios.get(path, 0.0)
         if not param.layers or not ratio or any(math.isclose(ratio, law, rel_tol=1e-4) for law in laws):
             continue
         power = next((p for law in laws if (p := _power(ratio / law, depth.ratio, 1e-4)) is not None), None)
         if power is not None:
             raise DepthError(
-                f"{path}: expected initial values whose scale does not depend on depth, found a standard "
-                f"deviation that falls with its power {power:g} from base to target. Use an initialiser "
-                "that does not know the number of layers (with batch_axis= where it makes all layers at "
-                "once), or leave out depth=."
+                where=path,
+                expected="initial values whose scale does not depend on depth",
+                got=f"a standard deviation that falls with its power {power:g} from base to target",
+                remedy="use an initialiser that does not depend on the number of layers (with batch_axis= "
+                "where it makes all layers at once), or leave out depth=",
             )
     scales = _init_constants(program, outputs)
     for branch in branches.found:
@@ -170,9 +178,10 @@ def _refuse_odd_ones(
                 named = _power_of_depth(scale / reference, depth, count, 1e-4)
                 if named is not None:
                     raise DepthError(
-                        f"{path}: expected initial values whose scale does not depend on depth, found those "
-                        f"of {other} times {scale / reference:.4g}, which is {named}. Use the same "
-                        "initialiser for both, or leave out depth=."
+                        where=path,
+                        expected="initial values whose scale does not depend on depth",
+                        got=f"those of {other} times {scale / reference:.4g}, which is {named}",
+                        remedy="use the same initialiser for both, or leave out depth=",
                     )
 
 
@@ -188,10 +197,11 @@ def _width_laws(param: ParamSpec) -> list[float]:
 
 def _init_constants(program: ClosedJaxpr, outputs: Mapping[int, str]) -> dict[str, float]:
     """What random numbers of a fixed scale are multiplied with, by path."""
-    graph = Graph.of(program, {})
+    flow = flow_of(program)
+    nodes = Nodes(flow)
     found = {}
     for position, path in outputs.items():
-        constants = list(graph.constants(graph.outs[position]))
+        constants = [constant for _, constant in nodes.constants(nodes.at(flow.outputs[position]))]
         if constants:
             found[path] = abs(math.prod(constants))
     return found

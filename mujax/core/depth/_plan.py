@@ -1,19 +1,20 @@
-"""Plans depth: how deep base and target are, and which parameters are inside of residual branches."""
+"""The plan for depth: how deep base and target are, and which parameters are inside of residual branches."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mujax.core.depth._branches import Branches, Depth, find_branches
-from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Finding
+from mujax.core.trace import Finding, Flow
 from mujax.errors import ConfigError, DepthError
 from mujax.spec import MupSpec, Parametrization
 
 
-def with_depth(chosen: Parametrization, depth: Any, alpha: float, residual: Sequence[str]) -> Parametrization:
+def with_depth(
+    parametrization: Parametrization, depth: Any, alpha: float, residual: Sequence[str]
+) -> Parametrization:
     """The parametrization with the exponent of depth, if that is asked for.
 
     Raises:
@@ -22,26 +23,30 @@ def with_depth(chosen: Parametrization, depth: Any, alpha: float, residual: Sequ
     if depth is None:
         if residual or alpha != 1.0:
             raise ConfigError(
-                "mup_init: expected depth_alpha and residual together with depth=, found them without it; "
-                "pass "
-                "depth=(layers of the base, layers of the target)."
+                where="mup_init",
+                expected="depth_alpha and residual together with depth=",
+                got="them without it",
+                remedy="pass depth=(layers of the base, layers of the target)",
             )
-        return chosen
+        return parametrization
     if isinstance(residual, str):
         raise ConfigError(
-            f"residual: expected a sequence of globs, got the text {residual!r}; put it in a list."
+            where="residual",
+            expected="a sequence of globs",
+            got=f"the text {residual!r}",
+            remedy="put it in a list",
         )
     if not 0.5 <= alpha <= 1:
-        raise ConfigError(f"depth_alpha: expected an exponent from 0.5 to 1, got {alpha!r}.")
-    return dataclasses.replace(chosen, depth_alpha=float(alpha))
+        raise ConfigError(where="depth_alpha", expected="an exponent from 0.5 to 1", got=repr(alpha))
+    return dataclasses.replace(parametrization, depth_alpha=float(alpha))
 
 
 def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
-    """How deep base and target are: as given, as the scans say, or both if they agree.
+    """How deep base and target are: as given, as the scans show, or both if they agree.
 
     Raises:
         ConfigError: `given` is neither `"scan"` nor two numbers of layers.
-        DepthError: the scans say otherwise, or nothing.
+        DepthError: the scans show other numbers, or none.
     """
     scanned = {
         (param.base_shape[axis], param.shape[axis]): path
@@ -51,10 +56,10 @@ def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
     if given == "scan":
         if len(scanned) != 1:
             raise DepthError(
-                f'depth="scan": expected one pair of numbers of layers in base and target, found '
-                f"{sorted(scanned) or 'no scan over layers whose length differs'}; pass depth=(layers of "
-                "the base, "
-                "layers of the target)."
+                where='depth="scan"',
+                expected="one pair of numbers of layers in base and target",
+                got=sorted(scanned) or "no scan over layers whose length differs",
+                remedy="pass depth=(layers of the base, layers of the target)",
             )
         given = next(iter(scanned))
     if not (
@@ -63,49 +68,41 @@ def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
         and all(isinstance(layers, int) and layers > 0 for layers in given)
     ):
         raise ConfigError(
-            f'depth: expected two positive numbers of layers (base, target), "scan" or None, got {given!r}.'
+            where="depth",
+            expected='two positive numbers of layers (base, target), "scan" or None',
+            got=repr(given),
         )
     depth = Depth(given[0], given[1], tuple(residual))
     for (base, target), path in scanned.items():
         if base * depth.target != target * depth.base:
             raise DepthError(
-                f"{path}: expected its layers to grow as depth={tuple(given)} says, found {base} in the base "
-                "and "
-                f"{target} in the target; give both the same numbers."
+                where=path,
+                expected=f"its layers to grow as in depth={tuple(given)}",
+                got=f"{base} in the base and {target} in the target",
+                remedy="give both the same numbers",
             )
     return depth
 
 
-def plan_branches(
-    depth: Depth,
-    base: ClosedJaxpr,
-    base_params: Mapping[int, str],
-    target: ClosedJaxpr,
-    params: Mapping[int, str],
-) -> tuple[Branches, Branches]:
-    """The residual branches of base and target.
+def plan_branches(depth: Depth, flow: Flow) -> Branches:
+    """The residual branches that base and target have in common.
 
     Raises:
-        DepthError: they can't be told, there is none, or they are not the same in both.
+        DepthError: they cannot be determined, or there is none.
     """
-    small = find_branches(base, base_params, depth.residual)
-    big = find_branches(target, params, depth.residual)
-    if not big.found:
+    branches = find_branches(flow, depth.residual)
+    if not branches.found:
         raise DepthError(
-            "depth: expected residual branches, found no addition x + f(x) in the traced call; mark what is "
-            "added "
-            "with mujax.residual_branch(...), or leave out depth=."
+            where="depth",
+            expected="residual branches",
+            got="no addition x + f(x) in the traced call",
+            remedy="mark what is added with mujax.residual_branch(...), or leave out depth=",
         )
-    if [branch.params for branch in small.found] != [branch.params for branch in big.found]:
-        raise DepthError(
-            f"depth: expected the same residual branches in base and target, found {len(small.found)} and "
-            f"{len(big.found)}; build both with the same code."
-        )
-    return small, big
+    return branches
 
 
 def with_depth_of_branches(spec: MupSpec, branches: Branches, depth: Depth) -> MupSpec:
-    """The spec with what is inside of residual branches as deep as it is."""
+    """The spec with the depth and the layers of the parameters inside of residual branches."""
     if depth.ratio == 1:
         return spec
     params = dict(spec)
@@ -117,7 +114,7 @@ def with_depth_of_branches(spec: MupSpec, branches: Branches, depth: Depth) -> M
 
 
 def findings_of_depth(branches: Branches) -> tuple[Finding, ...]:
-    """What the sources have no rule for."""
+    """Findings on what the sources have no rule for."""
     findings = []
     if branches.stream:
         path, where = next(iter(branches.stream.items()))

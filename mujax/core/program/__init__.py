@@ -27,6 +27,7 @@ from mujax.core.program._jax import (
     checkpoint_label as checkpoint_label,
     dtype_of as dtype_of,
     holds_programs as holds_programs,
+    is_float as is_float,
     primitive_name as primitive_name,
     rebuilt as rebuilt,
     shape_of as shape_of,
@@ -53,5 +54,5 @@ from mujax.core.program._source import (
     is_library_function as is_library_function,
     is_of_user as is_of_user,
     scope as scope,
-    where as where,
+    source_line as source_line,
 )

@@ -39,7 +39,7 @@ from mujax.core.program._jax import (
 )
 from mujax.core.program._primitives import PRODUCTS
 from mujax.core.program._sites import EqnPath, Subprogram, enclosing_equations, subprograms
-from mujax.core.program._source import scope, where
+from mujax.core.program._source import scope, source_line
 from mujax.errors import MujaxError
 
 
@@ -307,9 +307,11 @@ def _built_again(eqn: JaxprEqn, args: Sequence[Any], works: _Works) -> _Outs:
             # Of `CustomJvp` the plain body is differentiated: see `loses_derivative`.
             return _inside(inner[0], args, works)
     raise MujaxError(
-        f"{where(eqn)}: expected the correction to stand outside of {primitive_name(eqn)}, whose inside "
-        "can't be changed without losing what it is for; move the product out of it, or write the factor by "
-        "hand there and switch this correction off with roles=."
+        where=source_line(eqn),
+        expected=f"the correction to stand outside of {primitive_name(eqn)}, whose inside can't be changed "
+        "without losing what it is for",
+        remedy="move the product out of it, or write the factor by hand there and switch this correction off "
+        "with roles=",
     )
 
 

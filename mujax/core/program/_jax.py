@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mujax.core.program._source import where
+from mujax.core.program._source import source_line
 from mujax.errors import MujaxError
 
 Jaxpr: TypeAlias = jex.Jaxpr
@@ -25,18 +26,24 @@ Atom: TypeAlias = jex.Var | jex.Literal
 
 
 def shape_of(atom: Atom) -> tuple[int, ...]:
-    """The shape of a value; empty for what is no array."""
+    """The shape of a value; empty if it is not an array."""
     return tuple(getattr(atom.aval, "shape", ()))
 
 
 def dtype_of(atom: Atom) -> Any:
-    """The dtype of a value; None for what is no array."""
+    """The dtype of a value; None if it is not an array."""
     return getattr(atom.aval, "dtype", None)
+
+
+def is_float(atom: Atom) -> bool:
+    """Whether a value is an array of floating-point or complex numbers."""
+    dtype = dtype_of(atom)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def under_named_axes() -> bool:
     """Whether what is traced here may depend on named axes of a `vmap` or `shard_map` around it."""
-    # The name warns that JAX may change it: where it is gone, nothing is taken for granted.
+    # The name warns that JAX may change it: without it, assume that there are such axes.
     nonempty = getattr(jex, "nonempty_axis_env_DO_NOT_USE", None)
     return nonempty is None or nonempty()
 
@@ -164,7 +171,7 @@ Control: TypeAlias = Call | Scan | While | Cond
 def control(eqn: JaxprEqn) -> Control | None:
     """What an equation that holds programs does with them; None for any other equation.
 
-    A primitive that holds programs and is not listed here is as any unknown one: it can't be looked into.
+    A primitive that holds programs and is not listed here is like any unknown one: it cannot be looked into.
 
     Raises:
         MujaxError: this JAX release represents the primitive in a way that is not known here.
@@ -202,10 +209,12 @@ def _parameter(eqn: JaxprEqn, *names: str) -> Any:
         if name in eqn.params:
             return eqn.params[name]
     raise MujaxError(
-        f"{where(eqn)}: expected the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the "
-        f"parameter {' or '.join(map(repr, names))}, found {', '.join(map(repr, sorted(eqn.params)))}; this "
-        "JAX release is newer than this mujax: report it to mujax with this sentence, and use JAX 0.12.0.1 "
-        "until then."
+        where=source_line(eqn),
+        expected=f"the primitive {eqn.primitive.name!r} of JAX {jax.__version__} to have the parameter "
+        f"{' or '.join(map(repr, names))}",
+        got=", ".join(map(repr, sorted(eqn.params))),
+        remedy="this JAX release is newer than this mujax: report it to mujax with this sentence, and use "
+        "JAX 0.12.0.1 until then",
     )
 
 
@@ -268,7 +277,7 @@ def _cond(eqn: JaxprEqn) -> Cond:
 
 @functools.lru_cache(maxsize=1024)
 def _hi_primitive(eqn: JaxprEqn) -> Call:
-    """A primitive of JAX's newer kind: a class that says what it does in terms of other functions."""
+    """A primitive of JAX's newer kind: a class that defines itself in terms of other functions."""
     held = _parameter(eqn, "_prim")
 
     def expanded(*operands: Any) -> Any:

@@ -36,7 +36,7 @@ def _is_library(file: str) -> bool:
     return file.startswith(stdlib) and "site-packages" not in file
 
 
-def where(eqn: JaxprEqn) -> str:
+def source_line(eqn: JaxprEqn) -> str:
     """`file:line` of the innermost frame of the user's code, or the module scope if there is none."""
     traceback = eqn.source_info.traceback
     if traceback is not None:

@@ -19,8 +19,8 @@ from mujax.core.program import (
     ClosedJaxpr,
     JaxprEqn,
     shape_of,
+    source_line,
     subprograms,
-    where,
 )
 from mujax.core.trace._values import (
     ONE,
@@ -28,8 +28,8 @@ from mujax.core.trace._values import (
     Axis,
     Factor,
     Pending,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     broadcast_axis,
@@ -56,7 +56,7 @@ def closed_over(base: Any, target: Any, exact: bool) -> Value:
     if numbers[0] is None or numbers[1] is None:
         # Values made by numpy for an initialiser: they hold whatever scale their maker gave them.
         unknown = exact and not _identical(base, target)
-        return Value(shape, base_shape, "const", size=UNKNOWN if unknown else ONE)
+        return Value(shape, base_shape, "const", scale=UNKNOWN if unknown else ONE)
     return constant(numbers[0], numbers[1], shape, base_shape)
 
 
@@ -81,7 +81,7 @@ def _number(array: Any) -> float | None:
 
 def literal_value(base: jex.Literal, target: jex.Literal) -> Value:
     if np.iscomplexobj(base.val) or np.iscomplexobj(target.val):
-        return Value((), (), "const", size=Size(ratio(abs(base.val), abs(target.val))))
+        return Value((), (), "const", scale=Scale(ratio(abs(base.val), abs(target.val))))
     try:
         return constant(float(base.val), float(target.val))
     except (TypeError, ValueError):
@@ -199,7 +199,7 @@ def strip_leading(value: Value) -> Value:
 
     def strip(view: View) -> View:
         stack = {factor.axis for factor in view.axes[0] if factor.axis is not None}
-        return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack)
+        return dataclasses.replace(view, axes=view.axes[1:], stack=view.stack | stack, part=True)
 
     return _laid_out(value, value.shape[1:], value.base[1:], strip).replace()
 
@@ -219,10 +219,11 @@ def mismatch_error(b: JaxprEqn | None, t: JaxprEqn | None) -> TraceMismatchError
         if eqn is None:
             return "the end of the program"
         shapes = ", ".join(str(shape_of(v)) for v in eqn.invars)
-        return f"{eqn.primitive.name} on {shapes} at {where(eqn)}"
+        return f"{eqn.primitive.name} on {shapes} at {source_line(eqn)}"
 
     return TraceMismatchError(
-        f"the programs of base and target must differ in sizes only; the base has {name(b)}, the target "
-        f"{name(t)}. Use a larger base (no axis of size 1, no other branch on a size), so that the model's "
-        "code takes the same path at both widths."
+        expected="programs of base and target that differ in sizes only",
+        got=f"{name(b)} in the base and {name(t)} in the target",
+        remedy="use a larger base (no axis of size 1, no other branch on a size), so that the model's code "
+        "takes the same path at both widths",
     )

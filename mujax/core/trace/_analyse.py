@@ -1,4 +1,4 @@
-"""The two questions asked of a pair of programs."""
+"""Analysis of a pair of programs: of two calls, and of two initialisers."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from jax.extend import core as jex
 
 from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._uses import Finding, Fix, Operand, Product, Record, Use
-from mujax.core.trace._values import Size, Value, fit, whole
+from mujax.core.trace._uses import Finding, Fix, Flow, Product, Record, Use
+from mujax.core.trace._values import Scale, Value, fit, whole
 from mujax.core.trace.primitives import PRIMITIVES
 from mujax.errors import TraceMismatchError
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a pair of programs says.
+    """What is read off a pair of programs.
 
     Attributes:
         uses: per parameter path, its uses in program order.
         products: products of two activations.
-        heads: parameters whose product is an output of the program.
+        output_params: parameters whose product is an output of the program.
         activations: per product, which of its operands is an activation.
-        operands: what each equation reads.
-        fixes: what scales with width through constants in the program, and what would put it right.
-        findings: what was seen and can't be put right.
+        flow: which value is computed from which.
+        fixes: what scales with width through constants in the program, and what would correct it.
+        findings: what was found and cannot be corrected.
     """
 
     uses: Mapping[str, Sequence[Use]]
     products: Sequence[Product]
-    heads: Sequence[str]
+    output_params: Sequence[str]
     activations: Mapping[EqnPath, int]
-    operands: Mapping[EqnPath, tuple[Operand, ...]]
+    flow: Flow
     fixes: Sequence[Fix]
     findings: Sequence[Finding]
 
@@ -67,14 +67,14 @@ def analyse(
         base_shape = fit(tuple(getattr(small.aval, "shape", ())), shape)
         path = params.get(position)
         if path is None:
-            scale = (state or {}).get(position)
-            size = Size(1.0 if scale is None else scale)
-            inputs.append(Value(shape, base_shape, "data", size=size, state=scale is not None))
+            stored = (state or {}).get(position)
+            scale = Scale(1.0 if stored is None else stored)
+            inputs.append(Value(shape, base_shape, "data", scale=scale, state=stored is not None))
         else:
             shapes[path] = (shape, base_shape)
-            size = Size((prescribed or {}).get(path, 1.0))
+            scale = Scale((prescribed or {}).get(path, 1.0))
             inputs.append(
-                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), size=size)
+                Value(shape, base_shape, "param", views=(whole(path, shape, base_shape),), scale=scale)
             )
 
     def walk(sums: frozenset[EqnPath], fixed: Mapping[EqnPath, Fix]) -> Record:
@@ -102,22 +102,28 @@ def analyse(
     return Analysis(
         dict(uses),
         list(record.products.values()),
-        list(record.heads),
+        list(record.output_params),
         record.activations,
-        record.operands,
+        record.flow,
         record.undisputed_fixes(),
         list(record.findings.values()),
     )
+
+
+def flow_of(program: ClosedJaxpr) -> Flow:
+    """Which value of an initialiser is computed from which."""
+    _, flow = _initial(program, program)
+    return flow
 
 
 def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How the outputs of two initialisers scale: entries of the target over those of the base.
 
     Returns:
-        Per output, the ratio; 0 for identically zero; None where the program does not tell.
+        Per output, the ratio; 0 for identically zero; None where the program does not show it.
     """
     try:
-        return [value.size.total for value in _initial(base, target)]
+        return [value.scale.total for value in _initial(base, target)[0]]
     except TraceMismatchError:
         count = len(target.jaxpr.outvars)
         if count == 1:
@@ -130,18 +136,20 @@ def read_scales(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
 def read_constants(base: ClosedJaxpr, target: ClosedJaxpr) -> list[float | None]:
     """How those outputs of two initialisers scale that are one known number; None for the others."""
     try:
-        return [value.size.total if value.const else None for value in _initial(base, target)]
+        return [value.scale.total if value.const else None for value in _initial(base, target)[0]]
     except TraceMismatchError:
         return [None] * len(target.jaxpr.outvars)
 
 
-def _initial(base: ClosedJaxpr, target: ClosedJaxpr) -> list[Value]:
-    """The outputs of two initialisers."""
+def _initial(base: ClosedJaxpr, target: ClosedJaxpr) -> tuple[list[Value], Flow]:
+    """The outputs of two initialisers, and how the values flow to them."""
     inputs = [
         Value(shape := _shape(big), fit(_shape(small), shape), "data")
         for small, big in zip(base.jaxpr.invars, target.jaxpr.invars, strict=True)
     ]
-    return Interpreter(PRIMITIVES, {}, exact=True).run(base, target, inputs)
+    interpreter = Interpreter(PRIMITIVES, {}, exact=True)
+    outs = interpreter.run(base, target, inputs)
+    return outs, interpreter.record.flow
 
 
 def _only(program: ClosedJaxpr, which: slice) -> ClosedJaxpr:

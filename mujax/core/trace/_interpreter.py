@@ -1,8 +1,8 @@
 """The abstract interpreter: walks the programs of base and target side by side.
 
 Two programs that differ in widths only have the same equations in the same order. The interpreter pairs
-them up, carries a `Value` per intermediate array and logs each use of a parameter. What a primitive does
-to a value is a rule in `primitives/`; this module owns the walk, the log and the control flow.
+them up, carries a `Value` per intermediate array and records each use of a parameter. What a primitive does
+to a value is a rule in `primitives/`; this module owns the walk, the record and the control flow.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from mujax.core.program import (
     Jaxpr,
     JaxprEqn,
     Subprogram,
+    Var,
+    is_float,
     is_library_function,
     primitive_name,
     shape_of,
+    source_line,
     subprograms,
-    where,
 )
 from mujax.core.trace._align import (
     add_leading,
@@ -41,20 +43,23 @@ from mujax.core.trace._uses import (
     AxisRole,
     Finding,
     Fix,
+    Loop,
     Operand,
     Pair,
     Product,
     Record,
     Use,
     UseKind,
+    Visit,
     paired_shapes,
 )
 from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
     ZERO,
+    Factor,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     common,
@@ -70,7 +75,7 @@ Rule = Callable[["Interpreter", Pair, Sequence[Value]], Sequence[Value]]
 
 
 class Interpreter:
-    """Walks a pair of programs and logs the uses of parameters.
+    """Walks a pair of programs and records the uses of parameters.
 
     Args:
         rules: what each primitive does, by name.
@@ -78,13 +83,13 @@ class Interpreter:
         prescribed: how the entries of each parameter scale, target over base, as the program gets them;
             1 where left out.
         exact: whether sizes must be exact, as for the program of an initialiser: there a nonlinear
-            function of what scales is unknown, and nothing is put right.
+            function of what scales is unknown, and nothing is corrected.
         sums: where an earlier walk found that a sum is a product with a parameter.
-        fixed: what an earlier walk put right and is put right from the start in this one.
+        fixed: what an earlier walk corrected, and this one corrects from the start.
 
     Attributes:
         exact: as given.
-        record: what was noted.
+        record: what was found.
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class Interpreter:
         self._caller: tuple[JaxprEqn, Jaxpr] | None = None
         self.record = Record(fixes=dict(self._fixed))
 
-    # ---- the log -----------------------------------------------------------------------------------
+    # ---- the record -------------------------------------------------------------------------------
 
     def _log(self, use: Use, decided: bool) -> int:
         self.record.uses.append(use)
@@ -124,7 +129,7 @@ class Interpreter:
         contracted: tuple[int, int] = (1, 1),
         decided: bool = True,
     ) -> int:
-        """Logs a use of the parameter that `view` shows.
+        """Records a use of the parameter that `view` shows.
 
         Args:
             pair: the equation.
@@ -134,7 +139,7 @@ class Interpreter:
             stack: axes of the operand that are batch axes of the product.
             picked: role of the axes from which one entry was picked by index.
             contracted: (base, target) size of what the product contracts.
-            decided: whether nothing that follows can change the verdict.
+            decided: whether nothing that follows can change its kind.
 
         Returns:
             The number of the use, for `decide` and `contract_later`.
@@ -142,12 +147,13 @@ class Interpreter:
         return self._log(
             Use(
                 view.path,
-                # A norm or a mean of a parameter tells nothing of the axis that it is over.
+                # A norm or a mean of a parameter shows nothing of the axis that it is over.
                 "opaque" if view.reduced else "statistic" if view.thinned else kind,
                 tuple(self._axes(view, fan_in, stack, picked)),
                 pair.site,
                 contracted,
                 pair.place,
+                view.part,
             ),
             decided,
         )
@@ -182,7 +188,7 @@ class Interpreter:
             self.record.decided[pending.use] = True
 
     def contract_later(self, pair: Pair, value: Value, axes: Sequence[int]) -> bool:
-        """Tells the undecided uses in `value` that these axes of it are now contracted.
+        """Records that these axes of `value` are now contracted, for the undecided uses in it.
 
         Returns:
             Whether the contraction touches an axis of such a parameter.
@@ -205,7 +211,7 @@ class Interpreter:
         return touched
 
     def is_kernel(self, use: int) -> None:
-        """Notes that an undecided use was contracted as a kernel, whatever else is computed from it."""
+        """Records that an undecided use was contracted as a kernel, whatever else is computed from it."""
         self.record.kernels.add(use)
 
     def becomes_data(self, pair: Pair, value: Value) -> None:
@@ -216,102 +222,102 @@ class Interpreter:
         self.decide(value)
 
     def opaque(self, pair: Pair, value: Value) -> None:
-        """Something that can't be followed consumes the value."""
+        """Something that cannot be followed consumes the value."""
         if value.kind == "param":
             for view in value.views:
                 self.use(pair, view, "opaque")
         self.decide(value)
 
     def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
-        """Logs a product of two activations."""
-        self.record.products[pair.site] = Product(pair.site, contracted, left.heads, pair.place)
+        """Records a product of two activations."""
+        self.record.products[pair.site] = Product(pair.site, contracted, left.linear_in, pair.place)
 
     def logits(self, value: Value) -> None:
-        """Notes that a value goes into an exponential."""
+        """Records that a value goes into an exponential."""
         for site in value.products:
             self.record.products[site] = dataclasses.replace(self.record.products[site], logits=True)
 
-    # ---- sizes -------------------------------------------------------------------------------------
+    # ---- scales ------------------------------------------------------------------------------------
 
-    def sized(self, pair: Pair, size: Size, *operands: Size) -> Size:
-        """The size of an equation's result, with the place where its scale left 1."""
+    def scale_at(self, pair: Pair, scale: Scale, *operands: Scale) -> Scale:
+        """The scale of an equation's result, with the place where its scale left 1."""
         fix = self._fixed.get(pair.site)
         if fix is not None:
-            size = size.scaled(fix.factor)
-            if not size.is_one:
+            scale = scale.scaled(fix.factor)
+            if not scale.is_one:
                 self.record.misfits.add(pair.site)
-        out = size.at(pair.site, *operands)
-        self.record.unfixed |= size.through - out.origins
+        out = scale.at(pair.site, *operands)
+        self.record.unfixed |= scale.through - out.origins
         if pair.site in out.origins:
             self.record.places[pair.site] = pair.place
         return out
 
-    def meet(self, value: Value) -> Size:
-        """The size that an operand brings to the data.
+    def scale_against_prescribed(self, value: Value) -> Scale:
+        """The scale that an operand brings to the data.
 
-        A parameter brings its size relative to what the parametrization prescribes for it: the rules make
-        a product with a parameter of the prescribed size come out at 1. An array that the program closes
+        A parameter brings its scale relative to what the parametrization prescribes for it: the rules make
+        a product with a parameter of the prescribed scale come out at 1. An array that the program closes
         over is of order one.
         """
         if value.kind == "data" or value.const is not None:
-            return value.size
+            return value.scale
         if value.kind == "const":
-            return value.size if value.size.total == 0 or self.exact else ONE
+            return value.scale if value.scale.total == 0 or self.exact else ONE
         scales = {
             self._prescribed.get(view.path, 1.0) for view in value.views if not (view.reduced or view.inner)
         } - {1.0}
-        if value.size.total is None or len(scales) > 1:
+        if value.scale.total is None or len(scales) > 1:
             return UNKNOWN
-        if value.size.total == 0:
+        if value.scale.total == 0:
             return ZERO
-        size = Size(value.size.total / (scales.pop() if scales else 1.0))
-        return ONE if size.is_one else size
+        scale = Scale(value.scale.total / (scales.pop() if scales else 1.0))
+        return ONE if scale.is_one else scale
 
-    def settle(self, place: JaxprEqn | None, value: Value, report: bool = True) -> Size:
+    def require_order_one(self, place: JaxprEqn | None, value: Value, report: bool = True) -> Scale:
         """Requires entries of order one: inserts a correction, or records a finding.
 
         Constants that scale with width are held at the base's value. A coherent sum that is divided by
         the root of its length (attention logits) is divided by its length; a value that was divided by a
-        norm gets back its size. Anything else is reported.
+        norm gets back its scale. Anything else is reported.
 
         Args:
             place: the equation that consumes it; None at the end of a program without equations.
             value: the value.
-            report: whether to record what can't be corrected; else it may still cancel further on.
+            report: whether to record what cannot be corrected; else it may still cancel later.
 
         Returns:
-            Its size from here on.
+            Its scale from here on.
         """
-        size = value.size
-        if self.exact or value.kind != "data" or size.total is None or size.is_one:
-            return size
+        scale = value.scale
+        if self.exact or value.kind != "data" or scale.total is None or scale.is_one:
+            return scale
         if value.state:
             # A step of a power iteration: it computes a norm, and must compute the same norm.
             return UNKNOWN
-        if size.nearly_one:
+        if scale.nearly_one:
             return ONE
-        constants = size.total / size.summed
-        attention = abs(size.degree - 1) < _TOLERANCE
+        constants = scale.total / scale.summed
+        attention = abs(scale.degree - 1) < _TOLERANCE
         if attention:
-            known = size.summed != 1 and -0.98 < math.log(constants) / math.log(size.summed) < -0.02
+            known = scale.summed != 1 and -0.98 < math.log(constants) / math.log(scale.summed) < -0.02
         else:
-            known = abs(size.degree) < _TOLERANCE or size.normalised
+            known = abs(scale.degree) < _TOLERANCE or scale.normalised
         if not (known or report):
-            return size
-        for site in size.origins:
+            return scale
+        for site in scale.origins:
             if known:
-                self._fix(site, 1 / size.total, attention)
+                self._fix(site, 1 / scale.total, attention)
             else:
                 eqn = self.record.places[site]
                 self.find(
                     "unscaled sum" if same(constants, 1.0) else "unknown scale",
                     site,
                     eqn,
-                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {size.total:.4g} "
-                    "times from base to target where "
-                    f"it is used at {where(place) if place else 'the end'}, and its factor fits no known "
-                    "pattern (a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow "
-                    "with width (for attention logits with_multipliers(attention_mult=...) will do)",
+                    f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {scale.total:.4g} "
+                    "times from base to target where it is used at "
+                    f"{source_line(place) if place else 'the end'}, and its factor fits no known pattern "
+                    "(a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with "
+                    "width (for attention logits with_multipliers(attention_mult=...) will do)",
                 )
         return ONE
 
@@ -326,13 +332,12 @@ class Interpreter:
                 site,
                 known.eqn,
                 f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and "
-                f"{factor:.4g}; "
-                "compute the two uses from separate products",
+                f"{factor:.4g}; compute the two uses from separate products",
             )
 
     def find(self, kind: str, site: EqnPath, eqn: JaxprEqn, message: str) -> None:
-        """Logs something that can't be put right."""
-        self.record.findings[kind, site] = Finding(kind, message, where(eqn))
+        """Records something that cannot be corrected."""
+        self.record.findings[kind, site] = Finding(kind, message, source_line(eqn))
 
     # ---- the walk ----------------------------------------------------------------------------------
 
@@ -350,13 +355,17 @@ class Interpreter:
         Raises:
             TraceMismatchError: the programs differ in more than sizes.
         """
+        flow = self.record.flow
+        for number, (value, var) in enumerate(zip(inputs, target.jaxpr.invars, strict=True)):
+            self._makes(value, var, ("input", number), ())
         outs = self._program(base, target, inputs, ())
+        flow.outputs[:] = [value.origin for value in outs]
         for value in outs:
             self.decide(value)
-            # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
-            if not value.size.normalised:
-                self.settle(last_equation(target), value)
-            self.record.heads.update(dict.fromkeys(sorted(value.heads)))
+            # Vectors of unit norm may be outputs: what is computed from them is not in this program.
+            if not value.scale.normalised:
+                self.require_order_one(last_equation(target), value)
+            self.record.output_params.update(dict.fromkeys(sorted(value.linear_in)))
         return outs
 
     def _program(
@@ -364,9 +373,9 @@ class Interpreter:
     ) -> list[Value]:
         if len(base.consts) != len(target.consts):
             raise TraceMismatchError(
-                f"the traced programs of base and target must close over the same arrays; found "
-                f"{len(base.consts)} in the base and {len(target.consts)} in the target. Use a larger base, "
-                "so that the model's Python code takes the same path at both widths."
+                expected="programs of base and target that close over the same arrays",
+                got=f"{len(base.consts)} in the base and {len(target.consts)} in the target",
+                remedy="use a larger base, so that the model's code takes the same path at both widths",
             )
         consts = [
             closed_over(small, big, self.exact) for small, big in zip(base.consts, target.consts, strict=True)
@@ -400,23 +409,38 @@ class Interpreter:
         ]
 
     def _eqn(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
-        outs = self._apply(pair, ins)
-        self.record.operands[pair.site] = tuple(
-            Operand(value.kind, None if value.const is None else value.const[1]) for value in ins
-        )
+        rule = self._rules.get(pair.name)
+        inner = () if rule else tuple(zip(subprograms(pair.base), subprograms(pair.target), strict=True))
+        if inner:
+            self.record.flow.control[pair.site] = pair.target
+            outs = self._control(pair, inner, ins)
+        else:
+            first = len(self.record.uses)
+            outs = rule(self, pair, ins) if rule else self.unknown(pair, ins)
+            for value in outs:
+                value.origin = pair.site
+            self.record.flow.visits[pair.site] = Visit(
+                pair.target,
+                tuple(map(_operand, ins)),
+                widest(value.kind for value in outs),
+                tuple(self.record.uses[first:]),
+            )
         if any(value.state for value in ins) and all(value.state or value.kind != "data" for value in ins):
             for value in outs:
                 value.state = value.kind == "data"
         return outs
 
-    def _apply(self, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:
-        rule = self._rules.get(pair.name)
-        if rule is not None:
-            return rule(self, pair, ins)
-        inner = list(zip(subprograms(pair.base), subprograms(pair.target), strict=True))
+    def _makes(self, value: Value, var: Var, site: EqnPath, sources: Sequence[Value]) -> None:
+        """Records a value that no equation makes."""
+        value.origin = None
+        if is_float(var):
+            value.origin = site
+            self.record.flow.visits[site] = Visit(None, tuple(map(_operand, sources)), value.kind)
+
+    def _control(
+        self, pair: Pair, inner: Sequence[tuple[Subprogram, Subprogram]], ins: Sequence[Value]
+    ) -> Sequence[Value]:
         match [big.kind for _, big in inner]:
-            case []:
-                return self.unknown(pair, ins)
             case ["call"]:
                 return self._call(pair, *inner[0], ins)
             case ["branch", *_]:
@@ -439,7 +463,7 @@ class Interpreter:
                 "width",
             )
         return [
-            Value(shape, base, "const" if kind == "const" else "data", size=UNKNOWN)
+            Value(shape, base, "const" if kind == "const" else "data", scale=UNKNOWN)
             for shape, base in pair.shapes()
         ]
 
@@ -471,9 +495,16 @@ class Interpreter:
     ) -> list[Value]:
         """`scan` and `while`: the last program is the body, one before it the condition."""
         _, body = inner[-1]
+        variables = body.program.jaxpr.invars
         carries = [body.operands[number] for number, _ in body.carried]
+        starts = [ins[operand] for operand in carries]
+
+        def place(number: int) -> EqnPath:
+            return (*pair.site, body.step, "carry", number)
 
         def iteration(state: Sequence[Value]) -> list[Value]:
+            for (number, _), value, start in zip(body.carried, state, starts, strict=True):
+                self._makes(value, variables[number], place(number), [start])
             current = dict(enumerate(ins)) | dict(zip(carries, state, strict=True))
             outs: list[Value] = []
             for small, big in inner:
@@ -484,11 +515,29 @@ class Interpreter:
                 outs = self._inside(pair, small, big, given)
             return outs
 
-        outs = self._fixpoint(pair, [ins[operand] for operand in carries], iteration, len(carries))
+        outs = self._fixpoint(pair, starts, iteration, len(carries))
+        self.record.flow.loops[pair.site] = Loop(
+            body.length,
+            tuple(site for number, _ in body.carried if (site := place(number)) in self.record.flow.visits),
+            tuple(value.origin for value in outs[: len(carries)] if value.origin is not None),
+            tuple(
+                layer for number in sorted(body.sliced) for layer in self._layers(ins[body.operands[number]])
+            ),
+        )
         return [
             add_leading(value, *pair.shapes()[result]) if number in body.stacked else value
             for number, (value, result) in enumerate(zip(outs, body.results, strict=True))
         ]
+
+    def _layers(self, value: Value) -> list[tuple[str, int]]:
+        """The parameters in a value that a loop scans over, and the axis of each that comes first, whole."""
+        found = []
+        for view in value.views if value.kind == "param" else ():
+            shape, base = self._param_shapes[view.path]
+            for axis, sizes in enumerate(zip(shape, base, strict=True)):
+                if view.axes[0] == (Factor(axis, *sizes),):
+                    found.append((view.path, axis))
+        return found
 
     def _fixpoint(
         self,
@@ -499,8 +548,8 @@ class Interpreter:
     ) -> list[Value]:
         """Runs the body of a loop until the facts about its carry no longer change.
 
-        A carry may have a size of its own if the body keeps it; where it does not, the carry is put right
-        when it enters and after each step.
+        A carry may have a scale of its own if the body keeps it; where it does not, the carry is
+        corrected when it enters and after each step.
         """
         settled: set[int] = set()
         for value in state:
@@ -512,7 +561,7 @@ class Interpreter:
             moved = {
                 number
                 for number, (a, b) in enumerate(zip(entered, outs[:carry], strict=True))
-                if number not in settled and common([a.size, b.size]) is None
+                if number not in settled and common([a.scale, b.scale]) is None
             }
             if moved:
                 self.record = before
@@ -526,6 +575,7 @@ class Interpreter:
             joined = [self._join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
             if all(_same_facts(a, b) for a, b in zip(entered, joined, strict=True)):
                 for value, out in zip(joined, outs[:carry], strict=True):
+                    value.origin = out.origin
                     if value.kind == "data":
                         self.becomes_data(pair, out)
                 return [*joined, *outs[carry:]]
@@ -536,7 +586,7 @@ class Interpreter:
             entered = joined
 
     def _entering(self, pair: Pair, state: Sequence[Value], settled: Collection[int]) -> list[Value]:
-        """The carry of a loop as it enters; the numbers of those parts that are put right."""
+        """The carry of a loop as it enters, with the parts in `settled` corrected."""
         entered: list[Value] = []
         for number, value in enumerate(state):
             # A counter that starts at a known number does not keep it.
@@ -554,9 +604,10 @@ class Interpreter:
         ]
         joined = []
         for values in zip(*branches, strict=True):
-            alike = common(value.size for value in values) is not None
+            alike = common(value.scale for value in values) is not None
             joined.append(self._join(values if alike else [self._settled(pair, value) for value in values]))
-        for number, value in enumerate(joined):
+        for number, (value, var) in enumerate(zip(joined, pair.target.outvars, strict=True)):
+            self._makes(value, var, (*pair.site, "join", number), [branch[number] for branch in branches])
             for branch in branches:
                 if value.kind == "data":
                     self.becomes_data(pair, branch[number])
@@ -566,21 +617,25 @@ class Interpreter:
 
     @staticmethod
     def _join(values: Sequence[Value]) -> Value:
-        """What is known of a value that is one of several."""
+        """The facts that hold for each of several values."""
         first = values[0]
         kind = widest(value.kind for value in values)
         views = tuple(dict.fromkeys(view for value in values for view in value.views))
         const = first.const if all(value.const == first.const for value in values) else None
-        size = common(value.size for value in values) or UNKNOWN
-        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), size)
+        scale = common(value.scale for value in values) or UNKNOWN
+        return Value(first.shape, first.base, kind, const, views if kind == "param" else (), scale)
 
     def _settled(self, pair: Pair, value: Value) -> Value:
-        return dataclasses.replace(value, size=self.settle(pair.place, value))
+        return dataclasses.replace(value, scale=self.require_order_one(pair.place, value))
+
+
+def _operand(value: Value) -> Operand:
+    return Operand(value.kind, value.const, value.origin)
 
 
 def _same_facts(a: Value, b: Value) -> bool:
     if (a.kind, a.const, set(a.views)) != (b.kind, b.const, set(b.views)):
         return False
-    if a.size.total is None or b.size.total is None:
-        return a.size.total is b.size.total
-    return same(a.size.total, b.size.total) and a.size.origins == b.size.origins
+    if a.scale.total is None or b.scale.total is None:
+        return a.scale.total is b.scale.total
+    return same(a.scale.total, b.scale.total) and a.scale.origins == b.scale.origins

@@ -12,12 +12,12 @@ from mujax.spec import ParamSpec, Role
 
 Roles = tuple[AxisRole, ...]
 
-_REMEDY = 'Say what it is with roles={{"{path}": ...}}: a role\'s name or a mujax.ParamSpec.'
+_REMEDY = 'say what it is with roles={{"{path}": ...}}: a role\'s name or a mujax.ParamSpec'
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """What one use says of the parameter as a whole."""
+    """The parameter as one use of it shows it."""
 
     use: Use
     spec: ParamSpec
@@ -28,21 +28,21 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
 
     Args:
         path: the parameter.
-        shape: the target's shape (or the delta's, where that says what is infinite).
+        shape: the target's shape (or the delta's, where that determines the infinite axes).
         base: the base's shape.
         uses: all uses of the parameter in the traced call.
 
     Raises:
-        RoleError: it has an infinite axis and its uses do not tell its role, or contradict each other.
+        RoleError: it has an infinite axis and its uses do not show its role, or contradict each other.
     """
     infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     readings = []
-    for use in telling(uses):
+    for use in informative_uses(uses):
         _refuse_axes_cut_in_two(path, shape, use)
-        readings.append(_Reading(use, read(use, shape, base)))
+        readings.append(_Reading(use, axes_of_use(use, shape, base)))
     if not readings:
         if infinite:
-            raise RoleError(_unseen(path, shape, uses))
+            raise _unseen(path, shape, uses)
         return ParamSpec(tuple(shape), tuple(base), fan_out=tuple(range(len(shape))))
     return _agree(path, readings)
 
@@ -53,14 +53,16 @@ def _refuse_axes_cut_in_two(path: str, shape: Sequence[int], use: Use) -> None:
         growing = {role for axis, role, size, base in use.axes if axis == number and size != base}
         if "fan_in" in growing and len(growing) > 1:
             raise RoleError(
-                f"{path}: expected each axis to be fan-in or fan-out, but parts of axis {number} of shape "
-                f"{tuple(shape)} are used as both at {use.where} and grow with width; store the parameter "
-                "with an axis for each."
+                where=path,
+                expected="each axis to be fan-in or fan-out",
+                got=f"parts of axis {number} of shape {tuple(shape)} that are used as both at {use.where} "
+                "and grow with width",
+                remedy="store the parameter with an axis for each",
             )
 
 
-def telling(uses: Sequence[Use]) -> list[Use]:
-    """The uses that tell a role: products with stored state only where there is nothing better.
+def informative_uses(uses: Sequence[Use]) -> list[Use]:
+    """The uses that show a role: products with stored state only where there is nothing better.
 
     A power iteration multiplies the kernel from both sides to find its norm; the kernel's role is what it
     does to the data.
@@ -69,10 +71,10 @@ def telling(uses: Sequence[Use]) -> list[Use]:
     return [use for use in seen if use.kind != "statistic"] or seen
 
 
-def read(
+def axes_of_use(
     use: Use, shape: Sequence[int], base: Sequence[int], infinite: tuple[int, ...] | None = None
 ) -> ParamSpec:
-    """What a single use says of the parameter; its growing axes are infinite unless said otherwise."""
+    """The parameter as a single use shows it; its growing axes are infinite unless `infinite` is given."""
     if infinite is None:
         infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     roles = _axis_roles(use, len(shape))
@@ -113,36 +115,39 @@ def _agree(path: str, readings: Sequence[_Reading]) -> ParamSpec:
         return dataclasses.replace(by_role["input"][0].spec, tied=True)
     if len(roles) > 1:
         first, second = (group[0] for group in list(by_role.values())[:2])
-        raise RoleError(
-            f"{path}: expected one role, but it is used as {_say(first)} and as {_say(second)}. "
-            + _REMEDY.format(path=path)
-        )
+        raise _disagreement(path, "one role", first, second)
     ((_, group),) = by_role.items()
     chosen = group[0]
     for other in group[1:]:
         if (other.spec.r_in, other.spec.r_out) != (chosen.spec.r_in, chosen.spec.r_out) and (
             other.use.kind != "elementwise"
         ):
-            raise RoleError(
-                f"{path}: expected one fan-in, but it is used as {_say(chosen)} and as {_say(other)}, which "
-                "grow "
-                "at different rates. " + _REMEDY.format(path=path)
-            )
+            raise _disagreement(path, "one fan-in that grows at one rate", chosen, other)
     return chosen.spec
 
 
-def _say(reading: _Reading) -> str:
-    spec = reading.spec
-    return f"{spec.role} (fan-in {spec.fan_in}, fan-out {spec.fan_out}) at {reading.use.where}"
+def _disagreement(path: str, expected: str, *readings: _Reading) -> RoleError:
+    found = (
+        f"{spec.role} (fan-in {spec.fan_in}, fan-out {spec.fan_out}) at {use.where}"
+        for use, spec in ((reading.use, reading.spec) for reading in readings)
+    )
+    return RoleError(
+        where=path,
+        expected=expected,
+        got=f"a use as {' and one as '.join(found)}",
+        remedy=_REMEDY.format(path=path),
+    )
 
 
-def _unseen(path: str, shape: Sequence[int], uses: Sequence[Use]) -> str:
+def _unseen(path: str, shape: Sequence[int], uses: Sequence[Use]) -> RoleError:
     if uses:
         use = uses[0]
-        found = f"it goes into {use.eqn.primitive.name} at {use.where}, which can't be followed"
+        found = f"one in {use.eqn.primitive.name} at {use.where}, which can't be followed"
     else:
-        found = "the traced call does not use it"
-    return (
-        f"{path}: expected a use that shows which axes of shape {tuple(shape)} are fan-in; {found}. "
-        + _REMEDY.format(path=path)
+        found = "none in the traced call"
+    return RoleError(
+        where=path,
+        expected=f"a use that shows which axes of shape {tuple(shape)} are fan-in",
+        got=found,
+        remedy=_REMEDY.format(path=path),
     )

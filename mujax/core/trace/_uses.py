@@ -1,4 +1,4 @@
-"""What the interpreter records of a pair of programs: uses of parameters, products, fixes, findings."""
+"""What the interpreter records of a pair of programs: flow, uses of parameters, products, fixes, findings."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from mujax.core.program import (
     JaxprEqn,
     is_of_user,
     shape_of,
-    where,
+    source_line,
 )
-from mujax.core.trace._values import (
-    Shape,
-    fit,
-)
+from mujax.core.trace._values import Kind, Shape, fit
 
 UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
 
@@ -38,6 +35,7 @@ class Use:
         site: where the result appears, as the evaluator addresses it.
         contracted: (base, target) size of what the product contracts.
         eqn: the target's equation, for its place in the user's code.
+        part: whether only a part of the parameter is used: a slice, or one layer of a stack.
     """
 
     path: str
@@ -46,11 +44,12 @@ class Use:
     site: EqnPath
     contracted: tuple[int, int]
     eqn: JaxprEqn
+    part: bool = False
 
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Product:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Fix:
     """A value that scales with width through constants of the user's program.
 
     Attributes:
-        site: the equation whose output a factor would put right.
+        site: the equation whose output a factor would correct.
         factor: that factor.
         attention: whether the value is a product of two activations divided by the root of its length.
         eqn: the target's equation at the site.
@@ -96,12 +95,12 @@ class Fix:
     @property
     def where(self) -> str:
         """`file:line` in the user's code."""
-        return where(self.eqn)
+        return source_line(self.eqn)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that the interpreter saw and can't put right.
+    """Something that the interpreter found and cannot correct.
 
     Attributes:
         kind: a short name, stable across versions.
@@ -126,15 +125,76 @@ def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 
 class Operand(NamedTuple):
-    """What an equation reads.
+    """A value that an equation reads.
 
     Attributes:
         kind: `"param"` for a function of parameters alone, `"const"` for one of nothing, else `"data"`.
-        number: the one number that all of its entries are in the target; None where it is not known.
+        const: (base, target) number that all of its entries are, where that is known.
+        origin: the visit that made it; None for a constant that the program holds.
     """
 
-    kind: str
-    number: float | None
+    kind: Kind
+    const: tuple[float, float] | None
+    origin: EqnPath | None
+
+    @property
+    def number(self) -> float | None:
+        """The number that all of its entries are in the target; None where it is not known."""
+        return None if self.const is None else self.const[1]
+
+
+class Visit(NamedTuple):
+    """An equation of the target as the walk last saw it, or a value that no equation makes.
+
+    Attributes:
+        eqn: the equation; None for an input, the carry of a loop, and the result of a `cond`.
+        operands: what it reads.
+        kind: what its outputs depend on, as for `Operand`.
+        uses: the uses of parameters in it.
+    """
+
+    eqn: JaxprEqn | None
+    operands: tuple[Operand, ...]
+    kind: Kind
+    uses: tuple[Use, ...] = ()
+
+
+class Loop(NamedTuple):
+    """A loop of the target.
+
+    Attributes:
+        length: number of iterations, where that is known.
+        carry: visits that stand for the carry as an iteration starts.
+        ends: visits that make the carry of the next iteration.
+        layers: parameters that are scanned over whole, and the axis of each that is stripped.
+    """
+
+    length: int | None
+    carry: tuple[EqnPath, ...]
+    ends: tuple[EqnPath, ...]
+    layers: tuple[tuple[str, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Which value of the target is computed from which: what depth is read off.
+
+    Attributes:
+        visits: equations that hold no program, inputs, carries and results of `cond`, in program order.
+        control: the equations that hold programs, by place.
+        loops: the loops, by place.
+        outputs: for each output of the program, the visit that makes it.
+    """
+
+    visits: dict[EqnPath, Visit] = dataclasses.field(default_factory=dict)
+    control: dict[EqnPath, JaxprEqn] = dataclasses.field(default_factory=dict)
+    loops: dict[EqnPath, Loop] = dataclasses.field(default_factory=dict)
+    outputs: list[EqnPath | None] = dataclasses.field(default_factory=list)
+
+    def operands(self, site: EqnPath) -> tuple[Operand, ...]:
+        """What an equation reads; nothing where it was not visited or holds a program."""
+        visit = self.visits.get(site)
+        return () if visit is None else visit.operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +246,7 @@ def paired_shapes(base: Atom, target: Atom) -> tuple[Shape, Shape]:
 
 @dataclasses.dataclass
 class Record:
-    """Everything that a walk notes.
+    """Everything that a walk records.
 
     Attributes:
         uses: the uses of parameters, in program order.
@@ -195,14 +255,14 @@ class Record:
         kernels: the undecided uses that were contracted as kernels, whatever else is computed from them.
         products: the products of two activations.
         activations: for each product, which of its operands is an activation: the first of two.
-        operands: what each equation of the target reads.
-        heads: the parameters whose product is, up to linear steps, an output of the program.
+        flow: which value of the target is computed from which.
+        output_params: the parameters whose product is, up to linear steps, an output of the program.
         places: the equations where a size left 1.
         fixes: what scales with width through the user's own constants.
         disputed: those that are used at two sizes.
         unfixed: values whose size was used as if they had no fix.
         misfits: fixes of an earlier walk that do not bring their value to order one.
-        findings: what was seen and can't be corrected.
+        findings: what was found and cannot be corrected.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
@@ -211,8 +271,8 @@ class Record:
     kernels: set[int] = dataclasses.field(default_factory=set)
     products: dict[EqnPath, Product] = dataclasses.field(default_factory=dict)
     activations: dict[EqnPath, int] = dataclasses.field(default_factory=dict)
-    operands: dict[EqnPath, tuple[Operand, ...]] = dataclasses.field(default_factory=dict)
-    heads: dict[str, None] = dataclasses.field(default_factory=dict)
+    flow: Flow = dataclasses.field(default_factory=Flow)
+    output_params: dict[str, None] = dataclasses.field(default_factory=dict)
     places: dict[EqnPath, JaxprEqn] = dataclasses.field(default_factory=dict)
     fixes: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
     disputed: set[EqnPath] = dataclasses.field(default_factory=set)
@@ -223,12 +283,12 @@ class Record:
     def copy(self) -> Record:
         """A record to go back to: the body of a loop is walked again until its facts no longer change.
 
-        What is known of one equation is written again on each walk, and is shared: a value that enters the
-        next walk may have left order one at an equation of the last.
+        Fields that are keyed by equation are overwritten by each walk, and are shared: a value that enters
+        the next walk may have left order one at an equation of the last.
         """
         shared: dict[str, Any] = {
             "activations": self.activations,
-            "operands": self.operands,
+            "flow": self.flow,
             "places": self.places,
         }
         contractions = {number: list(uses) for number, uses in self.contractions.items()}

@@ -29,7 +29,7 @@ class Factor(NamedTuple):
 
 
 Axis = tuple[Factor, ...]
-"""One axis of a value as its factors, major to minor; `()` for an axis of size 1 that is nobody's."""
+"""One axis of a value as its factors, major to minor; `()` for an axis of size 1 that comes from none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class View:
         inner: parameter axes that were contracted with another parameter.
         reduced: whether it is a statistic (a norm, a mean) that lacks an axis which grows.
         thinned: whether it lacks an axis that does not: it still shows what becomes of the others.
+        part: whether only a part of the parameter is left: a slice, or one layer of a stack.
     """
 
     path: str
@@ -53,6 +54,7 @@ class View:
     inner: frozenset[int] = frozenset()
     reduced: bool = False
     thinned: bool = False
+    part: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Pending:
     that was looked up is an embedding, unless it is then contracted as a kernel.
 
     Attributes:
-        use: number of the use in the interpreter's log.
+        use: number of the use in the interpreter's record.
         view: the parameter's layout in the value at hand.
     """
 
@@ -72,15 +74,15 @@ class Pending:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Size:
+class Scale:
     """How the entries of a value scale: target over base, as far as the program itself sets it.
 
     Sums count as coherent: over an axis that grows r times the sum grows r times. That is what happens
     to products of correlated activations and to means, and a sum divided by its length comes out at 1.
 
     Attributes:
-        total: entries in the target over entries in the base; 0 for identically zero, None if it can't
-            be told.
+        total: entries in the target over entries in the base; 0 for identically zero, None if it
+            cannot be determined.
         summed: the part of `total` that sums over growing axes account for; constants are the rest.
         degree: how many such sums are in it: 1 for a sum, -1/2 for a division by a norm.
         origins: the equations where the scale left 1; a factor there is a factor here.
@@ -95,7 +97,7 @@ class Size:
 
     @property
     def is_one(self) -> bool:
-        """Whether the entries are of the same size at every width."""
+        """Whether the entries are of the same scale at every width."""
         return self.total is not None and (self.total == 0 or same(self.total, 1.0))
 
     @property
@@ -110,21 +112,21 @@ class Size:
         """Whether it was divided by a norm, and by no constant that scales with width."""
         return self.total is not None and self.degree < 0 and same(self.total, self.summed)
 
-    def power(self, exponent: float) -> Size:
-        """The size of a power of the value."""
+    def power(self, exponent: float) -> Scale:
+        """The scale of a power of the value."""
         if not self.total:
             return self if exponent > 0 else UNKNOWN
         through = self.origins | self.through
-        return Size(self.total**exponent, self.summed**exponent, self.degree * exponent, through=through)
+        return Scale(self.total**exponent, self.summed**exponent, self.degree * exponent, through=through)
 
-    def scaled(self, factor: float | None) -> Size:
-        """The size after multiplication with a constant that scales by `factor`."""
+    def scaled(self, factor: float | None) -> Scale:
+        """The scale after multiplication with a constant that scales by `factor`."""
         if factor is None or self.total is None:
             return UNKNOWN
         return dataclasses.replace(self, total=self.total * factor)
 
-    def over(self, grows: float | None) -> Size:
-        """The size of a sum over axes that grow by `grows`."""
+    def over(self, grows: float | None) -> Scale:
+        """The scale of a sum over axes that grow by `grows`."""
         if grows is None or self.total is None:
             return UNKNOWN
         if grows == 1.0:
@@ -133,7 +135,7 @@ class Size:
             self, total=self.total * grows, summed=self.summed * grows, degree=self.degree + 1
         )
 
-    def at(self, site: tuple[int | str, ...], *operands: Size) -> Size:
+    def at(self, site: tuple[int | str, ...], *operands: Scale) -> Scale:
         """The result of an equation at `site`: where its scale left 1, and nothing if it has not."""
         if self.total is None:
             return self
@@ -141,14 +143,14 @@ class Size:
             return ZERO if self.total == 0 else ONE
         if self.origins:
             return self
-        apart = [size for size in operands if not size.is_one]
+        apart = [scale for scale in operands if not scale.is_one]
         origins = apart[0].origins if len(apart) == 1 and apart[0].origins else frozenset({site})
         return dataclasses.replace(self, origins=origins, through=frozenset())
 
 
-ONE: Final = Size()
-ZERO: Final = Size(0.0)
-UNKNOWN: Final = Size(None)
+ONE: Final = Scale()
+ZERO: Final = Scale(0.0)
+UNKNOWN: Final = Scale(None)
 
 
 @dataclasses.dataclass(slots=True)
@@ -161,11 +163,12 @@ class Value:
         kind: `"const"` depends on nothing, `"param"` on parameters only, `"data"` on anything.
         const: (base, target) where it is one known number throughout.
         views: for kind `"param"`, the parameters that it is a function of, axis by axis.
-        size: how its entries scale.
+        scale: how its entries scale.
         pending: undecided uses that this value is linear in.
         products: products of two activations that this value is linear in.
-        heads: parameters whose product this value is linear in.
+        linear_in: parameters whose product this value is linear in.
         state: whether it depends on parameters and stored state only, and on no input: a statistic.
+        origin: the visit that made it; None for a constant that the program holds.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -174,11 +177,12 @@ class Value:
     kind: Kind
     const: tuple[float, float] | None = None
     views: tuple[View, ...] = ()
-    size: Size = ONE
+    scale: Scale = ONE
     pending: tuple[Pending, ...] = ()
     products: frozenset[tuple[int | str, ...]] = frozenset()
-    heads: frozenset[str] = frozenset()
+    linear_in: frozenset[str] = frozenset()
     state: bool = False
+    origin: tuple[int | str, ...] | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
     @property
@@ -202,7 +206,7 @@ class Value:
 
 def constant(base: float, target: float, shape: Shape = (), base_shape: Shape = ()) -> Value:
     """A value that is one known number throughout."""
-    return Value(shape, base_shape, "const", const=(base, target), size=Size(ratio(base, target)))
+    return Value(shape, base_shape, "const", const=(base, target), scale=Scale(ratio(base, target)))
 
 
 def ratio(base: float, target: float) -> float | None:
@@ -214,20 +218,20 @@ def ratio(base: float, target: float) -> float | None:
     return target / base
 
 
-def product(sizes: Iterable[Size]) -> Size:
-    """Size of a product."""
+def product(scales: Iterable[Scale]) -> Scale:
+    """Scale of a product."""
     total, summed, degree = 1.0, 1.0, 0.0
     through: frozenset[tuple[int | str, ...]] = frozenset()
     unknown = False
-    for size in sizes:
-        if size.total == 0:
+    for scale in scales:
+        if scale.total == 0:
             return ZERO
-        unknown |= size.total is None
-        total *= size.total or 1.0
-        summed *= size.summed
-        degree += size.degree
-        through |= size.origins | size.through
-    return UNKNOWN if unknown else Size(total, summed, degree, through=through)
+        unknown |= scale.total is None
+        total *= scale.total or 1.0
+        summed *= scale.summed
+        degree += scale.degree
+        through |= scale.origins | scale.through
+    return UNKNOWN if unknown else Scale(total, summed, degree, through=through)
 
 
 def same(a: float, b: float) -> bool:
@@ -235,23 +239,23 @@ def same(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-5)
 
 
-def common(sizes: Iterable[Size]) -> Size | None:
-    """The size of a sum or of a choice of values that scale alike; None if they do not.
+def common(scales: Iterable[Scale]) -> Scale | None:
+    """The scale of a sum or of a choice of values that scale alike; None if they do not.
 
     Zeros scale like anything. A factor on the result is a factor on each of the values.
     """
     out = ZERO
-    for size in sizes:
-        if size.total is None:
+    for scale in scales:
+        if scale.total is None:
             return None
-        if size.total == 0:
+        if scale.total == 0:
             continue
         if out.total == 0:
-            out = size
-        elif out.total is None or not same(out.total, size.total):
+            out = scale
+        elif out.total is None or not same(out.total, scale.total):
             return None
         else:
-            out = dataclasses.replace(out, origins=out.origins | size.origins)
+            out = dataclasses.replace(out, origins=out.origins | scale.origins)
     return out
 
 

@@ -127,8 +127,8 @@ def test_a_vocabulary_that_differs():
 
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
     with refused(
-        mujax.ShapeMismatchError, "Embed_0/embedding: axis 0 is looked up by index at", "test_mup_init.py:",
-        "its size is a vocabulary and not a width; expected 11 as in the base, got 13",
+        mujax.ShapeMismatchError, "Embed_0/embedding: expected 11 entries along axis 0 as in the base",
+        "is looked up by index at", "test_mup_init.py:", "a vocabulary and not a width, got 13",
     ):  # fmt: skip
         mujax.mup_init(Net(WIDTH, 13), Net(BASE, 11), tokens)
     # The twin: the same vocabulary in both.
@@ -312,8 +312,8 @@ def _line_of(text: str) -> str:
 @pytest.mark.filterwarnings("ignore::mujax.errors.MujaxWarning")
 def test_a_parameter_that_can_not_be_followed_is_an_error_and_roles_mends_it():
     with refused(
-        mujax.RoleError, "mixed: expected a use that shows which axes of shape (24, 24) are fan-in; it goes",
-        _line_of("# the line in question"), 'Say what it is with roles={"mixed": ...}',
+        mujax.RoleError, "mixed: expected a use that shows which axes of shape (24, 24) are fan-in, got",
+        _line_of("# the line in question"), 'say what it is with roles={"mixed": ...}',
     ):  # fmt: skip
         mujax.mup_init(Opaque(WIDTH), Opaque(BASE), X)
     mup = mujax.mup_init(Opaque(WIDTH), Opaque(BASE), X, roles={"mix*": "hidden"})
@@ -342,8 +342,8 @@ def test_a_branch_on_the_width_is_an_error_that_names_both_places():
             return jnp.sin(x)  # narrow
 
     with refused(
-        mujax.TraceMismatchError, "must differ in sizes only; the base has sin on (4, 8) at",
-        _line_of("# narrow"), "the target tanh on (4, 24) at", _line_of("# wide"), "Use a larger base",
+        mujax.TraceMismatchError, "base and target that differ in sizes only, got sin on (4, 8) at",
+        _line_of("# narrow"), "and tanh on (4, 24) at", _line_of("# wide"), "use a larger base",
     ):  # fmt: skip
         mujax.mup_init(Net(WIDTH), Net(BASE), X)
     assert mujax.mup_init(Net(WIDTH), Net(12), X).spec["Dense_0/kernel"].role == "input"

@@ -1,4 +1,4 @@
-"""Elementwise primitives: what they do to sizes, and what they are linear in."""
+"""Elementwise primitives: what they do to scales, and what they are linear in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mujax.core.trace._values import (
     ONE,
     UNKNOWN,
     Pending,
-    Size,
+    Scale,
     Value,
     common,
     product,
@@ -22,89 +22,93 @@ from mujax.core.trace._values import (
 from mujax.core.trace.primitives._fold import fold_constants
 from mujax.core.trace.primitives._moves import broadcast_pending, broadcast_view
 
-SizeRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Size]], Size]
-"""Size of a result from the operands and the sizes that they bring."""
+ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scale]
+"""Scale of a result from the operands and the scales that they bring."""
 
 
-def common_size(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """A sum or a choice: terms of one size, or each is put right first.
+def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """A sum or a choice: terms of one scale, or each is corrected first.
 
-    A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is.
+    A constant term (a mask, an epsilon) does not count, except in an initialiser.
     """
-    moving = [size for value, size in zip(ins, sizes, strict=True) if interp.exact or value.kind != "const"]
-    alike = common(moving or sizes)
+    moving = [
+        scale for value, scale in zip(ins, scales, strict=True) if interp.exact or value.kind != "const"
+    ]
+    alike = common(moving or scales)
     if alike is not None:
-        return interp.sized(pair, alike)
-    if interp.exact or any(size.total is None for size in moving) or all(v.kind != "data" for v in ins):
+        return interp.scale_at(pair, alike)
+    if interp.exact or any(scale.total is None for scale in moving) or all(v.kind != "data" for v in ins):
         return UNKNOWN
     for value in ins:
-        interp.settle(pair.place, value)
+        interp.require_order_one(pair.place, value)
     return ONE
 
 
-def order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """A nonlinear function: its arguments must be of one size at every width."""
+def order_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """A nonlinear function: its arguments must be of one scale at every width."""
     if interp.exact:
-        return ONE if all(size.is_one for size in sizes) else UNKNOWN
+        return ONE if all(scale.is_one for scale in scales) else UNKNOWN
     for value in ins:
-        interp.settle(pair.place, value)
+        interp.require_order_one(pair.place, value)
     return ONE
 
 
-def _exponential(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _exponential(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     interp.logits(ins[0])
-    return order_one(interp, pair, ins, sizes)
+    return order_one(interp, pair, ins, scales)
 
 
-def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     return ONE
 
 
-def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """Zeros and ones. How many of each there are tells only on entries of the same size at every width."""
-    if interp.exact and not all(size.is_one for size in sizes):
+def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """Zeros and ones. Their shares are the same at every width if the scale of the entries is."""
+    if interp.exact and not all(scale.is_one for scale in scales):
         return UNKNOWN
     return ONE
 
 
-def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    if interp.exact and not sizes[0].is_one:
+def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    if interp.exact and not scales[0].is_one:
         return UNKNOWN
-    return common_size(interp, pair, ins[1:], sizes[1:])
+    return common_scale(interp, pair, ins[1:], scales[1:])
 
 
-def _power_of(exponent: float) -> SizeRule:
-    def size(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-        return interp.sized(pair, sizes[0].power(exponent))
+def _power_of(exponent: float) -> ScaleRule:
+    def scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+        return interp.scale_at(pair, scales[0].power(exponent))
 
-    return size
-
-
-def _integer_pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    return interp.sized(pair, sizes[0].power(float(pair.params["y"])))
+    return scale
 
 
-def _pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _integer_pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    return interp.scale_at(pair, scales[0].power(float(pair.params["y"])))
+
+
+def _pow(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     exponent = ins[1].const
     if exponent is not None and exponent[0] == exponent[1]:
-        return interp.sized(pair, sizes[0].power(exponent[1]))
-    return order_one(interp, pair, ins, sizes)
+        return interp.scale_at(pair, scales[0].power(exponent[1]))
+    return order_one(interp, pair, ins, scales)
 
 
-def _one_minus_square(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
+def _one_minus_square(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
+) -> Scale:
     """`1 - x * x`, one primitive since JAX 0.11: as the difference of a constant and a square."""
     if interp.exact:
-        return ONE if sizes[0].is_one else UNKNOWN
-    return interp.sized(pair, sizes[0].power(2))
+        return ONE if scales[0].is_one else UNKNOWN
+    return interp.scale_at(pair, scales[0].power(2))
 
 
-def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    both = (sizes[0], sizes[1].power(-1))
-    return interp.sized(pair, product(both), *both)
+def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    both = (scales[0], scales[1].power(-1))
+    return interp.scale_at(pair, product(both), *both)
 
 
-def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    return interp.sized(pair, product(sizes), *sizes)
+def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    return interp.scale_at(pair, product(scales), *scales)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +116,12 @@ class Elementwise:
     """An elementwise primitive.
 
     Attributes:
-        size: the size of the result.
+        scale: the scale of the result.
         linear: operands that the result is linear in, with the others fixed.
-        logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
+        logits: whether logits remain logits: linear steps, choices, a soft cap.
     """
 
-    size: SizeRule = order_one
+    scale: ScaleRule = order_one
     linear: tuple[int, ...] = ()
     logits: bool = True
 
@@ -128,11 +132,11 @@ class Elementwise:
         if folded is not None:
             return [folded]
         kind = widest(value.kind for value in ins)
-        sizes = [interp.meet(value) if kind == "data" else value.size for value in ins]
-        size = self.size(interp, pair, ins, sizes)
+        scales = [interp.scale_against_prescribed(value) if kind == "data" else value.scale for value in ins]
+        scale = self.scale(interp, pair, ins, scales)
         if kind != "data":
             views = [broadcast_view(view, value, shape, base) for value in ins for view in value.views]
-            return [Value(shape, base, kind, views=tuple(dict.fromkeys(views)), size=size)]
+            return [Value(shape, base, kind, views=tuple(dict.fromkeys(views)), scale=scale)]
         pending: list[Pending] = []
         for position, value in enumerate(ins):
             if position not in self.linear:
@@ -142,14 +146,14 @@ class Elementwise:
             for view in value.views:
                 use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=False)
                 pending.append(Pending(use, broadcast_view(view, value, shape, base)))
-        out = Value(shape, base, kind, size=size, pending=tuple(pending))
+        out = Value(shape, base, kind, scale=scale, pending=tuple(pending))
         if self.logits:
             out.products = frozenset[EqnPath]().union(*(value.products for value in ins))
-            out.heads = frozenset[str]().union(*(value.heads for value in ins))
+            out.linear_in = frozenset[str]().union(*(value.linear_in for value in ins))
         return [out]
 
 
-_IDENTITY: Final = Elementwise(common_size, linear=(0,))
+_IDENTITY: Final = Elementwise(common_scale, linear=(0,))
 
 
 ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
@@ -157,14 +161,14 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
         ["convert_element_type", "neg", "real", "imag", "reduce_precision", "conj"],
         _IDENTITY,
     ),
-    "stop_gradient": Elementwise(common_size),
-    "bitcast_convert_type": Elementwise(common_size, logits=False),
+    "stop_gradient": Elementwise(common_scale),
+    "bitcast_convert_type": Elementwise(common_scale, logits=False),
     "mul": Elementwise(_product, linear=(0, 1)),
     "div": Elementwise(_quotient, linear=(0,)),
-    **dict.fromkeys(["add", "add_any", "sub", "clamp"], Elementwise(common_size)),
-    **dict.fromkeys(["max", "min", "rem", "nextafter"], Elementwise(common_size, logits=False)),
+    **dict.fromkeys(["add", "add_any", "sub", "clamp"], Elementwise(common_scale)),
+    **dict.fromkeys(["max", "min", "rem", "nextafter"], Elementwise(common_scale, logits=False)),
     "select_n": Elementwise(_chosen),
-    "abs": Elementwise(common_size, logits=False),
+    "abs": Elementwise(common_scale, logits=False),
     "square": Elementwise(_power_of(2), logits=False),
     "sqrt": Elementwise(_power_of(0.5), logits=False),
     "one_minus_square": Elementwise(_one_minus_square, logits=False),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mujax.core.trace._align import resized
 from mujax.core.trace._interpreter import Interpreter
@@ -13,8 +13,8 @@ from mujax.core.trace._values import (
     UNKNOWN,
     Axis,
     Factor,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     broadcast_axis,
@@ -22,7 +22,7 @@ from mujax.core.trace._values import (
     regroup,
     widest,
 )
-from mujax.core.trace.primitives._elementwise import common_size
+from mujax.core.trace.primitives._elementwise import common_scale
 from mujax.core.trace.primitives._moves import move_views
 
 
@@ -107,12 +107,13 @@ def _sliced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: S
             zip(shape, base, strict=True),
             strict=True,
         ):
-            part = _cut(axis, *sizes)
-            if part is None:
+            left = _cut(axis, *sizes)
+            if left is None:
                 return None
-            axes.append(part[0])
-            picked |= part[1]
-        return dataclasses.replace(view, axes=tuple(axes), picked=picked)
+            axes.append(left[0])
+            picked |= left[1]
+        part = view.part or (value.shape, value.base) != (shape, base)
+        return dataclasses.replace(view, axes=tuple(axes), picked=picked, part=part)
 
     views = []
     for view in value.views:
@@ -137,53 +138,53 @@ def pad_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Valu
     interp.becomes_data(pair, ins[1])
     ((shape, base),) = pair.shapes()
     out = _sliced(interp, pair, ins[0], shape, base)
-    return [out.replace(size=common_size(interp, pair, ins, [value.size for value in ins]), const=None)]
+    return [out.replace(scale=common_scale(interp, pair, ins, [value.scale for value in ins]), const=None)]
+
+
+def _joined(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], part: Callable[[View, Value], View]
+) -> list[Value]:
+    """Values side by side; `part` is the view of one of them over the whole of the result."""
+    ((shape, base),) = pair.shapes()
+    kind = widest(value.kind for value in ins)
+    scale = common_scale(
+        interp, pair, ins, [interp.scale_against_prescribed(v) if kind == "data" else v.scale for v in ins]
+    )
+    if kind == "data":
+        for value in ins:
+            interp.becomes_data(pair, value)
+        return [Value(shape, base, "data", scale=scale)]
+    views = tuple(dict.fromkeys(part(view, value) for value in ins for view in value.views))
+    return [Value(shape, base, kind, views=views, scale=scale)]
 
 
 def concatenate_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     ((shape, base),) = pair.shapes()
-    kind = widest(value.kind for value in ins)
-    size = common_size(interp, pair, ins, [interp.meet(v) if kind == "data" else v.size for v in ins])
-    if kind == "data":
-        for value in ins:
-            interp.becomes_data(pair, value)
-        return [Value(shape, base, "data", size=size)]
     at = pair.params["dimension"]
-    views = tuple(
-        dict.fromkeys(_part(view, at, value, shape[at], base[at]) for value in ins for view in value.views)
-    )
-    return [Value(shape, base, kind, views=views, size=size)]
+    size, small = shape[at], base[at]
 
+    def part(view: View, value: Value) -> View:
+        old, old_base = value.shape[at], value.base[at]
+        axis = view.axes[at]
+        if old and old_base and size % old == 0 and small % old_base == 0:
+            axis = (*broadcast_axis(size // old, small // old_base), *axis)
+        else:
+            # Uneven parts: the axis as a whole is the part's, as far as growing is concerned.
+            axis = tuple(Factor(factor.axis, size, small) for factor in axis[:1])
+        return dataclasses.replace(view, axes=(*view.axes[:at], axis, *view.axes[at + 1 :]))
 
-def _part(view: View, at: int, value: Value, size: int, base: int) -> View:
-    """The view of one part of a concatenation, over the whole of the joined axis."""
-    old, old_base = value.shape[at], value.base[at]
-    axis = view.axes[at]
-    if old and old_base and size % old == 0 and base % old_base == 0:
-        axis = (*broadcast_axis(size // old, base // old_base), *axis)
-    else:
-        # Uneven parts: the axis as a whole is the part's, as far as growing is concerned.
-        axis = tuple(Factor(factor.axis, size, base) for factor in axis[:1])
-    return dataclasses.replace(view, axes=(*view.axes[:at], axis, *view.axes[at + 1 :]))
+    return _joined(interp, pair, ins, part)
 
 
 def stack_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
-    """Values laid side by side along a new axis."""
+    """Values side by side along a new axis."""
     ((shape, base),) = pair.shapes()
-    kind = widest(value.kind for value in ins)
-    size = common_size(interp, pair, ins, [interp.meet(v) if kind == "data" else v.size for v in ins])
-    if kind == "data":
-        for value in ins:
-            interp.becomes_data(pair, value)
-        return [Value(shape, base, "data", size=size)]
     at = pair.params["axis"]
-
-    def insert(view: View) -> View:
-        new = broadcast_axis(shape[at], base[at])
-        return dataclasses.replace(view, axes=(*view.axes[:at], new, *view.axes[at:]))
-
-    views = tuple(dict.fromkeys(insert(view) for value in ins for view in value.views))
-    return [Value(shape, base, kind, views=views, size=size)]
+    new = broadcast_axis(shape[at], base[at])
+    return _joined(
+        interp, pair, ins,
+        lambda view, _: dataclasses.replace(view, axes=(*view.axes[:at], new, *view.axes[at:])),
+    )  # fmt: skip
 
 
 def unstack_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -217,7 +218,7 @@ def iota_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Val
     axis = pair.params["dimension"]
     grows = ratio(base[axis], shape[axis])
     # Entries 0, 1, 2, ... scale about as their number does: near enough for everything but an initialiser.
-    return [Value(shape, base, "const", size=UNKNOWN if interp.exact and grows != 1 else Size(grows))]
+    return [Value(shape, base, "const", scale=UNKNOWN if interp.exact and grows != 1 else Scale(grows))]
 
 
 def collective_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Sequence[Value]:

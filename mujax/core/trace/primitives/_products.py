@@ -1,4 +1,4 @@
-"""Sums and products: who is the weight, and who the activation."""
+"""Sums and products, and which operand of a product is the weight."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
+    Scale,
     Shape,
-    Size,
     Value,
     View,
     broadcast_axis,
@@ -70,11 +70,11 @@ def reduce_sum_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> li
     )  # fmt: skip
     out = _reduced(interp, pair, dataclasses.replace(value, pending=left), shape, base)
     if kernels is not None:
-        out.heads = kernels
+        out.linear_in = kernels
         if pair.site in interp.known_sums:
             # Over the parameter's own axes: of order one by its rule, as any product with it.
             base_size, size = value.sizes(axis for axis in gone if not _shows_parameter(value, axis))
-    return [out.replace(size=interp.sized(pair, value.size.over(ratio(base_size, size)), value.size))]
+    return [out.replace(scale=interp.scale_at(pair, value.scale.over(ratio(base_size, size)), value.scale))]
 
 
 def _shows_parameter(value: Value, axis: int) -> bool:
@@ -111,34 +111,34 @@ def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
     )
 
 
-def _size_of_product(
+def _scale_of_product(
     interp: Interpreter, pair: Pair, left: Value, right: Value, contracted: tuple[int, int]
-) -> Size:
-    """Size of a contraction: coherent between activations, of order one with a parameter by its rule."""
-    sizes = [interp.meet(left), interp.meet(right)]
+) -> Scale:
+    """Scale of a contraction: coherent between activations, of order one with a parameter by its rule."""
+    scales = [interp.scale_against_prescribed(left), interp.scale_against_prescribed(right)]
     grows = ratio(*contracted)
     kinds = {left.kind, right.kind}
     if kinds == {"param"}:
-        # Of the prescribed size if both are.
-        return interp.sized(pair, product(sizes))
+        # Of the prescribed scale if both are.
+        return interp.scale_at(pair, product(scales))
     if "param" in kinds:
         if left.state or right.state:
             return UNKNOWN
-        # Put right what can be before the product, so that each layer's own entries keep their size.
+        # Corrected before the product where possible, so that each layer's own entries keep their scale.
         settled = [
-            interp.settle(pair.place, value, report=False) if value.kind == "data" else size
-            for value, size in zip((left, right), sizes, strict=True)
+            interp.require_order_one(pair.place, value, report=False) if value.kind == "data" else scale
+            for value, scale in zip((left, right), scales, strict=True)
         ]
-        return interp.sized(pair, product(settled), *settled)
+        return interp.scale_at(pair, product(settled), *settled)
     if grows == 1.0:
-        return interp.sized(pair, product(sizes), *sizes)
+        return interp.scale_at(pair, product(scales), *scales)
     if interp.exact:
         return UNKNOWN
-    # A constant that is not one number (a mask, a rotation) is taken to keep sizes.
+    # A constant that is not one number (a mask, a rotation) is taken to keep scales.
     fixed = any(value.kind == "const" and value.const is None for value in (left, right))
     if fixed:
-        return interp.sized(pair, product(sizes), *sizes)
-    return interp.sized(pair, product(sizes).over(grows))
+        return interp.scale_at(pair, product(scales), *scales)
+    return interp.scale_at(pair, product(scales).over(grows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +157,10 @@ class _Side:
 def _multiply(
     interp: Interpreter, pair: Pair, left: _Side, right: _Side, place: Callable[[View, bool], View]
 ) -> list[Value]:
-    """The product of two values over some axes: who is the weight, who is the activation.
+    """The product of two values over some axes, one of which may be a weight.
 
     Args:
-        interp: the interpreter, for its log.
+        interp: the interpreter, for its record.
         pair: the equation.
         left: the first operand.
         right: the second operand.
@@ -170,7 +170,7 @@ def _multiply(
     contracted = left.value.sizes(left.contract)
     wide = contracted[0] != contracted[1]
     data = Value(
-        shape, base, "data", size=_size_of_product(interp, pair, left.value, right.value, contracted)
+        shape, base, "data", scale=_scale_of_product(interp, pair, left.value, right.value, contracted)
     )
 
     def weight(side: _Side, other: _Side) -> Value:
@@ -181,7 +181,7 @@ def _multiply(
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
             )  # fmt: skip
         interp.decide(side.value)
-        return dataclasses.replace(data, heads=_kernels(side.value, side.contract))
+        return dataclasses.replace(data, linear_in=_kernels(side.value, side.contract))
 
     def activation(side: _Side) -> None:
         interp.becomes_data(pair, side.value)
@@ -193,11 +193,14 @@ def _multiply(
     if "param" not in kinds:
         kernels = {_settle(interp, pair, side) for side in (left, right)} - {None}
         if "computed" in kernels:
-            return [dataclasses.replace(data, size=UNKNOWN)]
+            return [dataclasses.replace(data, scale=UNKNOWN)]
         if kernels:
             # An expert's kernel that was looked up: of order one by its rule, as any kernel's product.
-            sizes = [interp.meet(left.value), interp.meet(right.value)]
-            return [dataclasses.replace(data, size=interp.sized(pair, product(sizes), *sizes))]
+            scales = [
+                interp.scale_against_prescribed(left.value),
+                interp.scale_against_prescribed(right.value),
+            ]
+            return [dataclasses.replace(data, scale=interp.scale_at(pair, product(scales), *scales))]
         if "const" in kinds or not left.contract:
             return [data]
         interp.product(pair, contracted, left.value)
@@ -313,7 +316,7 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
     ((shape, base),) = pair.shapes()
     contracted = rhs.sizes((in_axis, *space))
     interp.record.activations[pair.site] = 0
-    data = Value(shape, base, "data", size=_size_of_product(interp, pair, lhs, rhs, contracted))
+    data = Value(shape, base, "data", scale=_scale_of_product(interp, pair, lhs, rhs, contracted))
     if rhs.kind == "param":
         for view in rhs.views:
             axis = view.axes[out_axis]
@@ -332,4 +335,4 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
             interp.becomes_data(pair, value)
         if lhs.kind == rhs.kind == "data":
             interp.product(pair, contracted, lhs)
-    return [dataclasses.replace(data, heads=_kernels(rhs, (in_axis, *space)))]
+    return [dataclasses.replace(data, linear_in=_kernels(rhs, (in_axis, *space)))]

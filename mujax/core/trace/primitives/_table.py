@@ -7,20 +7,20 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from mujax.core.program import IDENTITIES, where
+from mujax.core.program import IDENTITIES, source_line
 from mujax.core.trace._interpreter import Interpreter, Rule
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
     Axis,
     Pending,
-    Size,
+    Scale,
     Value,
     broadcast_axis,
     ratio,
     widest,
 )
-from mujax.core.trace.primitives._elementwise import ELEMENTWISE, SizeRule, common_size, order_one
+from mujax.core.trace.primitives._elementwise import ELEMENTWISE, ScaleRule, common_scale, order_one
 from mujax.core.trace.primitives._layout import (
     broadcast_in_dim_rule,
     collective_rule,
@@ -56,8 +56,8 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
     sizes, small = pair.params["slice_sizes"], pair.base.params["slice_sizes"]
     ((shape, base),) = pair.shapes()
     kind = widest(value.kind for value in ins)
-    brought = operand.size if kind == "const" else interp.meet(operand)
-    data = Value(shape, base, kind, size=interp.sized(pair, brought, brought), products=operand.products)
+    brought = operand.scale if kind == "const" else interp.scale_against_prescribed(operand)
+    data = Value(shape, base, kind, scale=interp.scale_at(pair, brought, brought), products=operand.products)
     if operand.kind != "param":
         return [data]
     batching = (*dims.operand_batching_dims,)
@@ -79,11 +79,11 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
             else:
                 if any(f.size != f.base for f in factors if f.axis is not None):
                     raise ShapeMismatchError(
-                        f"{view.path}: axis {axis} is looked up by index at {where(pair.place)}, so "
-                        "its "
-                        f"size is a vocabulary and not a width; expected {operand.base[axis]} as in the "
-                        "base, "
-                        f"got {operand.shape[axis]}. Give base and target the same size there."
+                        where=view.path,
+                        expected=f"{operand.base[axis]} entries along axis {axis} as in the base, since it "
+                        f"is looked up by index at {source_line(pair.place)}: a vocabulary and not a width",
+                        got=operand.shape[axis],
+                        remedy="give base and target the same size there",
                     )
                 picked |= mine
         looked_up = dataclasses.replace(view, axes=tuple(axes), picked=picked, stack=stack)
@@ -92,20 +92,25 @@ def _gather(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value
     return [dataclasses.replace(data, kind="data", pending=tuple(pending))]
 
 
-def _data(size: SizeRule, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
+def _data(scale: ScaleRule, interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """A primitive that rearranges or summarises data: a parameter in it is opaque."""
     for value in ins:
         interp.opaque(pair, value)
     kind = "const" if all(value.kind == "const" for value in ins) else "data"
-    found = size(interp, pair, ins, [value.size if kind == "const" else interp.meet(value) for value in ins])
-    return [Value(shape, base, kind, size=found) for shape, base in pair.shapes()]
+    found = scale(
+        interp,
+        pair,
+        ins,
+        [value.scale if kind == "const" else interp.scale_against_prescribed(value) for value in ins],
+    )
+    return [Value(shape, base, kind, scale=found) for shape, base in pair.shapes()]
 
 
-def _cumulative(interp: Interpreter, pair: Pair, ins: Sequence[Value], sizes: Sequence[Size]) -> Size:
-    """A running sum: along an axis that grows its entries have no common size."""
+def _cumulative(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """A running sum: along an axis that grows its entries have no common scale."""
     axis = pair.params.get("axis")
     grows = axis is None or ins[0].shape[axis] != ins[0].base[axis]
-    return UNKNOWN if grows else interp.sized(pair, sizes[0], sizes[0])
+    return UNKNOWN if grows else interp.scale_at(pair, scales[0], scales[0])
 
 
 def _fft(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
@@ -132,7 +137,12 @@ def _write(values: Callable[[Sequence[Value]], Sequence[Value]]) -> Rule:
         written = values(ins)
         return [
             Value(
-                shape, base, kind, size=common_size(interp, pair, written, [interp.meet(v) for v in written])
+                shape,
+                base,
+                kind,
+                scale=common_scale(
+                    interp, pair, written, [interp.scale_against_prescribed(v) for v in written]
+                ),
             )
         ]
 
@@ -140,13 +150,13 @@ def _write(values: Callable[[Sequence[Value]], Sequence[Value]]) -> Rule:
 
 
 def _qr(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
-    """The columns of Q have unit norm: its entries are of the size of 1/sqrt(rows)."""
+    """The columns of Q have unit norm: its entries are of the scale of 1/sqrt(rows)."""
     interp.opaque(pair, ins[0])
-    rows = Size(ratio(ins[0].base[-2], ins[0].shape[-2])).power(-0.5)
-    sizes = [interp.sized(pair, rows), UNKNOWN, UNKNOWN, UNKNOWN]
+    rows = Scale(ratio(ins[0].base[-2], ins[0].shape[-2])).power(-0.5)
+    scales = [interp.scale_at(pair, rows), UNKNOWN, UNKNOWN, UNKNOWN]
     return [
-        Value(shape, base, "data", size=size)
-        for (shape, base), size in zip(pair.shapes(), sizes[: len(pair.shapes())], strict=True)
+        Value(shape, base, "data", scale=scale)
+        for (shape, base), scale in zip(pair.shapes(), scales[: len(pair.shapes())], strict=True)
     ]
 
 
@@ -203,7 +213,7 @@ PRIMITIVES: Final[dict[str, Rule]] = {
             *["sort", "cummax", "cummin", "reduce_window_max", "reduce_window_min", "top_k", "approx_top_k"],
             *["select_and_gather_add", "select_and_scatter_add"],
         ],
-        functools.partial(_data, common_size),
+        functools.partial(_data, common_scale),
     ),
     **dict.fromkeys(
         [

@@ -20,6 +20,7 @@ import mujax
 from mujax import rules
 from mujax.core.depth import find_branches
 from mujax.core.frontends import frontend
+from mujax.core.trace import analyse
 from mujax.models._resnet import ResNet, ResNetConfig
 from mujax.models._transformer import Transformer, TransformerConfig
 from mujax.spec import Parametrization, ParamSpec
@@ -97,6 +98,11 @@ def gain_and_bias(w, x):
     """LayerScale, and a bias on what is added."""
     gain, bias = (Param(nn.initializers.ones, (w,), name=name)() for name in ("gain", "bias"))
     return x + (gain * mlp(w, x) + bias)
+
+
+def gated_by_a_number(w, x):
+    """Flamingo's gate."""
+    return x + jnp.tanh(Param(nn.initializers.zeros, (), name="gate")()) * mlp(w, x)
 
 
 def peri_norm(w, x):
@@ -205,6 +211,7 @@ FOUND: dict[Callable[..., Any], list[set[str]]] = {
     dropout: [MLP],
     gate: [MLP | {"gate/kernel"}],
     gain_and_bias: [MLP | {"gain/p", "bias/p"}],
+    gated_by_a_number: [MLP | {"gate/p"}],
     peri_norm: [MLP | {"peri/scale", "peri/bias"}],
     experts: [{"router/kernel", "experts/p"}],
     weighted_sum: [MLP],
@@ -226,7 +233,8 @@ FOUND: dict[Callable[..., Any], list[set[str]]] = {
 def branches(model: Any, *inputs: Any, residual=(), **kwargs: Any):
     end = frontend(model)
     call = end.example(end.trace_init(inputs, kwargs).variables, inputs, kwargs)
-    return find_branches(jax.make_jaxpr(call.function)(*call.leaves), call.params, residual)
+    program = jax.make_jaxpr(call.function)(*call.leaves)
+    return find_branches(analyse(program, program, call.params).flow, residual)
 
 
 @pytest.mark.parametrize("body", FOUND, ids=lambda body: body.__name__)
@@ -329,13 +337,13 @@ def _part_of_the_stream(w, x):
 
 
 AMBIGUOUS: dict[Callable[..., Any], str] = {
-    _part_of_the_stream: "found an addition to a part of an array",
-    _highway: "found a stream that is multiplied with another activation",
-    _two_projections: "found products with parameters or between activations on both sides of the sum",
-    _low_rank: "found products with parameters or between activations on both sides of the sum",
-    _gains_only: "found parameters but no product on one side of the sum",
-    _nested: "expected residual branches one after the other, found one whose inside has another",
-    _shared: "f/bias: expected it to be used inside of residual branches or outside of them, found both",
+    _part_of_the_stream: "got an addition to a part of an array",
+    _highway: "got a stream that is multiplied with another activation",
+    _two_projections: "got products with parameters or between activations on both sides of the sum",
+    _low_rank: "got products with parameters or between activations on both sides of the sum",
+    _gains_only: "got parameters but no product on one side of the sum",
+    _nested: "expected residual branches one after the other, got one that contains another",
+    _shared: "f/bias: expected it to be used inside of residual branches or outside of them, got both",
 }
 
 
@@ -421,7 +429,7 @@ def test_branches_named_by_parameter():
 @pytest.mark.parametrize(
     ("body", "residual", "text"),
     [
-        (pre_norm, ["nothing/*"], "residual: expected globs .* but 'nothing/\\*' matches nothing"),
+        (pre_norm, ["nothing/*"], "residual: expected globs .* got 'nothing/\\*', which matches nothing"),
         (pre_norm, ["stem"], "residual: expected 'stem' to name what is inside of residual branches"),
         (
             lambda w, x: mujax.residual_branch(mlp(w, x)),
@@ -945,7 +953,7 @@ def test_a_factor_that_differs_between_base_and_target_is_refused(name):
     factor, differs, _ = OWN[name]
     own = scaled(factor)
     text = (
-        r"test_depth.py:\d+: expected a residual branch without a factor for depth, found one multiplied "
+        r"test_depth.py:\d+: expected a residual branch without a factor for depth, got one multiplied "
         rf"with .* in the base and .* in the target, which falls with {differs} of the depth; take it"
     )
     with pytest.raises(mujax.DepthError, match=text):
@@ -1007,7 +1015,7 @@ def test_a_constant_inside_of_a_branch_that_scales_with_depth_is_refused():
 
         return mujax.Functional(one.init, apply)
 
-    text = "expected nothing inside of residual branches to scale with depth, found .* power 1 from base"
+    text = "expected nothing inside of residual branches to scale with depth, got .* power 1 from base"
     with pytest.raises(mujax.DepthError, match=text):
         mujax.mup_init(build(8, 8), build(8, 2), X, depth="scan")
 
@@ -1045,7 +1053,7 @@ def test_initial_values_scaled_by_depth_are_refused(scan, base, text):
         ({"depth_alpha": 0.5}, mujax.ConfigError, "expected depth_alpha and residual together with depth="),
         ({"residual": ["f"]}, mujax.ConfigError, "expected depth_alpha and residual together with depth="),
         ({"depth": (2, 4), "residual": "f"}, mujax.ConfigError, "residual: expected a sequence of globs"),
-        ({"depth": "scan"}, mujax.DepthError, "found no scan over layers whose length differs; pass depth="),
+        ({"depth": "scan"}, mujax.DepthError, "got no scan over layers whose length differs; pass depth="),
     ],
 )
 def test_options_that_make_no_sense(options, error, text):
@@ -1055,7 +1063,7 @@ def test_options_that_make_no_sense(options, error, text):
 
 
 def test_depth_that_contradicts_the_scan_is_an_error():
-    text = r"block/.*: expected its layers to grow as depth=\(2, 16\) says"
+    text = r"block/.*: expected its layers to grow as in depth=\(2, 16\), got"
     with pytest.raises(mujax.DepthError, match=text):
         wrap("functional", depth=(2, 16))
     assert [c.factor for c in wrap("functional", depth=(1, 4)).corrections if c.kind == "residual"] == [1 / M]
@@ -1063,7 +1071,7 @@ def test_depth_that_contradicts_the_scan_is_an_error():
 
 def test_no_branches_is_an_error():
     net = Net(_feed_forward_only)
-    with pytest.raises(mujax.DepthError, match="expected residual branches, found no addition"):
+    with pytest.raises(mujax.DepthError, match="expected residual branches, got no addition"):
         mujax.mup_init(net, net, X, depth=(2, 4))
 
 
@@ -1109,6 +1117,23 @@ def test_layers_that_share_their_parameters_are_a_finding(scan):
     with pytest.warns(mujax.MujaxWarning, match="f is used in 4 residual branches"):
         mup = mujax.mup_init(build(8), build(4), X, depth=(2, 4))
     assert [finding.kind for finding in mup.findings] == ["shared layer"]
+
+
+@pytest.mark.parametrize("loop", ["fori_loop", "slice"])
+def test_layers_that_pick_their_own_part_share_nothing(loop):
+    def apply(params, x):
+        def layer(number, x):
+            return x + jnp.tanh(x @ params["f"][number])
+
+        if loop == "fori_loop":
+            return lax.fori_loop(0, 4, layer, x)
+        for number in range(4):
+            x = layer(number, x)
+        return x
+
+    net = mujax.Functional(lambda key, x: {"f": jax.random.normal(key, (4, 7, 7))}, apply)
+    found = branches(net, X)
+    assert (found.count, found.params, found.shared) == (4, {"f"}, {})
 
 
 def test_one_norm_for_the_two_branches_of_a_layer_is_not_shared_by_layers():

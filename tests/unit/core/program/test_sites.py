@@ -199,7 +199,7 @@ def test_mup_init_says_that_a_primitive_has_changed(monkeypatch):
         return mujax.Functional(init, apply)
 
     monkeypatch.setattr(jax, "make_jaxpr", patched)
-    with pytest.raises(mujax.MujaxError, match=r"test_program_sites\.py:\d+: expected the primitive 'scan'"):
+    with pytest.raises(mujax.MujaxError, match=r"test_sites\.py:\d+: expected the primitive 'scan'"):
         mujax.mup_init(model(16), model(8), X)
 
 

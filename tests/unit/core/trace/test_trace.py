@@ -385,7 +385,7 @@ def test_what_can_not_be_followed_is_an_error_and_not_a_guess(use):
     with pytest.raises(mujax.RoleError) as caught:
         read(case)
     assert str(caught.value).startswith(
-        "k: expected a use that shows which axes of shape (24, 24) are fan-in; it goes"
+        "k: expected a use that shows which axes of shape (24, 24) are fan-in, got one in "
     )
     assert f"test_trace.py:{line}" in str(caught.value)
     assert 'roles={"k": ...}' in str(caught.value)
@@ -425,7 +425,7 @@ def test_a_parameter_stored_flat_is_an_error(shape, use):
     with pytest.raises(mujax.RoleError) as caught:
         read(Case(shape, use, None))
     text = str(caught.value)
-    assert text.startswith("k: expected each axis to be fan-in or fan-out, but parts of axis 0 of shape (")
+    assert text.startswith("k: expected each axis to be fan-in or fan-out, got parts of axis 0 of shape (")
     assert (
         f"test_trace.py:{use.__code__.co_firstlineno} and grow with width; store the parameter with" in text
     )
@@ -458,14 +458,14 @@ def test_parameters_that_want_different_factors_on_one_product_are_an_error():
 
 
 def test_a_parameter_that_is_not_used_is_an_error_unless_it_is_finite():
-    with pytest.raises(mujax.RoleError, match=r"k: expected a use .*; the traced call does not use it"):
+    with pytest.raises(mujax.RoleError, match=r"k: expected a use .*, got none in the traced call"):
         read(Case(square, lambda k, h, w: h, None))
     spec = read(Case(lambda w: (3, 4), lambda k, h, w: h, None)).spec["k"]
     assert (spec.role, spec.r_in, spec.r_out) == (FINITE, 1.0, 1.0)
 
 
 def test_a_parameter_that_only_enters_a_penalty_or_is_returned_is_not_used():
-    with pytest.raises(mujax.RoleError, match="does not use it"):
+    with pytest.raises(mujax.RoleError, match="got none in the traced call"):
         read(Case(square, lambda k, h, w: (h, (k**2).sum(), k), None))
 
 
@@ -479,11 +479,11 @@ def test_a_looked_up_axis_that_grows_is_a_vocabulary_and_an_error():
     with pytest.raises(mujax.ShapeMismatchError) as caught:
         read(Case(lambda w: (w, 5), use, None))
     line = use.__code__.co_firstlineno
-    assert str(caught.value).startswith(
-        "k: axis 0 is looked up by index at tests/unit/core/trace/test_trace.py:"
+    assert str(caught.value) == (
+        "k: expected 8 entries along axis 0 as in the base, since it is looked up by index at "
+        f"tests/unit/core/trace/test_trace.py:{line}: a vocabulary and not a width, got 24; give base and "
+        "target the same size there."
     )
-    assert f"test_trace.py:{line}, so its size is a vocabulary and not a width" in str(caught.value)
-    assert "expected 8 as in the base, got 24" in str(caught.value)
 
 
 # ---- the two programs side by side -----------------------------------------------------------------
@@ -501,9 +501,9 @@ def test_python_that_branches_on_a_width_is_an_error_that_names_both_places(use)
     with pytest.raises(mujax.TraceMismatchError) as caught:
         read(Case(square, use, None))
     text = str(caught.value)
-    assert "must differ in sizes only; the base has " in text
-    assert ", the target " in text
-    assert "Use a larger base" in text
+    assert text.startswith("expected programs of base and target that differ in sizes only, got ")
+    assert " in the base and " in text
+    assert "; use a larger base" in text
     assert f"test_trace.py:{use.__code__.co_firstlineno}" in text
 
 
