@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mujax.check._faults import Fault, find_faults
+from mujax.check._faults import Violation, find_faults
 from mujax.check._measure import STATS, Batch, Measured, Program, Subject
-from mujax.check._models import Optimizer, optimizer_of, subjects
+from mujax.check._models import Optimizer, models_at, optimizer_of
 from mujax.check._optimizer_response import Response, respond
 from mujax.check._optimum import Status
 from mujax.check._slopes import Check, judge
@@ -97,7 +97,7 @@ class CoordCheck:
     """
 
     verdict: Status
-    faults: tuple[Fault, ...]
+    faults: tuple[Violation, ...]
     taps: tuple[TapReport, ...]
     widths: tuple[int, ...]
     learning_rates: tuple[float, ...]
@@ -146,7 +146,7 @@ class CoordCheck:
 
     def explained(self) -> list[str]:
         """The broken rules as lines of text, those alike together."""
-        alike: dict[tuple[str, float, float], list[Fault]] = collections.defaultdict(list)
+        alike: dict[tuple[str, float, float], list[Violation]] = collections.defaultdict(list)
         for one in self.faults:
             alike[one.rule, round(one.found, 1), round(one.expected, 1)].append(one)
         lines = ["", "Look at:"] if self.faults else []
@@ -334,7 +334,7 @@ def prepare(
         checked, by width; the same with optimizer and taps.
     """
     of_rate = optimizer_of(optimizer)
-    models = subjects(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
+    models = models_at(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
     clean = _clean(factory, models, inputs, kwargs)
     taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
     checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
@@ -539,14 +539,14 @@ def _worst(statuses: Sequence[Status]) -> Status:
     return "undecided" if "undecided" in statuses else "pass"
 
 
-def _unexplained(tap: TapReport) -> Fault:
+def _unexplained(tap: TapReport) -> Violation:
     check = tap.worst
     slope = None if check is None else check.slope
     found = math.nan if slope is None else slope.value
     allowed = (0.0, 0.0) if check is None else check.allowed
     expected = min(allowed, key=lambda end: abs(end - found))
     quantity = "size" if check is None else check.quantity
-    return Fault(
+    return Violation(
         tap.name,
         "activation",
         found,

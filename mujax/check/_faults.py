@@ -39,7 +39,7 @@ _EXACT: Final = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
+class Violation:
     """A rule that a parameter or a place breaks.
 
     Attributes:
@@ -77,12 +77,12 @@ _REMEDY: Final[Mapping[Rule, str]] = {
 }
 
 
-def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Fault:
+def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Violation:
     """A fault with its sentence."""
     # Without the sign of a zero.
     shown = {"found": round(found, 2) + 0.0, "expected": round(expected, 2) + 0.0}
     message = f"{name}: " + _REMEDY[rule].format(**shown)
-    return Fault(name, rule, found, expected, where, message)
+    return Violation(name, rule, found, expected, where, message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,9 @@ class Exponents:
     linear: bool
 
 
-def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: Exponents) -> list[Fault]:
+def broken_rules(
+    tap: Tap, path: str, param: ParamSpec, log2_width_ratio: float, found: Exponents
+) -> list[Violation]:
     """Compares one use of a parameter with Table 8, up to what the tables may differ in.
 
     A constant moved from the product to the initial values, with the learning rate adapted, is the same
@@ -113,7 +115,7 @@ def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: E
         tap: where it is used.
         path: the parameter.
         param: its shape and roles, the widest model against the narrowest.
-        octaves: log2 of the ratio of the two widths.
+        log2_width_ratio: log2 of the ratio of the two widths.
         found: what was measured.
     """
     table = rules.parametrization("mup")
@@ -121,7 +123,7 @@ def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: E
     power = 2 if found.linear else 1
 
     def exponent(ratio: float) -> float:
-        return math.log2(ratio) / octaves
+        return math.log2(ratio) / log2_width_ratio
 
     initial = exponent(rules.init_scale(param, table, 1.0))
     factor = 0.0
@@ -163,7 +165,7 @@ def find_faults(
     checked: Mapping[int, Subject],
     measured: Mapping[int, Measured],
     responses: Sequence[Response],
-) -> tuple[Fault, ...]:
+) -> tuple[Violation, ...]:
     """The rules that are broken, from the narrowest and the widest model.
 
     Args:
@@ -174,15 +176,15 @@ def find_faults(
         responses: of the optimizer at the smallest and the largest width.
     """
     narrow, *_, wide = models
-    octaves = math.log2(wide / narrow)
+    log2_width_ratio = math.log2(wide / narrow)
     ends = (narrow, wide)
 
     def exponent(small: float, large: float) -> float:
-        return math.log2(large / small) / octaves
+        return math.log2(large / small) / log2_width_ratio
 
-    found: dict[tuple[str, str], Fault] = {}
+    found: dict[tuple[str, str], Violation] = {}
 
-    def add(*faults: Fault) -> None:
+    def add(*faults: Violation) -> None:
         for one in faults:
             found.setdefault((one.name, one.rule), one)
 
@@ -203,14 +205,14 @@ def find_faults(
                 linear=bool(responses[1].linear[number]),
             )
             param = _relative(clean, models, path)
-            add(*broken_rules(tap, path, param, octaves, exponents))
+            add(*broken_rules(tap, path, param, log2_width_ratio, exponents))
             felt = [(one.epsilon[number], one.decay[number]) for one in responses]
             if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
                 # A key's bias has no gradient but for rounding; what epsilon makes of it is right.
                 felt = [(1.0, decay) for _, decay in felt]
-            add(*_of_optimizer(path, felt, octaves))
-    add(*_of_attention(clean, checked[narrow], checked[wide], octaves))
-    add(*_of_constants(clean, checked[narrow], checked[wide], octaves))
+            add(*_of_optimizer(path, felt, log2_width_ratio))
+    add(*_of_attention(clean, checked[narrow], checked[wide], log2_width_ratio))
+    add(*_of_constants(clean, checked[narrow], checked[wide], log2_width_ratio))
     return tuple(found.values())
 
 
@@ -239,36 +241,40 @@ def _relative(clean: MupModel, models: Mapping[int, MupModel], path: str) -> Par
     return dataclasses.replace(param, shape=models[wide].spec[path].shape, base_shape=small.shape)
 
 
-def _of_optimizer(path: str, ends: Sequence[tuple[float, float]], octaves: float) -> list[Fault]:
+def _of_optimizer(path: str, ends: Sequence[tuple[float, float]], log2_width_ratio: float) -> list[Violation]:
     """Epsilon and weight decay."""
     out = []
     (eps_small, decay_small), (eps_large, decay_large) = ends
     where = "the optimizer"
     if eps_small > 0 and eps_large > 0:
-        fall = math.log2(eps_large / eps_small) / octaves
+        fall = math.log2(eps_large / eps_small) / log2_width_ratio
         if abs(fall) > _EXACT / 2:
             out.append(fault(path, "epsilon", fall, 0.0, where))
     if decay_small > 0 and decay_large > 0:
-        grows = math.log2(decay_large / decay_small) / octaves
+        grows = math.log2(decay_large / decay_small) / log2_width_ratio
         if abs(grows) > _EXACT / 2:
             out.append(fault(path, "weight decay", grows, 0.0, where))
     return out
 
 
-def _of_attention(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
+def _of_attention(
+    clean: MupModel, narrow: Subject, wide: Subject, log2_width_ratio: float
+) -> list[Violation]:
     """Attention that the reading brings to 1/d, and the models that were checked do not."""
     reference = wide._replace(replay=clean.replay)
     out = []
     for tap in wide.taps:
         if tap.kind == "logits":
-            expected = math.log2(inserted_factor(reference, tap)) / octaves
-            found = math.log2(inserted_factor(wide, tap) / inserted_factor(narrow, tap)) / octaves
+            expected = math.log2(inserted_factor(reference, tap)) / log2_width_ratio
+            found = math.log2(inserted_factor(wide, tap) / inserted_factor(narrow, tap)) / log2_width_ratio
             if abs(found - expected) > _EXACT:
                 out.append(fault(tap.name, "attention", found - expected, 0.0, tap.where))
     return out
 
 
-def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
+def _of_constants(
+    clean: MupModel, narrow: Subject, wide: Subject, log2_width_ratio: float
+) -> list[Violation]:
     """Constants that scale with width and that nothing holds.
 
     Those behind a product with a parameter are a part of that product's factor and looked at there.
@@ -284,7 +290,7 @@ def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: floa
     for site, corrections in replay.corrections.items():
         wanted = math.prod(one.factor for one in corrections if one.kind == "scale")
         applied = insertion_factor(wide, site) / insertion_factor(narrow, site)
-        off = math.log2(applied / wanted) / octaves
+        off = math.log2(applied / wanted) / log2_width_ratio
         if site not in counted and wanted != 1 and abs(off) > _EXACT:
             out.append(fault(corrections[0].where, "constant", off, 0.0, corrections[0].where))
     return out

@@ -22,7 +22,7 @@ Optimizer = Callable[[Any, MupSpec], optax.GradientTransformation]
 """(learning rate, which may be traced, and spec) -> the optimizer."""
 
 
-def subjects(
+def models_at(
     factory: Callable[[int], Any],
     widths: Sequence[int],
     base: Callable[[int], Any] | None = None,

@@ -13,14 +13,14 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float
 
-from mujax.check._curves import Run, train_curves
-from mujax.check._models import Optimizer, optimizer_of, subjects
-from mujax.check._optimum import Status, student
+from mujax.check._models import Optimizer, models_at, optimizer_of
+from mujax.check._optimum import Status, difference
+from mujax.check._width_runs import train_models
 from mujax.errors import ConfigError
 from mujax.train import OutputLoss, check_batches, default_loss
 
@@ -30,8 +30,6 @@ MAX_RISE: Final = 0.02
 Correct models of finite widths come this close to each other where more width does not help any more; the
 difference is real and of no consequence.
 """
-
-_CONFIDENCE: Final = 0.95
 
 # As many looks at a pair of curves: few enough that the correction for them costs little, and enough to tell
 # a beginning from an end. More smoothing would not help: all widths see the same batches, so the noise of
@@ -186,12 +184,18 @@ def wider_is_better(
         raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
     if not learning_rate > 0:
         raise ConfigError(f"learning_rate: expected a positive number, got {learning_rate}.")
-    make = optimizer_of(optimizer)
-    runs = [Run(math.log2(learning_rate), number) for number in range(seed, seed + seeds)]
+    models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
+    runs = train_models(
+        models,
+        listed,
+        optimizer_of(optimizer),
+        loss or default_loss,
+        [math.log2(learning_rate)],
+        range(seed, seed + seeds),
+    )
     losses: dict[int, np.ndarray | None] = {}
-    for width, mup in subjects(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs).items():
-        curves = train_curves(mup, listed, make, loss or default_loss, runs)
-        known = [curve.losses for curve in curves.values() if curve is not None]
+    for width, (of_rate,) in runs.items():
+        known = [run.curve for run in of_rate if run.curve is not None]
         losses[width] = np.stack(known) if len(known) == seeds else None
     return judge_widths(losses, learning_rate, seeds, size, max_rise=max_rise)
 
@@ -228,9 +232,9 @@ def judge_widths(
             rises.append(Rise(narrow, wide, (0, last_step), None, None))
             continue
         gain = float(np.ptp(one.mean(axis=0)))
-        found = _compare(one, other, confidence=1 - (1 - _CONFIDENCE) / (len(starts) * len(pairs)))
-        if found is None:
+        if seeds < 2:
             continue
+        found = difference(one, other, comparisons=len(starts) * len(pairs))
         worse = found.at_least > max_rise * gain
         ends = [*(start - 1 for start in starts[1:]), last_step]
         rises += [
@@ -244,8 +248,7 @@ def judge_widths(
             for first, last in _stretches(worse)
         ]
         whole = [table.mean(axis=1, keepdims=True) for table in (one, other)]
-        overall = _compare(*whole, confidence=1 - (1 - _CONFIDENCE) / len(pairs))
-        may_be = math.inf if overall is None else float(overall.at_most[0])
+        may_be = float(difference(*whole, comparisons=len(pairs)).at_most[0])
         if not worse.any() and may_be > _RESOLUTION * gain:
             coarse.append(
                 f"The mean loss of width {wide} may be above that of width {narrow} by {may_be:.3g}, where "
@@ -280,39 +283,6 @@ def _windows(
 ) -> Float[np.ndarray, "seeds windows"]:
     sizes = np.diff([*starts, table.shape[1]])
     return np.add.reduceat(table, starts, axis=1) / sizes
-
-
-class _Difference(NamedTuple):
-    """How much worse the wide model is, by window: as found, and the least and the most that it can be."""
-
-    by: Float[np.ndarray, " windows"]
-    at_least: Float[np.ndarray, " windows"]
-    at_most: Float[np.ndarray, " windows"]
-
-
-def _compare(
-    narrow: Float[np.ndarray, "seeds windows"], wide: Float[np.ndarray, "seeds windows"], confidence: float
-) -> _Difference | None:
-    """The difference of the means over seeds with its one-sided limits; None with a single seed.
-
-    Of logarithms, where losses are positive: runs differ from each other by a factor, more so in the first
-    steps of a large learning rate. With the freedom of Welch's test: a narrow model's runs differ by more
-    than a wide one's.
-    """
-    seeds = narrow.shape[0]
-    if seeds < 2:
-        return None
-    is_positive = min(narrow.min(), wide.min()) > 0
-    one, other = (np.log(table) if is_positive else table for table in (narrow, wide))
-    parts = [table.var(axis=0, ddof=1) / seeds for table in (one, other)]
-    variance = parts[0] + parts[1]
-    spread = (parts[0] ** 2 + parts[1] ** 2) / (seeds - 1)
-    freedom = np.divide(variance**2, spread, out=np.full_like(variance, seeds - 1.0), where=spread > 0)
-    # A one-sided limit is an end of the two-sided interval with twice the risk.
-    reach = np.array([student(2 * confidence - 1, each) for each in freedom]) * np.sqrt(variance)
-    start, end = one.mean(axis=0), other.mean(axis=0)
-    back = np.exp if is_positive else np.asarray
-    return _Difference(*(back(end + shift) - back(start) for shift in (0.0, -reach, reach)))
 
 
 def _stretches(flags: Sequence[bool] | np.ndarray) -> list[tuple[int, int]]:

@@ -82,7 +82,7 @@ class Job(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class FunctionJob:
     """A run that is one function, (hyperparameters, key) -> metrics: a job of a single step."""
 
     run: Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
@@ -198,7 +198,7 @@ def threads() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-class Group:
+class CompiledRuns:
     """The programs of all runs that share shapes, and what is known of how fast they are.
 
     Args:
@@ -267,9 +267,9 @@ class Group:
     def flops(self) -> float | None:
         """Operations of one whole run, as XLA counts those of the compiled step; None where it can't be told.
 
-        A `Whole` may have loops inside, whose bodies XLA counts once.
+        A `FunctionJob` may have loops inside, whose bodies XLA counts once.
         """
-        if isinstance(self.job, Whole):
+        if isinstance(self.job, FunctionJob):
             return None
         for (_, name), program in self._programs.items():
             if name == "advance" and program.flops:
@@ -406,7 +406,7 @@ class Lanes(Protocol):
 class _Looped:
     """One program for one lane, on as many threads as there are cores."""
 
-    def __init__(self, group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+    def __init__(self, group: CompiledRuns, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
         self._group = group
         self.mode: Mode = mode
         # On other platforms than the CPU a thread would only wait for its turn.
@@ -463,7 +463,7 @@ class _Looped:
 class _Stacked:
     """One program for all lanes, which lie along a leading axis, split over the devices."""
 
-    def __init__(self, group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+    def __init__(self, group: CompiledRuns, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
         self._group = group
         self.mode: Mode = mode
         count = len(keys)
@@ -534,7 +534,7 @@ Watch = Callable[[int, Mapping[int, Metrics]], Iterable[int]]
 
 
 def run_lanes(
-    group: Group,
+    group: CompiledRuns,
     traced: Mapping[str, np.ndarray],
     keys: Key[Array, " n"],
     *,
@@ -597,7 +597,12 @@ def _shifted(watch: Watch, first: int) -> Watch:
 
 
 def _through(
-    group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any, stops: Sequence[int], watch: Watch
+    group: CompiledRuns,
+    mode: Mode,
+    traced: Mapping[str, np.ndarray],
+    keys: Any,
+    stops: Sequence[int],
+    watch: Watch,
 ) -> list[Metrics]:
     lanes: Lanes = (_Looped if mode == "loop" else _Stacked)(group, mode, traced, keys)
     found: dict[int, Metrics] = {lane: {} for lane in range(len(keys))}
@@ -621,7 +626,7 @@ def _through(
 
 
 def run_one(
-    group: Group,
+    group: CompiledRuns,
     traced: Mapping[str, Any],
     key: Key[Array, ""],
     *,

@@ -260,10 +260,14 @@ class Training:
         return state, {"loss": _mean(losses, recent, taken), "mean_loss": _mean(losses, 0, taken)}
 
     def finish(self, hparams: Mapping[str, Any], state: PyTree, data: PyTree, /) -> Mapping[str, Any]:
-        """The `curve` of losses, whether the run `diverged` and, with held-out data, the `valid_loss`."""
+        """The `curve` of losses, `untrained`, whether it `diverged`, and `valid_loss` with held-out data."""
         built, losses = self.built(hparams), state["losses"]
         summary = Losses(losses.mean(), losses[-tail(built.steps) :].mean(), state["untrained"])
-        metrics: dict[str, Any] = {"curve": losses, "diverged": ~summary.healthy}
+        metrics: dict[str, Any] = {
+            "curve": losses,
+            "untrained": summary.untrained,
+            "diverged": ~summary.healthy,
+        }
         if self.valid is not None:
             replay = self._with_multipliers(hparams, built)
             train: TrainState = state["train"]
@@ -395,7 +399,7 @@ def training_run(
 
     Returns:
         A job; its metrics are `loss`, the mean over the last tenth of the steps, `mean_loss`, over all steps,
-        and `valid_loss`.
+        `untrained`, the initial model's loss on the batches of the last tenth, and `valid_loss`.
 
     Raises:
         ConfigError: arguments that make no sense together.

@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from mujax.errors import ConfigError, MujaxError
-from mujax.train import MODES, Group, Job, Metrics, Mode, Whole, run_lanes
+from mujax.train import MODES, CompiledRuns, FunctionJob, Job, Metrics, Mode, run_lanes
 from mujax.tune._user_code import said
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def sweep(
             raise ConfigError(f"{name}: expected at least 1, got {value}.")
     if mode is not None and mode not in MODES:
         raise ConfigError(f"mode: expected one of {', '.join(map(repr, MODES))} or None, got {mode!r}.")
-    job: Any = run if hasattr(type(run), "advance") else Whole(run)  # pyright: ignore[reportArgumentType]
+    job: Any = run if hasattr(type(run), "advance") else FunctionJob(run)  # pyright: ignore[reportArgumentType]
     given = dict(fixed or {})
     if both := sorted(set(given) & set(space)):
         raise ConfigError(f"{both[0]}: expected it in the space or fixed, found it in both.")
@@ -436,7 +436,7 @@ class _Worker:
         self._mode: Mode | None = mode
         self._devices = devices
         self._keys = [jax.random.key(number) for number in range(seed, seed + seeds)]
-        self._groups: dict[Any, Group] = {}
+        self._groups: dict[Any, CompiledRuns] = {}
         self.modes: dict[str, int] = {}
 
     @property
@@ -453,7 +453,7 @@ class _Worker:
         total: int,
     ) -> None:
         """Runs trials and stores them; what is finished leaves the list."""
-        groups: dict[Any, tuple[Group, list[Lease]]] = {}
+        groups: dict[Any, tuple[CompiledRuns, list[Lease]]] = {}
         for lease in leases:
             key, group = self._group(lease)
             groups.setdefault(key, (group, []))[1].append(lease)
@@ -466,16 +466,16 @@ class _Worker:
                 leases.remove(lease)
             show.count()
 
-    def _group(self, lease: Lease) -> tuple[Any, Group]:
+    def _group(self, lease: Lease) -> tuple[Any, CompiledRuns]:
         hparams = {**self._fixed, **lease.params}
         static = {name: value for name, value in hparams.items() if name not in self._floats}
         key = tuple(sorted(static.items()))
         if key not in self._groups:
-            self._groups[key] = Group(self._job, static, mode=self._mode, devices=self._devices)
+            self._groups[key] = CompiledRuns(self._job, static, mode=self._mode, devices=self._devices)
         return key, self._groups[key]
 
     def _batch(
-        self, shared: SharedStudy, group: Group, leases: Sequence[Lease], show: _Show, left: int
+        self, shared: SharedStudy, group: CompiledRuns, leases: Sequence[Lease], show: _Show, left: int
     ) -> list[tuple[Lease, Trial, dict[str, Any]]]:
         seeds, begun = self._seeds, time.perf_counter()
         hparams = [{**self._fixed, **lease.params} for lease in leases]

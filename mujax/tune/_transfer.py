@@ -16,12 +16,13 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from mujax.check import Progress
 from mujax.errors import ConfigError
-from mujax.train import Group, refuse_untransferable, run_one, transfers
+from mujax.train import CompiledRuns, refuse_untransferable, run_one, transfers
 from mujax.tune._cost import Front, front
 from mujax.tune._sweep import Sweep, Trial
 from mujax.tune._tune import TuneConfig, read_study
-from mujax.tune._width_sweep import Progress, Report, TransferConfig, sweep_widths
+from mujax.tune._width_sweep import Report, TransferConfig, sweep_widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _train_target(
     floats = {name for name, value in hparams.items() if isinstance(value, float) and name not in job.static}
     static = {name: value for name, value in hparams.items() if name not in floats}
     # A single lane is a loop of one.
-    group = Group(job, static, mode="loop", devices=jax.local_devices()[:1])
+    group = CompiledRuns(job, static, mode="loop", devices=jax.local_devices()[:1])
     traced = {name: hparams[name] for name in sorted(floats)}
     runs: list[TargetRun] = []
     params: Any = None

@@ -25,7 +25,7 @@ import pytest
 from mujax import cli
 
 PROCESS = (sys.executable, "-m", "mujax.cli")
-SWEEP = ("transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
+SWEEP = ("transfer-check", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
 RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 
 Done = subprocess.CompletedProcess[str]
@@ -87,7 +87,7 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     assert 3 <= len(stored) < RUNS
     assert sweep.stderr.splitlines()[-1] == (
         f"mujax: interrupted; {len(stored)} runs are stored in results/runs.csv, "
-        "the same command goes on there."
+        "the same command resumes there."
     )
     assert "Traceback" not in sweep.stderr
     assert not (results / "report.json").exists()
@@ -120,7 +120,7 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     other = run(*SWEEP, "--batch", "32", cwd=tmp_path)
     assert other.returncode == 2
     assert other.stderr.startswith(
-        "mujax: out: expected runs with batch 32 in results/runs.csv, found runs with"
+        "mujax: out: expected runs with batch 32 in results/runs.csv, got runs with"
     )
     assert other.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
@@ -161,7 +161,7 @@ def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib
 
 
 def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
-    done = run_process(*PROCESS, "transfer", "--steps", "many", cwd=tmp_path)
+    done = run_process(*PROCESS, "transfer-check", "--steps", "many", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
 
+from mujax.check import Finished, Run
 from mujax.tune._cost import front
 from mujax.tune._sweep import Sweep, Trial
 from mujax.tune._transfer import TargetRun, Transferred
+from mujax.tune._width_sweep import Report, TransferConfig, summarise
 
 SPACE = {
     "learning_rate": {"low": 2.0**-9, "high": 2.0**-6, "log": True},
@@ -102,3 +104,8 @@ def make_transferred(
         "params": {"first": {"kernel": np.ones((2, 3), np.float32)}, "bias": np.zeros(3, np.float32)},
     }
     return Transferred(**{**default, **fields})
+
+
+def report_of(config: TransferConfig, losses: Mapping[Run, float | None], untrained: float = 5.0) -> Report:
+    """The report of a sweep over widths whose runs have these losses."""
+    return summarise(config, {run: Finished(loss, loss, untrained) for run, loss in losses.items()})
