@@ -311,6 +311,29 @@ fixed:
 """
 
 
+def test_a_model_and_data_of_the_users_own_are_checked_and_the_check_resumes(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 5)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=x[:, :3].argmax(axis=1))
+    line = "transfer-check mine:net --data data.npz --widths 8,16 --log2-lrs -9,-6,-3 --seeds 1 --steps 20"
+    results = tmp_path / "transfer-mine.net"
+    with interrupted_when(lambda: len(finished(results)) >= 2):
+        stopped = run(*line.split(), cwd=tmp_path)
+    assert stopped.returncode == 130, stopped.stderr
+    stored = finished(results)
+    assert 2 <= len(stored) < 12
+    done = run(*line.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(finished(results)) == 12
+    assert finished(results)[: len(stored)] == stored
+    report = json.loads((results / "report.json").read_text())
+    assert (report["task"], set(report["verdict"].values())) == ("mine:net", {"undecided"})
+    # Guessing among three costs 1.10.
+    assert min(report["loss"]["mup"]["16"]) < 1.1
+    assert "3. At width 16 a loss of " in done.stdout
+
+
 def test_a_model_and_data_of_the_users_own_are_tuned_and_transferred(tmp_path: pathlib.Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "tune.yaml").write_text(YAML)
