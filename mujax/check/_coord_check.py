@@ -298,12 +298,14 @@ def coord_check(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1.
     """
     if (inputs is None) == (batches is None):
-        raise ConfigError("inputs: expected either inputs or batches, got both or neither.")
+        raise ConfigError(where="inputs", expected="either inputs or batches", got="both or neither")
     for name, value, least in (("steps", steps, 1), ("seeds", seeds, 1)):
         if value < least:
-            raise ConfigError(f"{name}: expected at least {least}, got {value}.")
+            raise ConfigError(where=name, expected=f"at least {least}", got=value)
     if batches is None and loss is not None:
-        raise ConfigError("loss: expected batches with targets beside a loss of your own, got inputs only.")
+        raise ConfigError(
+            where="loss", expected="batches with targets beside a loss of your own", got="inputs only"
+        )
     examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
     clean, models, checked = prepare(
         factory, widths, examples, optimizer, base, base_width, kwargs, **mup_kwargs
@@ -373,8 +375,10 @@ def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
     output = mup.replay.output()
     if not hasattr(output, "shape"):
         raise ConfigError(
-            f"inputs: expected a model that returns one array, got {jax.tree.map(jnp.shape, output)}; pass "
-            "batches= with targets and a loss=."
+            where="inputs",
+            expected="a model that returns one array",
+            got=jax.tree.map(jnp.shape, output),
+            remedy="pass batches= with targets and a loss=",
         )
     key = jax.random.key(seed)
     if output.ndim >= 2 and output.shape[-1] > 1:

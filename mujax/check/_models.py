@@ -52,10 +52,12 @@ def models_at(
     """
     ascending = sorted({int(width) for width in widths})
     if len(ascending) < 2 or ascending[0] < 1:
-        raise ConfigError(f"widths: expected at least two different positive numbers, got {tuple(widths)}.")
+        raise ConfigError(
+            where="widths", expected="at least two different positive numbers", got=tuple(widths)
+        )
     if base is not None and base_width is not None:
         raise ConfigError(
-            f"base_width: expected none next to base=, which gives the base models, got {base_width}."
+            where="base_width", expected="none next to base=, which gives the base models", got=base_width
         )
     narrow = ascending[0] if base_width is None else base_width
     of_base = base or (lambda _: factory(narrow))

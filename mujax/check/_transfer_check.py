@@ -185,9 +185,9 @@ def transfer_check(
     """
     rates = tuple(sorted({float(rate) for rate in log2_lrs}))
     if len(rates) < 3:
-        raise ConfigError(f"log2_lrs: expected at least three different learning rates, got {rates}.")
+        raise ConfigError(where="log2_lrs", expected="at least three different learning rates", got=rates)
     if seeds < 1:
-        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     listed = check_batches(batches)
     models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
     runs = train_models(

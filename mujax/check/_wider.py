@@ -179,11 +179,11 @@ def wider_is_better(
     listed = check_batches(batches)
     size = max(1, len(listed) // _LOOKS) if window is None else window
     if not 1 <= size <= len(listed):
-        raise ConfigError(f"window: expected from 1 to the number of steps, {len(listed)}, got {size}.")
+        raise ConfigError(where="window", expected=f"from 1 to the number of steps, {len(listed)}", got=size)
     if seeds < 1:
-        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     if not learning_rate > 0:
-        raise ConfigError(f"learning_rate: expected a positive number, got {learning_rate}.")
+        raise ConfigError(where="learning_rate", expected="a positive number", got=learning_rate)
     models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
     runs = train_models(
         models,

@@ -135,13 +135,14 @@ def coord_check_figure(
 
 def _rate_to_draw(reports: Sequence[CoordCheck], asked: float | None) -> float:
     if not reports:
-        raise ConfigError("reports: expected at least one coordinate check to draw, got none.")
+        raise ConfigError(where="reports", expected="at least one coordinate check to draw", got="none")
     tried = [rate for rate in reports[0].learning_rates if all(rate in each.sizes for each in reports)]
     rate = tried[0] if asked is None and tried else asked
     if rate not in tried:
         raise ConfigError(
-            "learning_rate: expected one that all reports have tried, "
-            f"{', '.join(map(str, tried)) or 'none'}, got {asked}."
+            where="learning_rate",
+            expected=f"one that all reports have tried, {', '.join(map(str, tried)) or 'none'}",
+            got=repr(asked),
         )
     return rate
 

@@ -68,7 +68,7 @@ def sweep_figure(sweep: Sweep, title: str = "", *, space: Mapping[str, Any] | No
     """
     names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.hparams))
     if not names:
-        raise ConfigError("sweep: expected at least one trial to draw, got none.")
+        raise ConfigError(where="sweep", expected="at least one trial to draw", got="none")
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     height = _HEAD + rows * (_PANEL[1] + 0.55)

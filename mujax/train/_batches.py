@@ -54,8 +54,9 @@ def as_batches(batches: Any) -> Batches:
         return Batches((), keys, lambda _, drawn: tuple(draw(*drawn)), sized=False)
     if not isinstance(batches, Iterable):
         raise ConfigError(
-            "batches: expected an iterable of (inputs, targets) or a function (key, step) -> (inputs, "
-            f"targets), got {type(batches).__name__}."
+            where="batches",
+            expected="an iterable of (inputs, targets) or a function (key, step) -> (inputs, targets)",
+            got=type(batches).__name__,
         )
     listed = check_batches(batches)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *listed)
@@ -76,18 +77,22 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
     """
     listed = list(batches)
     if not listed:
-        raise ConfigError("batches: expected at least one (inputs, targets) pair, got none.")
+        raise ConfigError(where="batches", expected="at least one (inputs, targets) pair", got="none")
     shapes: list[PyTree] = []
     for step, batch in enumerate(listed):
         if not isinstance(batch, tuple) or len(batch) != 2:
             raise ConfigError(
-                f"batches: expected an (inputs, targets) pair at every step, got {type(batch).__name__} at "
-                f"step {step}; give a sequence of pairs, one for each step."
+                where="batches",
+                expected="an (inputs, targets) pair at every step",
+                got=f"{type(batch).__name__} at step {step}",
+                remedy="give a sequence of pairs, one for each step",
             )
         shapes.append(jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tuple(batch)))
         if shapes[step] != shapes[0]:
             raise ConfigError(
-                f"batches: expected the shapes and dtypes {shapes[0]} of the first step at every step, got "
-                f"{shapes[step]} at step {step}; drop what is left over at the end of the data."
+                where="batches",
+                expected=f"the shapes and dtypes {shapes[0]} of the first step at every step",
+                got=f"{shapes[step]} at step {step}",
+                remedy="drop what is left over at the end of the data",
             )
     return [tuple(batch) for batch in listed]

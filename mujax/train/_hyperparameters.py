@@ -107,7 +107,9 @@ def refuse_untransferable(tuned: Iterable[str], settled: Iterable[str]) -> None:
         reasons = "; ".join(f"{name}: {WHY_NOT[hyperparameter(name).kind]}" for name in left)
         name = left[0]
         raise ConfigError(
-            f"transfer: expected hyperparameters that transfer across width, found {', '.join(left)} "
-            f"tuned as well ({reasons}). Give the target's own value, --set {name}=..., or take the proxy's "
-            f"all the same, --also {name}; in Python fixed={{{name!r}: ...}} or also=({name!r},)."
+            where="transfer",
+            expected="hyperparameters that transfer across width",
+            got=f"{', '.join(left)} tuned as well ({reasons})",
+            remedy=f"give the target's own value, --set {name}=..., or take the proxy's all the same, "
+            f"--also {name}; in Python fixed={{{name!r}: ...}} or also=({name!r},)",
         )

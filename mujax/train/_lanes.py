@@ -112,8 +112,9 @@ class FunctionJob:
         metrics = self.run(dict(hparams), state)
         if not isinstance(metrics, Mapping):
             raise ConfigError(
-                "run: expected it to return a mapping of metrics such as {'loss': ...}, got "
-                f"{type(metrics).__name__}."
+                where="run",
+                expected="it to return a mapping of metrics such as {'loss': ...}",
+                got=type(metrics).__name__,
             )
         return state, metrics
 

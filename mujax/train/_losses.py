@@ -47,8 +47,11 @@ def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
             return jnp.square(logits - wanted).mean()
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (outputs, targets)]
     raise ConfigError(
-        "loss: expected one output array, of the targets' shape or, for integer targets, with one more axis "
-        f"of classes, got outputs {shapes[0]} and targets {shapes[1]}; pass loss=, a function of both."
+        where="loss",
+        expected="one output array, of the targets' shape or, for integer targets, with one more axis of "
+        "classes",
+        got=f"outputs {shapes[0]} and targets {shapes[1]}",
+        remedy="pass loss=, a function of both",
     )
 
 

@@ -48,7 +48,9 @@ def schedule(hparams: Mapping[str, Any], steps: int) -> Callable[[Any], Float[Ar
     given = {name: hparams.get(name, HYPERPARAMETERS[name].default) for name in ("schedule", "warmup", "end")}
     kind, warmup, end = given["schedule"], given["warmup"], given["end"]
     if kind not in SCHEDULES:
-        raise ConfigError(f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {kind!r}.")
+        raise ConfigError(
+            where="schedule", expected=f"one of {', '.join(map(repr, SCHEDULES))}", got=repr(kind)
+        )
 
     def rate(step: Any) -> Float[Array, ""]:
         risen = warmup * steps
@@ -102,9 +104,10 @@ def _own_arguments(name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     for keyword in _OWN:
         if keyword in hparams and keyword not in takes:
             raise ConfigError(
-                f"{keyword}: expected a hyperparameter of {name}, which takes "
-                f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}; leave it out or "
-                "take another optimizer."
+                where=keyword,
+                expected=f"a hyperparameter of {name}, which takes "
+                f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}",
+                remedy="leave it out or take another optimizer",
             )
     return {keyword: hparams[keyword] for keyword in _OWN if keyword in hparams}
 
@@ -174,21 +177,29 @@ class Training:
         for name, places in built.mup.replay.multiplier_sites.items():
             if name in hparams and not places:
                 raise ConfigError(
-                    f"{name}: expected a model with something for it to multiply, found none; leave it out."
+                    where=name,
+                    expected="a model with something for it to multiply",
+                    got="none",
+                    remedy="leave it out",
                 )
         if not isinstance(self.optimizer, str):
             # A function of the user's own reads what it wants.
             return
         if "learning_rate" not in hparams:
             raise ConfigError(
-                "learning_rate: expected it among the hyperparameters, got none; tune or fix it."
+                where="learning_rate",
+                expected="it among the hyperparameters",
+                got="none",
+                remedy="tune or fix it",
             )
         names = {*HYPERPARAMETERS, *self.static} - {"dropout", "depth"} | self.static
         for name in hparams:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(names))}."
-                raise ConfigError(f"{name}: expected a hyperparameter of the training or the model{meant}")
+                meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+                raise ConfigError(
+                    where=name, expected="a hyperparameter of the training or the model", remedy=meant
+                )
         _own_arguments(self.optimizer, hparams)
 
     def steps(self, static: Mapping[str, Any], /) -> int:
@@ -203,13 +214,17 @@ class Training:
             batch, steps = static.get("batch", self.default_batch), static.get("steps", self.default_steps)
             for name, value in (("batch", batch), ("steps", steps)):
                 if not isinstance(value, int) or value < 1:
-                    raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+                    raise ConfigError(where=name, expected="a whole number of at least 1", got=repr(value))
             limit = self.batches.limit
             if limit is not None and steps > limit:
-                raise ConfigError(f"steps: expected at most {limit}, the number of batches, got {steps}.")
+                raise ConfigError(
+                    where="steps", expected=f"at most {limit}, the number of batches", got=steps
+                )
             if "batch" in static and not self.batches.sized:
                 raise ConfigError(
-                    "batch: expected batches that can be of any size to tune it, got ready ones."
+                    where="batch",
+                    expected="batches that can be of any size to tune it",
+                    got="ready ones",
                 )
             inputs, _ = jax.eval_shape(
                 functools.partial(self._first, batch=batch, steps=steps), self.batches.data
@@ -416,15 +431,17 @@ def training_run(
     if isinstance(model, MupModel):
         if width is not None or base_width is not None or mup_kwargs:
             raise ConfigError(
-                "training_run: expected a ready MupModel alone, got arguments of mup_init beside it; pass "
-                "the factory of the modules instead."
+                where="training_run",
+                expected="a ready MupModel alone",
+                got="arguments of mup_init beside it",
+                remedy="pass the factory of the modules instead",
             )
         ready = model
         make: ModelOf = lambda _, __: ready  # noqa: E731
         static: frozenset[str] = frozenset()
     else:
         if width is None:
-            raise ConfigError("width: expected the width of the model, got none.")
+            raise ConfigError(where="width", expected="the width of the model", got="none")
         make = model_of(
             model, width=width, base_width=width if base_width is None else base_width, **mup_kwargs
         )

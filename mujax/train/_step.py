@@ -185,14 +185,18 @@ def _check_unchanged(before: PyTree, after: PyTree) -> None:
     for path in (*old, *new):
         if old.get(path) != new.get(path):
             raise MujaxError(
-                f"model_state at {path}: expected {old.get(path, 'nothing')} back from the loss, "
-                f"got {new.get(path, 'nothing')}; {remedy}."
+                where=f"model_state at {path}",
+                expected=f"{old.get(path, 'nothing')} back from the loss",
+                got=new.get(path, "nothing"),
+                remedy=remedy,
             )
     structures = jax.tree.structure(before), jax.tree.structure(after)
     if structures[0] != structures[1]:
         raise MujaxError(
-            f"model_state: expected the structure {structures[0]} back from the loss, "
-            f"got {structures[1]}; {remedy}."
+            where="model_state",
+            expected=f"the structure {structures[0]} back from the loss",
+            got=structures[1],
+            remedy=remedy,
         )
 
 

@@ -221,20 +221,27 @@ def _train_target(
 ) -> Transferred:
     target = config.target if width is None else width
     if target is None or target < 1:
-        raise ConfigError(f"width: expected the target's width, got {target}; pass --width, or width=.")
+        raise ConfigError(
+            where="width",
+            expected="the target's width",
+            got=repr(target),
+            remedy="pass --width, or width=",
+        )
     if seeds < 1:
-        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     study = read_study(config)
     best = study.best
     if best is None:
         raise ConfigError(
-            f"study: expected a trial in {config.study!r} that came to its end, found {len(study.trials)} "
-            "that did not; run mujax tune with lower learning rates."
+            where="study",
+            expected=f"a trial in {config.study!r} that came to its end",
+            got=f"{len(study.trials)} that did not",
+            remedy="run mujax tune with lower learning rates",
         )
     tuned = set(best.hparams)
     for name in also:
         if name not in tuned:
-            raise ConfigError(f"also: expected hyperparameters that the study tuned, got {name!r}.")
+            raise ConfigError(where="also", expected="hyperparameters that the study tuned", got=repr(name))
     refuse_untransferable(best.hparams, (*also, *fixed))
     settled = {name: "set" if name in fixed else "taken" for name in best.hparams if not transfers(name)}
     hparams = {**config.all_fixed, **best.hparams, **fixed}

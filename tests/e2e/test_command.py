@@ -266,7 +266,7 @@ def test_what_does_not_transfer_is_refused_until_it_is_settled(tmp_path: pathlib
     refused = run(*OF_STUDY, cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith(
-        "mujax: transfer: expected hyperparameters that transfer across width, found weight_decay tuned"
+        "mujax: transfer: expected hyperparameters that transfer across width, got weight_decay tuned"
     )
     assert not (tmp_path / "transfer-s" / "target.json").exists()
     done = run(*OF_STUDY, "--set", "weight_decay=0.05", cwd=tmp_path)

@@ -95,7 +95,7 @@ def test_what_does_not_transfer_is_settled_or_refused(config: TuneConfig) -> Non
     space = {**SPACE, "weight_decay": [0.0, 0.1], "depth": [1, 2]}
     config = dataclasses.replace(config, space=space, optimizer="adamw", trials=2, fixed={})
     mujax.tune(config)
-    with pytest.raises(ConfigError, match="found weight_decay, depth tuned as well"):
+    with pytest.raises(ConfigError, match="got weight_decay, depth tuned as well"):
         mujax.transfer(config, width=16)
     with pytest.raises(ConfigError, match="found depth tuned as well"):
         mujax.transfer(config, width=16, also=("weight_decay",))
@@ -198,9 +198,7 @@ def test_transferring_what_is_not_there(config: TuneConfig) -> None:
         mujax.transfer(config, width=16)
     lost = dataclasses.replace(config, space={"learning_rate": [2.0**100]}, trials=1, sampler="grid")
     mujax.tune(lost)
-    with pytest.raises(
-        ConfigError, match="expected a trial in 's' that came to its end, found 1 that did not"
-    ):
+    with pytest.raises(ConfigError, match="expected a trial in 's' that came to its end, got 1 that did not"):
         mujax.transfer(lost, width=16)
 
 
