@@ -1,7 +1,7 @@
 """Finds which parameters violate µP, by checking the rules for each parameter separately.
 
-How its initial values, the constants on its product, its learning rate, ε and decay scale from the narrowest
-model to the widest: read off the models and the optimizer, without the noise of training.
+Its initial values, the constants on its product, its learning rate, ε and decay scale with width from the
+narrowest model to the widest. This is read off the models and the optimizer, without the noise of training.
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
@@ -40,15 +40,15 @@ _EXACT: Final = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Violation:
-    """A rule that a parameter or a place breaks.
+    """A rule that is broken by a parameter or at a place.
 
     Attributes:
         name: the parameter, or the tap.
-        rule: which rule.
-        found: the exponent of the width that was measured.
-        expected: the exponent that the rule gives, in Table 8's terms.
-        where: `file:line` of the product, or what else to look at.
-        message: what is wrong and what to do, in a sentence.
+        rule: the rule.
+        found: the measured exponent of the width.
+        expected: the exponent by the rule, in terms of Table 8.
+        where: `file:line` of the product, or another place to look at.
+        message: the fault and its remedy, in a sentence.
     """
 
     name: str
@@ -78,7 +78,7 @@ _REMEDY: Final[Mapping[Rule, str]] = {
 
 
 def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Violation:
-    """A fault with its sentence."""
+    """A violation with its message."""
     # Without the sign of a zero.
     shown = {"found": round(found, 2) + 0.0, "expected": round(expected, 2) + 0.0}
     message = f"{name}: " + _REMEDY[rule].format(**shown)
@@ -87,12 +87,12 @@ def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> V
 
 @dataclasses.dataclass(frozen=True)
 class Exponents:
-    """How one use of one parameter scales from the narrowest model to the widest, as powers of the width.
+    """How one use of a parameter scales from the narrowest model to the widest, as powers of the width.
 
     Attributes:
-        initial: of its initial values; None where they are zero.
+        initial: of its initial values; None if they are zero.
         factor: of the constants on the product.
-        lr: of its learning rate; None where the optimizer's is not known.
+        lr: of its learning rate; None if it is not known.
         linear: whether the optimizer is linear in the gradient.
     """
 
@@ -105,7 +105,7 @@ class Exponents:
 def broken_rules(
     tap: Tap, path: str, param: ParamSpec, log2_width_ratio: float, found: Exponents
 ) -> list[Violation]:
-    """Compares one use of a parameter with Table 8, up to what the tables may differ in.
+    """Compares one use of a parameter with Table 8, up to the freedom that the tables leave.
 
     A constant moved from the product to the initial values, with the learning rate adapted, is the same
     training run (Tables 3, 8 and 9 are one): what counts is initial * factor, and lr * factor, or lr *
@@ -116,7 +116,7 @@ def broken_rules(
         path: the parameter.
         param: its shape and roles, the widest model against the narrowest.
         log2_width_ratio: log2 of the ratio of the two widths.
-        found: what was measured.
+        found: the measured exponents.
     """
     table = rules.parametrization("mup")
     family: rules.Family = "sgd" if found.linear else "adam"
@@ -166,13 +166,13 @@ def find_faults(
     measured: Mapping[int, Measured],
     responses: Sequence[Response],
 ) -> tuple[Violation, ...]:
-    """The rules that are broken, from the narrowest and the widest model.
+    """The broken rules, from the narrowest and the widest model.
 
     Args:
-        clean: the widest model against the narrowest, read off their programs and nothing else.
-        models: what is checked, by width.
+        clean: the widest model against the narrowest, read off their programs alone.
+        models: the checked models, by width.
         checked: the same with optimizer and taps.
-        measured: what was measured, by width.
+        measured: the measurements, by width.
         responses: of the optimizer at the smallest and the largest width.
     """
     narrow, *_, wide = models
@@ -193,9 +193,9 @@ def find_faults(
         for path in tap.params:
             number = numbers[path]
             initial = [measured[width].initial[:, number].mean() for width in ends]
-            entry = [_entry(models[width], path) for width in ends]
+            scales = [_param_factor(models[width], path) for width in ends]
             factors = [
-                site_factor(checked[width], tap) * factor for width, factor in zip(ends, entry, strict=True)
+                site_factor(checked[width], tap) * factor for width, factor in zip(ends, scales, strict=True)
             ]
             lrs = [_known_lr(response, number) for response in responses]
             exponents = Exponents(
@@ -208,7 +208,7 @@ def find_faults(
             add(*broken_rules(tap, path, param, log2_width_ratio, exponents))
             felt = [(one.epsilon[number], one.decay[number]) for one in responses]
             if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
-                # A key's bias has no gradient but for rounding; what epsilon makes of it is right.
+                # A key's bias has no gradient but for rounding: epsilon may take over there.
                 felt = [(1.0, decay) for _, decay in felt]
             add(*_of_optimizer(path, felt, log2_width_ratio))
     add(*_of_attention(clean, checked[narrow], checked[wide], log2_width_ratio))
@@ -220,13 +220,13 @@ def _typical(measured: Measured) -> float:
     return float(np.median(measured.gradients)) or 1.0
 
 
-def _entry(mup: MupModel, path: str) -> float:
+def _param_factor(mup: MupModel, path: str) -> float:
     positions = {name: position for position, name in mup.replay.call.params.items()}
     return mup.replay.entry.get(positions[path], 1.0)
 
 
 def _known_lr(response: Response, number: int) -> float:
-    """The learning rate of a parameter; 0 where it can't be read off the optimizer's response."""
+    """The learning rate of a parameter; 0 if it cannot be read off the optimizer's response."""
     known = response.linear[number] or response.entrywise[number]
     value = float(response.lr[number])
     return value if known and math.isfinite(value) else 0.0
@@ -260,7 +260,7 @@ def _of_optimizer(path: str, ends: Sequence[tuple[float, float]], log2_width_rat
 def _of_attention(
     clean: MupModel, narrow: Subject, wide: Subject, log2_width_ratio: float
 ) -> list[Violation]:
-    """Attention that the reading brings to 1/d, and the models that were checked do not."""
+    """Attention that the corrections bring to 1/d, but the checked models do not."""
     reference = wide._replace(replay=clean.replay)
     out = []
     for tap in wide.taps:
@@ -275,9 +275,9 @@ def _of_attention(
 def _of_constants(
     clean: MupModel, narrow: Subject, wide: Subject, log2_width_ratio: float
 ) -> list[Violation]:
-    """Constants that scale with width and that nothing holds.
+    """Constants that scale with width without a correction.
 
-    Those behind a product with a parameter are a part of that product's factor and looked at there.
+    Those behind a product with a parameter are part of that product's factor and checked there.
     """
     replay = clean.replay
     counted = {

@@ -1,7 +1,7 @@
 """The transfer check: does the best learning rate stay where it is as a model grows wider?
 
-The last word on a parametrization. A coordinate check looks at the first steps and at sizes; a weight decay
-that shrinks with width, or an ε that takes over, passes it and moves the optimum all the same.
+The final test of a parametrization: it trains. A coordinate check measures the sizes of the first steps,
+where a weight decay that shrinks with width, or an ε that takes over, need not show.
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Figures 1 and 3.
@@ -43,7 +43,7 @@ up to a factor of 2 in the learning rate: the error that a grid of powers of two
 """
 
 MAX_REGRET: Final = 0.05
-"""What a wider model may lose by the transferred learning rate, as a share of what training gains it.
+"""The most that a wider model may lose by the transferred learning rate, as a share of what training gains.
 
 About what an error of a factor 2 in the learning rate costs, the spacing of an ordinary grid.
 """
@@ -53,11 +53,11 @@ _RESAMPLES: Final = 1000
 
 @dataclasses.dataclass(frozen=True)
 class TransferCheck:
-    """What the transfer check found.
+    """The result of a transfer check.
 
     Attributes:
         verdict: `"pass"`, `"fail"` or `"undecided"`.
-        reasons: what the verdict rests on; where it is undecided, what to do.
+        reasons: of the verdict; if it is undecided, what to do.
         widths: ascending.
         log2_lrs: the grid.
         seeds: how many runs there are of each width and learning rate.
@@ -139,7 +139,7 @@ def transfer_check(
     max_regret: float = MAX_REGRET,
     **mup_kwargs: Any,
 ) -> TransferCheck:
-    """Trains a model at several widths over a grid of learning rates and says whether the best one transfers.
+    """Trains a model at several widths over a grid of learning rates and checks that the best one transfers.
 
     Every run sees the same batches; seeds differ in initial parameters and the model's own randomness. The
     loss of a run is the mean over its steps. It fails if the drift of the optimum, or the regret of a wider
@@ -229,9 +229,9 @@ def judge_transfer(
 ) -> TransferCheck:
     """The verdict on finished runs.
 
-    The noise is that of the seeds: the mean over seeds is taken again over as many seeds drawn with
-    replacement, at each width by itself, and the spread of what follows from it is the standard error. The
-    interval is a Student's t one, as there are few seeds.
+    The noise is that of the seeds. Bootstrap: the seeds are drawn with replacement, at each width
+    independently; the spread of a number over the draws is its standard error. The interval is Student's t,
+    as there are few seeds.
 
     Args:
         log2_lrs: the grid, ascending.
@@ -305,7 +305,7 @@ def _share(regret: Regret | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """The runs of one width; what follows from each choice of seeds is worked out once."""
+    """The runs of one width; the optimum for each choice of seeds is computed once."""
 
     log2_lrs: Sequence[float]
     losses: Float[np.ndarray, "rates seeds"]
@@ -393,7 +393,7 @@ def _verdict(
     if open_ends:
         return "undecided", tuple(open_ends)
     if seeds < 2 or interval is None:
-        return "undecided", ("One seed does not tell noise from drift: take 5 seeds or so.",)
+        return "undecided", ("One seed does not distinguish noise from drift: take 5 seeds or so.",)
     unclear = []
     if interval[0] < -max_drift or interval[1] > max_drift:
         unclear.append(

@@ -25,19 +25,18 @@ from mujax.errors import ConfigError
 from mujax.train import OutputLoss, check_batches, default_loss
 
 MAX_RISE: Final = 0.02
-"""By how much a wider model may be worse, as a share of what training gains the narrower one.
+"""The most that a wider model may be worse, as a share of what training gains the narrower one.
 
-Correct models of finite widths come this close to each other where more width does not help any more; the
-difference is real and of no consequence.
+Correct models of finite widths come this close to each other where more width no longer helps.
 """
 
-# As many looks at a pair of curves: few enough that the correction for them costs little, and enough to tell
-# a beginning from an end. More smoothing would not help: all widths see the same batches, so the noise of
-# the batches is not in the differences, and that of the initial values goes on over the whole run.
+# Windows of a pair of curves: few enough that the correction for them costs little, and enough to
+# distinguish the start of a run from its end. More smoothing would not help: all widths see the same batches,
+# so the noise of the batches is not in the differences, and that of the initial values lasts over the run.
 _LOOKS: Final = 10
 
-# To say that all is well, the mean loss over the run must be known not to rise by more than this share of
-# what training gains.
+# To pass, the mean loss over the run must be known not to rise by more than this share of what training
+# gains.
 _RESOLUTION: Final = 0.1
 
 
@@ -50,7 +49,7 @@ class Rise:
         wide: width of the worse one.
         steps: first and last step.
         by: the difference of their losses, mean over seeds and steps; None where the wider one diverged.
-        at_least: what the difference is beyond noise; None where the wider one diverged.
+        at_least: the difference beyond noise; None where the wider one diverged.
     """
 
     narrow: int
@@ -71,15 +70,15 @@ class Rise:
 
 @dataclasses.dataclass(frozen=True)
 class WiderIsBetter:
-    """What the comparison of training curves found.
+    """The result of a comparison of training curves.
 
     Attributes:
         verdict: `"pass"`, `"fail"` or `"undecided"`.
-        reasons: what the verdict rests on; where it is undecided, what to do.
+        reasons: of the verdict; if it is undecided, what to do.
         widths: ascending.
         learning_rate: of all runs.
         seeds: runs of each width.
-        window: how many steps were taken together.
+        window: steps that are averaged.
         curves: width -> loss of each window, mean over its steps and over seeds; None where a seed diverged.
         rises: where a wider model is worse beyond noise.
         max_rise: the share of the gain up to which that does not count.
@@ -134,7 +133,7 @@ def wider_is_better(
     max_rise: float = MAX_RISE,
     **mup_kwargs: Any,
 ) -> WiderIsBetter:
-    """Trains a model at several widths with one learning rate and says whether wider is better throughout.
+    """Trains a model at several widths with one learning rate and checks that wider is better throughout.
 
     Neighbouring widths are compared window by window. A window counts as worse if the whole confidence
     interval of the difference lies above `max_rise`; the seeds are the repeats, and all windows of all
@@ -147,7 +146,7 @@ def wider_is_better(
         batches: an `(inputs, targets)` pair for each step, all of the same shapes; `inputs` is an array or
             a tuple of arrays.
         optimizer: a name, or `(learning rate, spec) -> optax transform` whose learning rate may be traced.
-        learning_rate: near the best of the narrowest model: what is too large anyway tells nothing.
+        learning_rate: near the best of the narrowest model; one that is too large shows nothing.
         seeds: runs of each width.
         seed: the first seed.
         loss: `(outputs, targets) -> scalar`. By default mean cross-entropy for integer targets and mean
@@ -155,7 +154,7 @@ def wider_is_better(
         base: target's width -> its base model.
         base_width: of the base model; the smallest of `widths` by default.
         kwargs: keyword arguments of the model's call.
-        window: steps to take together; a tenth of the run by default.
+        window: steps to average; a tenth of the run by default.
         max_rise: see `MAX_RISE`.
         **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `corrections`, `zero_init`.
 
@@ -214,7 +213,7 @@ def judge_widths(
         losses: width, ascending -> losses of every seed and step; None where a seed diverged.
         learning_rate: of all runs.
         seeds: runs of each width.
-        window: steps to take together; what is left over at the end goes with the last window.
+        window: steps to average; the remainder at the end belongs to the last window.
         max_rise: see `MAX_RISE`.
     """
     some = next((table for table in losses.values() if table is not None), None)
@@ -259,7 +258,7 @@ def judge_widths(
         first = next(width for width, one in smooth.items() if one is None)
         reasons.append(f"Width {first} diverges at learning rate {learning_rate:.3g}: take a lower one.")
     if seeds < 2:
-        reasons.append("One seed does not tell noise from a difference: take 5 seeds or so.")
+        reasons.append("One seed does not distinguish noise from a difference: take 5 seeds or so.")
     reasons += coarse
     verdict: Status = "fail" if rises else "undecided" if reasons else "pass"
     return WiderIsBetter(

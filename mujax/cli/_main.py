@@ -11,7 +11,7 @@ from mujax.cli._arguments import parse
 from mujax.cli._display import StoppedError, fail
 from mujax.errors import MujaxError
 
-# What the extra `cli` brings and only the command needs.
+# Packages of the extra `cli` that only the command needs.
 _EXTRA: Final = ("tyro", "rich", "matplotlib")
 
 _COMMANDS: Final[dict[str, type]] = {

@@ -102,7 +102,7 @@ def refuse_without_study(words: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _NotStored:
-    """What a study can't hold of its configuration, or only where it was."""
+    """The parts of a configuration that a study does not store, or only as a path."""
 
     task: Any = None
     batches: Any = None
@@ -118,7 +118,7 @@ def _config(options: Transfer) -> TuneConfig:
     settings = config_files.Settings({}, pathlib.Path())
     if options.config is not None:
         settings = config_files.read(options.config)
-    # Of the rest the study knows what it was really tuned with.
+    # For the rest the study stores what it was tuned with.
     kept = config_files.Settings({name: settings[name] for name in settings if name in names}, settings.file)
     given = {name: getattr(options, name, None) for name in names}
     filled = dataclasses.asdict(config_files.filled(_NotStored, kept, given))
@@ -188,7 +188,7 @@ def run(options: Transfer) -> int:
 
 
 def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Stores arrays by name, as `numpy.savez` does, which can't have one named "file"."""
+    """Stores arrays by name, as `numpy.savez` does, which cannot store one named "file"."""
     with zipfile.ZipFile(path, "w") as file:
         for name, array in arrays.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
@@ -196,7 +196,7 @@ def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def flat(params: Any, path: str = "") -> dict[str, np.ndarray]:
-    """A tree of dicts as arrays by path, in types that NumPy has itself: bfloat16 becomes float32.
+    """A tree of dicts as arrays by path, in types that NumPy has: bfloat16 becomes float32.
 
     >>> flat({"a": {"b": np.zeros(2)}})
     {'a/b': array([0., 0.])}
@@ -247,11 +247,11 @@ def _outcome(found: Transferred) -> list[str]:
         f"Proxy, width {found.proxy}: {number(found.trial.loss)}."
     ]
     if found.saved is None:
-        lines.append("What the tuning has cost can't be told: the operations of some trials are not known.")
+        lines.append("The cost of the tuning is not known: the operations of some trials are not.")
     else:
         times = f"{found.saved:,.0f}" if found.saved >= 10 else f"{found.saved:.2g}"
         lines.append(
-            f"The tuning has cost {operations(found.tuning_flops)}, the same search at the target would have "
+            f"The tuning cost {operations(found.tuning_flops)}, the same search at the target would have "
             f"cost {operations(found.direct_flops)}: {times} times as many. "
             f"One run of the target costs {operations(found.run_flops)}."
         )

@@ -1,4 +1,4 @@
-"""Batches of any kind that a user has, as pure functions."""
+"""Batches as pure functions, made from whatever the user passes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mujax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Where the batches come from, as pure functions.
+    """A source of batches, as pure functions.
 
     Attributes:
         data: arrays that all runs share.
-        draw: (data, key, batch size, steps) -> what identifies the batch of each step, along a leading axis.
-        fetch: (data, one entry of what `draw` gave) -> (inputs, targets).
+        draw: (data, key, batch size, steps) -> an identifier of each step's batch, along a leading axis.
+        fetch: (data, one of these identifiers) -> (inputs, targets).
         sized: whether `draw` reads the batch size.
-        limit: the most steps there are batches for; None for any number.
+        limit: the number of batches; None if there is no end of them.
     """
 
     data: PyTree
@@ -33,14 +33,14 @@ class Batches:
 
 
 def as_batches(batches: Any) -> Batches:
-    """Batches of any kind that a user has.
+    """Turns the user's batches into `Batches`.
 
     Args:
         batches: `Batches`; an iterable of (inputs, targets), all of the same shapes, which every run sees in
             the same order; or a pure function (key, step) -> (inputs, targets).
 
     Raises:
-        ConfigError: something else, or shapes that differ.
+        ConfigError: anything else, or shapes that differ.
     """
     if isinstance(batches, Batches):
         return batches
@@ -73,7 +73,7 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
     """The batches as a list, each an (inputs, targets) pair of arrays of the same shapes.
 
     Raises:
-        ConfigError: there are none, one is no pair, or shapes differ.
+        ConfigError: there are none, one is not a pair, or shapes differ.
     """
     listed = list(batches)
     if not listed:

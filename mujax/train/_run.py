@@ -1,4 +1,4 @@
-"""Training as a job: a model in µP, batches, an optimizer and a loss, as functions of hyperparameters."""
+"""A training run as a job: model in µP, batches, optimizer and loss as functions of hyperparameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mujax.train._hyperparameters import HYPERPARAMETERS
 from mujax.train._losses import Losses, OutputLoss, as_inputs, default_loss, tail
 from mujax.train._step import TrainState, init_state, train_step
 
-# ---- what the hyperparameters do -------------------------------------------------------------------------
+# ---- learning rate and optimizer -------------------------------------------------------------------------
 
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
@@ -34,12 +34,12 @@ SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
 def schedule(hparams: Mapping[str, Any], steps: int) -> Callable[[Any], Float[Array, ""]]:
     """The learning rate at each step, from `learning_rate`, `schedule`, `warmup` and `end`.
 
-    After a linear rise over the share `warmup` of the steps it goes from the peak to the share `end` of it,
-    in a line or half a cosine, or falls as the root of the steps; only these two read `end`. All but the name
-    of the schedule may be traced.
+    After a linear warm-up over the share `warmup` of the steps, it falls from the peak to the share `end` of
+    it, linearly or as half a cosine, or with the inverse root of the steps, which does not read `end`. All
+    values but the name of the schedule may be traced.
 
     Raises:
-        ConfigError: no schedule of that name.
+        ConfigError: an unknown schedule.
 
     >>> rate = schedule({"learning_rate": 1.0, "schedule": "linear", "warmup": 0.5}, 8)
     >>> [float(rate(step)) for step in range(8)]
@@ -81,7 +81,7 @@ def optimizer_from(name: str, steps: int) -> Optimizer:
         steps: of the whole run; the schedule depends on it.
 
     Raises:
-        ConfigError: no optimizer of that name; once it is called, a hyperparameter that it does not take.
+        ConfigError: an unknown optimizer; when called, a hyperparameter that it does not take.
     """
     make = optimizer_by_name(name)
 
@@ -95,7 +95,7 @@ def optimizer_from(name: str, steps: int) -> Optimizer:
 
 
 def _own_arguments(name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that are an optimizer's own arguments.
+    """The hyperparameters that are arguments of the optimizer.
 
     Raises:
         ConfigError: it does not take one of them.
@@ -120,7 +120,7 @@ ModelOf = Callable[[Mapping[str, Any], tuple[Any, ...]], MupModel]
 
 @dataclasses.dataclass(frozen=True)
 class _Built:
-    """What the static hyperparameters settle."""
+    """What depends on the static hyperparameters alone."""
 
     mup: MupModel
     batch: int
@@ -129,15 +129,15 @@ class _Built:
 
 @dataclasses.dataclass
 class Training:
-    """A job that trains a model; `training_run` makes one.
+    """A job that trains a model; made by `training_run`.
 
     Attributes:
         model: (static hyperparameters, abstract inputs) -> the model in µP.
-        batches: what to train on.
+        batches: the training data.
         optimizer: a name, or (hyperparameters, spec) -> optax transform.
         loss: (outputs, targets) -> scalar.
-        default_steps: steps of a run that has no hyperparameter `steps`.
-        default_batch: examples a step where there is no hyperparameter `batch`.
+        default_steps: steps of a run without the hyperparameter `steps`.
+        default_batch: examples a step without the hyperparameter `batch`.
         valid: held-out (inputs, targets), with leading axes (batches, batch); None for none.
         static: names of hyperparameters that are Python values.
     """
@@ -164,13 +164,13 @@ class Training:
         return not steps_in_python(first.mup.replay.program)
 
     def check(self, hparams: Mapping[str, Any], /) -> None:
-        """Refuses hyperparameters that do nothing here, or the lack of a learning rate.
+        """Raises an error for hyperparameters without effect, or if there is no learning rate.
 
         Args:
             hparams: some values.
 
         Raises:
-            ConfigError: there is one of these.
+            ConfigError: either of these.
         """
         static = {name: value for name, value in hparams.items() if name in self.static}
         built = self.built(static)
@@ -183,7 +183,7 @@ class Training:
                     remedy="leave it out",
                 )
         if not isinstance(self.optimizer, str):
-            # A function of the user's own reads what it wants.
+            # The user's function may read any.
             return
         if "learning_rate" not in hparams:
             raise ConfigError(
@@ -203,7 +203,7 @@ class Training:
         _own_arguments(self.optimizer, hparams)
 
     def steps(self, static: Mapping[str, Any], /) -> int:
-        """How many optimizer steps a run has."""
+        """The number of optimizer steps of a run."""
         return self.built(static).steps
 
     def built(self, static: Mapping[str, Any]) -> _Built:
@@ -237,7 +237,7 @@ class Training:
         return self.batches.fetch(data, jax.tree.map(lambda leaf: leaf[0], drawn))
 
     def init(self, hparams: Mapping[str, Any], key: Key[Array, ""], data: PyTree, /) -> PyTree:
-        """The state before the first step: of the training, the losses, and what batches there will be."""
+        """The state before the first step: training state, losses so far, and the batches of all steps."""
         built = self.built(hparams)
         init_key, draw_key, key = jax.random.split(key, 3)
         params, variables = built.mup.replay.init(init_key)
@@ -258,7 +258,7 @@ class Training:
     def advance(
         self, hparams: Mapping[str, Any], state: PyTree, steps: Int[Array, ""] | None, data: PyTree, /
     ) -> tuple[PyTree, Mapping[str, Any]]:
-        """Trains, and says what the loss is: `loss`, over the last tenth of a run, `mean_loss`, over all."""
+        """Trains; the metrics are `loss`, over the last tenth of a run, and `mean_loss`, over all steps."""
         built = self.built(hparams)
         objective = self._objective(hparams, built, data)
         step = train_step(objective, self._tx(hparams, built), donate=False)
@@ -324,7 +324,7 @@ def _mean(losses: Float[Array, " steps"], start: Any, end: Any) -> Float[Array, 
 
 
 def _scaled(params: PyTree, spec: MupSpec, multiple: Any) -> PyTree:
-    """Initial values times σ, for all that is contracted or looked up: not for biases and gains."""
+    """Multiplies the initial values of weights by σ, but not those of biases and gains."""
     if isinstance(multiple, int | float) and multiple == 1.0:
         return params
 
@@ -356,7 +356,7 @@ def model_of(
 
     def make(static: Mapping[str, Any], inputs: tuple[Any, ...]) -> MupModel:
         given = {name: value for name, value in static.items() if name in takes}
-        # The model itself can't tell which axes are infinite where it has the base's own widths.
+        # A model of the base's own widths does not show which axes are infinite.
         delta = factory(2 * base_width, **given) if width == base_width else None
         return mup_init(
             factory(width, **given),
@@ -371,7 +371,7 @@ def model_of(
 
 
 def _keywords(factory: Callable[..., Any]) -> frozenset[str]:
-    """What a factory takes besides the width."""
+    """The keyword arguments of a factory besides the width."""
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
@@ -390,12 +390,12 @@ def training_run(
     valid: Iterable[tuple[Any, Any]] | None = None,
     **mup_kwargs: Any,
 ) -> Training:
-    """What `mujax.sweep` runs: a training of a model in µP, as a pure function of its hyperparameters.
+    """A training run of a model in µP, as a pure function of its hyperparameters, for `mujax.sweep`.
 
     It needs the hyperparameter `learning_rate`, and knows `lr_mult_input`, `lr_mult_hidden`,
     `lr_mult_output`, `schedule`, `warmup`, `end`, `momentum`, `b1`, `b2`, `eps`, `weight_decay`,
-    `init_scale`, `output_mult`, `attention_mult`, `input_mult`, `batch`, `steps`, and whatever `model` takes
-    by keyword.
+    `init_scale`, `output_mult`, `attention_mult`, `input_mult`, `batch`, `steps`, and the keyword arguments
+    of `model`.
 
     Args:
         model: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`, perhaps with

@@ -391,7 +391,7 @@ def test_a_target_ends_with_its_hyperparameters_loss_costs_and_files(
         assert row in said
     assert "Target, width 1024: loss 0.4500 ± 0.0500 (2 seeds). Proxy, width 64: 0.5000." in said
     assert (
-        "The tuning has cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
+        "The tuning cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
         "times as many. One run of the target costs 1e11 FLOPs."
     ) in said
     assert "transfer-mine/target.json, transfer-mine/target.png, transfer-mine/params.npz" in out
@@ -465,7 +465,7 @@ def test_costs_that_nobody_knows_are_not_made_up(asked: Asked, capsys: Captured)
     asked.found = dataclasses.replace(asked.found, tuning_flops=None, direct_flops=None)
     assert cli.main(["transfer", "--study", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "What the tuning has cost can't be told" in out
+    assert "The cost of the tuning is not known" in out
     assert "times as many" not in out
 
 
