@@ -1,7 +1,7 @@
 """Maximal update parametrization (µP) and hyperparameter transfer for JAX, read off the computation.
 
 `mup_init` wraps a Flax model, `mup_scale_by_adam` and its kin go into an optax chain, and
-`mujax transfer` on the command line shows it at work.
+`mujax transfer-check` on the command line shows it at work.
 
 Reference:
     Yang et al., Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer,

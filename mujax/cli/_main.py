@@ -1,4 +1,4 @@
-"""The entry point: which command runs, and how whatever goes wrong ends."""
+"""The entry point: runs a command and turns errors into a sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from mujax.cli import _check, _explain, _transfer, _tune
+from mujax.cli import _check, _explain, _transfer, _transfer_check, _tune
 from mujax.cli._arguments import parse
 from mujax.cli._display import StoppedError, end_quietly, fail, terminal
 from mujax.errors import MujaxError
 
-# What the extra `cli` brings and only the command needs.
+# Packages of the extra `cli` that only the command needs.
 _EXTRA: Final = ("tyro", "rich", "matplotlib")
 
 _COMMANDS: Final[dict[str, type]] = {
     "tune": _tune.Tune,
     "transfer": _transfer.Transfer,
+    "transfer-check": _transfer_check.TransferCheckOptions,
     "explain": _explain.Explain,
     "coord-check": _check.CoordCheckOptions,
 }
@@ -42,12 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if words[:1] == ["transfer"]:
+            _transfer.refuse_without_study(words)
         options = parse(_COMMANDS, argv)
         if isinstance(options, _tune.Tune):
             return _tune.run(options)
         if isinstance(options, _transfer.Transfer):
             return _transfer.run(options)
+        if isinstance(options, _transfer_check.TransferCheckOptions):
+            return _transfer_check.run(options)
         if isinstance(options, _check.CoordCheckOptions):
             return _check.run(options)
         _explain.run(options)

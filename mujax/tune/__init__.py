@@ -16,12 +16,10 @@ from mujax.tune._tune import TuneConfig as TuneConfig, read_study as read_study,
 from mujax.tune._user_code import build as build, imported as imported, summary_of as summary_of
 from mujax.tune._width_sweep import (
     LOSS_MEASURE as LOSS_MEASURE,
-    OPTIMIZERS as OPTIMIZERS,
     REPORT as REPORT,
-    RUNS as RUNS,
-    Progress as Progress,
     Report as Report,
     TransferConfig as TransferConfig,
+    TransferredVsTuned as TransferredVsTuned,
     parametrization_title as parametrization_title,
     sweep_widths as sweep_widths,
 )

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from mujax.errors import ConfigError, MujaxError
-from mujax.train import MODES, Job, Mode, Whole
+from mujax.train import MODES, FunctionJob, Job, Mode
 from mujax.tune._numbers import check_counts
 from mujax.tune._results import Sweep, SweepProgress, Trial, read_trials
 from mujax.tune._user_code import summary_of
@@ -183,7 +183,7 @@ def sweep(
         raise ConfigError(
             where="mode", expected=f"one of {', '.join(map(repr, MODES))} or None", got=repr(mode)
         )
-    job: Any = run if hasattr(type(run), "advance") else Whole(run)  # pyright: ignore[reportArgumentType]
+    job: Any = run if hasattr(type(run), "advance") else FunctionJob(run)  # pyright: ignore[reportArgumentType]
     constant = dict(fixed or {})
     parsed = studies.distributions(space)
     if both := sorted(set(constant) & set(parsed)):

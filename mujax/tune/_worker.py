@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mujax.errors import ConfigError, MujaxError
-from mujax.train import Group, Job, Metrics, Mode, run_lanes
+from mujax.train import CompiledRuns, Job, Metrics, Mode, run_lanes
 from mujax.tune._results import SweepProgress, Trial, read_trials
 from mujax.tune._user_code import summary_of
 
@@ -114,7 +114,7 @@ class Worker:
         self._devices = jax.local_devices()
         self._lanes = lanes or _LANES.get(self._devices[0].platform, _LANES_ELSE)
         self._keys = [jax.random.key(number) for number in range(seed, seed + seeds)]
-        self._groups: dict[Any, Group] = {}
+        self._groups: dict[Any, CompiledRuns] = {}
         self.modes: dict[str, int] = {}
 
     @property
@@ -153,7 +153,7 @@ class Worker:
         total: int,
     ) -> None:
         """Runs trials and stores them; removes the finished ones from the list."""
-        groups: dict[Any, tuple[Group, list[Lease]]] = {}
+        groups: dict[Any, tuple[CompiledRuns, list[Lease]]] = {}
         for lease in leases:
             key, group = self._group(lease)
             groups.setdefault(key, (group, []))[1].append(lease)
@@ -166,16 +166,16 @@ class Worker:
                 leases.remove(lease)
             reporter.count()
 
-    def _group(self, lease: Lease) -> tuple[Any, Group]:
+    def _group(self, lease: Lease) -> tuple[Any, CompiledRuns]:
         hparams = {**self._fixed, **lease.params}
         static = {name: value for name, value in hparams.items() if name not in self._floats}
         key = tuple(sorted(static.items()))
         if key not in self._groups:
-            self._groups[key] = Group(self._job, static, mode=self._mode, devices=self._devices)
+            self._groups[key] = CompiledRuns(self._job, static, mode=self._mode, devices=self._devices)
         return key, self._groups[key]
 
     def _batch(
-        self, shared: SharedStudy, group: Group, leases: Sequence[Lease], reporter: Reporter, left: int
+        self, shared: SharedStudy, group: CompiledRuns, leases: Sequence[Lease], reporter: Reporter, left: int
     ) -> list[tuple[Lease, Trial, dict[str, Any]]]:
         seeds, started = self._seeds, time.perf_counter()
         hparams = [{**self._fixed, **lease.params} for lease in leases]

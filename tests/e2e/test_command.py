@@ -25,7 +25,7 @@ import pytest
 from mujax import cli
 
 PROCESS = (sys.executable, "-m", "mujax.cli")
-SWEEP = ("transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
+SWEEP = ("transfer-check", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
 RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 
 Done = subprocess.CompletedProcess[str]
@@ -89,7 +89,7 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     assert 3 <= len(stored) < RUNS
     assert sweep.stderr.splitlines()[-1] == (
         f"mujax: interrupted; {len(stored)} runs are stored in results/runs.csv, "
-        "the same command goes on there."
+        "the same command resumes there."
     )
     assert "Traceback" not in sweep.stderr
     assert not (results / "report.json").exists()
@@ -122,7 +122,7 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     other = run(*SWEEP, "--batch", "32", cwd=tmp_path)
     assert other.returncode == 2
     assert other.stderr.startswith(
-        "mujax: out: expected runs with batch 32 in results/runs.csv, found runs with"
+        "mujax: out: expected runs with batch 32 in results/runs.csv, got runs with"
     )
     assert other.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
@@ -165,7 +165,7 @@ def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib
 
 
 def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
-    done = run_process(*PROCESS, "transfer", "--steps", "many", cwd=tmp_path)
+    done = run_process(*PROCESS, "transfer-check", "--steps", "many", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
@@ -271,7 +271,7 @@ def test_what_does_not_transfer_is_refused_until_it_is_settled(tmp_path: pathlib
     refused = run(*OF_STUDY, cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith(
-        "mujax: transfer: expected hyperparameters that transfer across width, found weight_decay tuned"
+        "mujax: transfer: expected hyperparameters that transfer across width, got weight_decay tuned"
     )
     assert not (tmp_path / "transfer-s" / "target.json").exists()
     done = run(*OF_STUDY, "--set", "weight_decay=0.05", cwd=tmp_path)
@@ -314,6 +314,29 @@ space:
 fixed:
   depth: 2
 """
+
+
+def test_a_model_and_data_of_the_users_own_are_checked_and_the_check_resumes(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 5)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=x[:, :3].argmax(axis=1))
+    line = "transfer-check mine:net --data data.npz --widths 8,16 --log2-lrs -9,-6,-3 --seeds 1 --steps 20"
+    results = tmp_path / "transfer-mine.net"
+    with interrupted_when(lambda: len(finished(results)) >= 2):
+        stopped = run(*line.split(), cwd=tmp_path)
+    assert stopped.returncode == 130, stopped.stderr
+    stored = finished(results)
+    assert 2 <= len(stored) < 12
+    done = run(*line.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(finished(results)) == 12
+    assert finished(results)[: len(stored)] == stored
+    report = json.loads((results / "report.json").read_text())
+    assert (report["task"], set(report["verdict"].values())) == ("mine:net", {"undecided"})
+    # Guessing among three costs 1.10.
+    assert min(report["loss"]["mup"]["16"]) < 1.1
+    assert "3. At width 16 a loss of " in done.stdout
 
 
 def test_a_model_and_data_of_the_users_own_are_tuned_and_transferred(tmp_path: pathlib.Path) -> None:

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mujax.check import Finished, Run
 from mujax.tune._cost import front
 from mujax.tune._results import Sweep, Trial
 from mujax.tune._transfer import TargetRun, Transferred
+from mujax.tune._width_sweep import Report, TransferConfig, summarise
 
 SPACE = {
     "learning_rate": {"low": 2.0**-9, "high": 2.0**-6, "log": True},
@@ -137,3 +139,8 @@ def make_transferred(
         "params": {"first": {"kernel": np.ones((2, 3), np.float32)}, "bias": np.zeros(3, np.float32)},
     }
     return Transferred(**{**default, **fields})
+
+
+def report_of(config: TransferConfig, losses: Mapping[Run, float | None], untrained: float = 5.0) -> Report:
+    """The report of a sweep over widths whose runs have these losses."""
+    return summarise(config, {run: Finished(loss, loss, untrained) for run, loss in losses.items()})

@@ -16,7 +16,7 @@ import pytest
 from trials import make_sweep, make_transferred, make_trial
 
 from mujax import cli
-from mujax.cli import _arguments, _transfer, _tune, _widths
+from mujax.cli import _arguments, _transfer, _tune
 from mujax.errors import ConfigError, StudyError
 from mujax.tune._sweep import Sweep, SweepProgress
 from mujax.tune._transfer import TargetProgress, Transferred
@@ -361,7 +361,6 @@ def asked(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     monkeypatch.setattr(TuneConfig, "of_study", of_study, raising=False)
     monkeypatch.setattr(_transfer, "transfer", transfer)
-    monkeypatch.setattr(_widths, "sweep_widths", lambda *_, **__: pytest.fail("the demonstration was begun"))
     return asked
 
 
@@ -393,7 +392,7 @@ def test_a_target_ends_with_its_hyperparameters_loss_costs_and_files(
         assert row in said
     assert "Target, width 1024: loss 0.4500 ± 0.0500 (2 seeds). Proxy, width 64: 0.5000." in said
     assert (
-        "The tuning has cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
+        "The tuning cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
         "times as many. One run of the target costs 1e11 FLOPs."
     ) in said
     assert "transfer-mine/target.json, transfer-mine/target.png, transfer-mine/params.npz" in out
@@ -467,7 +466,7 @@ def test_costs_that_nobody_knows_are_not_made_up(asked: Asked, capsys: Captured)
     asked.found = dataclasses.replace(asked.found, tuning_flops=None, direct_flops=None)
     assert cli.main(["transfer", "--study", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "What the tuning has cost can't be told" in out
+    assert "The cost of the tuning is not known" in out
     assert "times as many" not in out
 
 
@@ -530,13 +529,12 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune --config wrong.yaml", "trails: expected the name of a setting, got an unknown one"),
         ("tune --out wrong.yaml", "out: expected a folder to write to, got wrong.yaml ("),
         ("tune --tensorboard wrong.yaml", "tensorboard: expected a folder to write to"),
-        ("transfer --study s --widths 8 16", "widths: expected it without a study, got it beside one"),
-        ("transfer --study s --quick", "quick: expected it without a study, got it beside one"),
-        ("transfer --study s --optimizer adam", "optimizer: expected it without a study"),
-        ("transfer --width 64", "width: expected it beside a study only, got it without"),
-        ("transfer --set b1=0.5", "set: expected it beside a study only, got it without"),
-        ("transfer --also dropout", "also: expected it beside a study only, got it without"),
-        ("transfer --storage a.db", "storage: expected it beside a study only, got it without"),
+        (
+            "transfer",
+            "transfer: expected the study to take hyperparameters from, --study NAME, got none; ",
+        ),
+        ("transfer --quick --widths 8 16", "run mujax transfer-check."),
+        ("transfer --study s --widths 8 16", "Unrecognized or misplaced options: --widths"),
         ("transfer --config empty.yaml", "study: expected the name of a study that mujax tune has made"),
         ("transfer --study s --set dropout", "set: expected NAME=VALUE, such as momentum=0.9"),
         ("transfer --study s --out wrong.yaml", "out: expected a folder to write to"),

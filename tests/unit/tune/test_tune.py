@@ -106,7 +106,7 @@ def test_what_does_not_transfer_is_settled_or_refused(config: TuneConfig) -> Non
     space = {**SPACE, "weight_decay": [0.0, 0.1], "depth": [1, 2]}
     config = dataclasses.replace(config, space=space, optimizer="adamw", trials=2, fixed={})
     store(config, 0.5, 0.7)
-    with pytest.raises(ConfigError, match="found weight_decay, depth tuned as well"):
+    with pytest.raises(ConfigError, match="got weight_decay, depth tuned as well"):
         mujax.transfer(config, width=16)
     with pytest.raises(ConfigError, match="found depth tuned as well"):
         mujax.transfer(config, width=16, also=("weight_decay",))
