@@ -44,7 +44,7 @@ class Widths:
     """To show µTransfer on a grid of learning rates at several widths."""
 
     task: Annotated[
-        str | None, option("NAME", f"What to train: {' or '.join(TASKS)}.", "(default: mnist-mlp)")
+        str | None, option("NAME", f"What to train: {' or '.join(TASKS)}.", "(default: text-transformer)")
     ] = None
     text: Annotated[
         pathlib.Path | None, option("FILE", "Text for text-transformer.", "(default: the KJV)")
@@ -84,8 +84,10 @@ def run(given: Mapping[str, Any]) -> None:
 
     # Imported before the sweep and not after it: a missing matplotlib must not show at the very end.
     plot = importlib.import_module("mujax.plot")
-    folder = f"transfer-{given.get('task', 'mnist-mlp')}" + ("-quick" if given.get("quick") else "")
-    config = TransferConfig.for_task(**{"out": pathlib.Path(folder), **given})
+    config = TransferConfig.for_task(**given)
+    if config.out is None:
+        folder = f"transfer-{config.task}" + ("-quick" if given.get("quick") else "")
+        config = dataclasses.replace(config, out=pathlib.Path(folder))
     assert config.out is not None
     done = 0
 

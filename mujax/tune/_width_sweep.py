@@ -139,7 +139,7 @@ class TransferConfig:
 
     @classmethod
     def for_task(
-        cls, task: str = "mnist-mlp", *, optimizer: str = "adam", quick: bool = False, **given: Any
+        cls, task: str = "text-transformer", *, optimizer: str = "adam", quick: bool = False, **given: Any
     ) -> TransferConfig:
         """The defaults of a task, with `given` in place of some.
 
@@ -167,7 +167,7 @@ class TransferConfig:
             "batch": chosen.batch,
         }
         if quick:
-            default |= {"widths": chosen.widths[:2], "log2_lrs": grid[1::2], "seeds": 1, "steps": 40}
+            default |= {"widths": chosen.widths[:2], "log2_lrs": grid[::-2], "seeds": 1, "steps": 40}
         default |= {name: value for name, value in given.items() if value is not None}
         default.setdefault("base_width", min(default["widths"], default=0))
         return cls(task=task, optimizer=optimizer, **default)

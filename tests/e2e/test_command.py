@@ -25,7 +25,19 @@ import pytest
 from mujax import cli
 
 PROCESS = (sys.executable, "-m", "mujax.cli")
-SWEEP = ("transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
+SWEEP = (
+    "transfer",
+    "--task",
+    "mnist-mlp",
+    "--quick",
+    "--widths",
+    "16",
+    "32",
+    "--steps",
+    "30",
+    "--out",
+    "results",
+)
 RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 
 Done = subprocess.CompletedProcess[str]

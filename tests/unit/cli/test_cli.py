@@ -86,10 +86,9 @@ def test_a_sweep_ends_with_tables_verdicts_and_files(
         "µP: the best learning rate moves by 0.00 powers of two from width 64 to 256; "
         "the proxy's 2^-8 costs 0.000 at width 256, and with it wider is always better."
     ) in said
-    assert (
-        "transfer-mnist-mlp/report.json, transfer-mnist-mlp/runs.csv, transfer-mnist-mlp/transfer.png" in out
-    )
-    assert (folder / "transfer-mnist-mlp" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    results = "transfer-text-transformer"
+    assert f"{results}/report.json, {results}/runs.csv, {results}/transfer.png" in out
+    assert (folder / results / "transfer.png").read_bytes().startswith(b"\x89PNG")
     # No terminal: one quiet line for each width, no control characters.
     assert err == "sp, width 64: 0% done, 0 of 3 runs\n"
 
@@ -127,7 +126,7 @@ def test_defaults_are_those_of_the_task_and_a_smoke_run_goes_elsewhere(
     assert "too small to conclude" not in capsys.readouterr().out
     assert cli.main(["transfer", "--quick"]) == 0
     assert "too small to conclude" in capsys.readouterr().out
-    full, quick = pathlib.Path("transfer-mnist-mlp"), pathlib.Path("transfer-mnist-mlp-quick")
+    full, quick = pathlib.Path("transfer-text-transformer"), pathlib.Path("transfer-text-transformer-quick")
     assert asked == [TransferConfig.for_task(out=full), TransferConfig.for_task(quick=True, out=quick)]
 
 
@@ -517,9 +516,9 @@ SIZES = "--width 32 --base-width 8"
         ("transfer --steps", "Missing value for argument '--steps'"),
         ("transfer --task cifar", "task: expected one of 'mnist-mlp', 'text-transformer', got 'cifar'."),
         ("transfer --steps 0", "steps: expected at least 1, got 0."),
-        ("transfer --text a.txt", "text: the task 'mnist-mlp' does not read a text"),
+        ("transfer --task mnist-mlp --text a.txt", "text: the task 'mnist-mlp' does not read a text"),
         ("transfer --task text-transformer --text none.txt", "none.txt: expected a text file to read"),
-        ("transfer --batch 5000 --out o", "batch: expected at most 4000"),
+        ("transfer --task mnist-mlp --batch 5000 --out o", "batch: expected at most 4000"),
         ("transfer --out broken.py", "out: expected a folder to write to"),
         ("explain", "Missing from mujax explain: MODEL --width N --base-width N; see mujax --help."),
         ("explain mlp --width 0 --base-width 8", "width: expected at least 1, got 0."),
