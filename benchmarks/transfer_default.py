@@ -40,7 +40,7 @@ SEED_STEP: Final = 10
 
 def config_of(task: str, seed: int, quick: bool, runs: pathlib.Path) -> mujax.TransferConfig:
     """The defaults of a task from one seed on."""
-    smoke = {"steps": 3, "batch": 2} if quick else {}
+    smoke = {"steps": 3} if quick else {}
     out = runs / f"{task}-{seed}"
     return mujax.TransferConfig.for_task(task, quick=quick, seed=seed, out=out, **smoke)
 

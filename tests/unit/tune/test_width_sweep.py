@@ -195,7 +195,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], s
 def test_defaults_of_a_task_depend_on_the_optimizer_and_give_way_to_what_is_given() -> None:
     adam, sgd = TransferConfig.for_task(), TransferConfig.for_task(optimizer="sgd", steps=7, batch=None)
     assert adam.task == "text-transformer"
-    assert adam.widths[-1] == 8 * adam.base_width
+    assert adam.widths[-1] == 6 * adam.base_width
     assert max(adam.log2_lrs) < max(sgd.log2_lrs)
     assert (sgd.steps, sgd.batch) == (7, adam.batch)
 
@@ -249,6 +249,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         takes_text=False,
         width_step=1,
         widths=(8, 16),
+        target=16,
         log2_lrs=dict.fromkeys(("adam", "adamw", "sgd"), (-9.0, -6.0, -3.0)),
         seeds=2,
         steps=20,
