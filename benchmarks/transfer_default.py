@@ -40,9 +40,8 @@ SEED_STEP: Final = 10
 
 def config_of(task: str, seed: int, quick: bool, runs: pathlib.Path) -> mujax.TransferConfig:
     """The defaults of a task from one seed on."""
-    smoke = {"steps": 3} if quick else {}
-    out = runs / f"{task}-{seed}"
-    return mujax.TransferConfig.for_task(task, quick=quick, seed=seed, out=out, **smoke)
+    out, steps = runs / f"{task}-{seed}", 3 if quick else None
+    return mujax.TransferConfig.for_task(task, quick=quick, seed=seed, out=out, steps=steps)
 
 
 def summary(report: Report) -> dict[str, Any]:
