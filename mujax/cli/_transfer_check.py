@@ -53,7 +53,11 @@ class TransferCheckOptions:
     task: Annotated[
         str | None,
         positional(),
-        option("TASK", f"{', '.join(TASKS)}, or package.module:factory of your own.", "(default: mnist-mlp)"),
+        option(
+            "TASK",
+            f"{', '.join(TASKS)}, or package.module:factory of your own.",
+            "(default: text-transformer)",
+        ),
     ] = None
     data: Annotated[
         pathlib.Path | None,
@@ -132,7 +136,7 @@ def configured(options: TransferCheckOptions) -> TransferConfig:
         ConfigError: options that make no sense.
     """
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    task = given.pop("task") or "mnist-mlp"
+    task = given.pop("task") or "text-transformer"
     if options.out is None:
         given["out"] = pathlib.Path(f"transfer-{as_folder(task)}" + ("-quick" if options.quick else ""))
     if task in TASKS:

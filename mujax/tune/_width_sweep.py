@@ -168,7 +168,7 @@ class TransferConfig:
 
     @classmethod
     def for_task(
-        cls, task: Any = "mnist-mlp", *, optimizer: str = "adam", quick: bool = False, **given: Any
+        cls, task: Any = "text-transformer", *, optimizer: str = "adam", quick: bool = False, **given: Any
     ) -> TransferConfig:
         """The defaults of a task, with `given` in place of some.
 
@@ -195,7 +195,7 @@ class TransferConfig:
             default = {name: getattr(known, name) for name in ("widths", "seeds", "steps", "batch")}
             default["log2_lrs"] = known.log2_lrs.get(optimizer, known.log2_lrs[family])
         if quick:
-            few = {"widths": default["widths"][:2], "log2_lrs": default["log2_lrs"][1::2], "seeds": 1}
+            few = {"widths": default["widths"][:2], "log2_lrs": default["log2_lrs"][::-2], "seeds": 1}
             default |= {**few, "steps": min(40, default["steps"])}
         default |= {name: value for name, value in given.items() if value is not None}
         default.setdefault("base_width", min(default["widths"], default=0))

@@ -25,7 +25,18 @@ import pytest
 from mujax import cli
 
 PROCESS = (sys.executable, "-m", "mujax.cli")
-SWEEP = ("transfer-check", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
+SWEEP = (
+    "transfer-check",
+    "mnist-mlp",
+    "--quick",
+    "--widths",
+    "16",
+    "32",
+    "--steps",
+    "30",
+    "--out",
+    "results",
+)
 RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 
 Done = subprocess.CompletedProcess[str]

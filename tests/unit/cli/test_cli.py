@@ -96,9 +96,10 @@ def test_a_sweep_ends_with_tables_verdicts_and_files(
     assert "µP: PASS." in out
     assert "Standard parametrization: FAIL. Width 256 loses " in out
     assert (
-        "transfer-mnist-mlp/report.json, transfer-mnist-mlp/runs.csv, transfer-mnist-mlp/transfer.png" in out
+        "transfer-text-transformer/report.json, transfer-text-transformer/runs.csv, transfer-text-transformer/transfer.png"
+        in out
     )
-    assert (folder / "transfer-mnist-mlp" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "transfer-text-transformer" / "transfer.png").read_bytes().startswith(b"\x89PNG")
     # No terminal: one quiet line for each width, no control characters.
     assert err == "sp, width 64: 0% done, 0 of 3 runs\n"
 
@@ -136,7 +137,7 @@ def test_defaults_are_those_of_the_task_and_a_smoke_run_goes_elsewhere(
     assert "too small to conclude" not in capsys.readouterr().out
     assert cli.main(["transfer-check", "--quick"]) == 0
     assert "too small to conclude" in capsys.readouterr().out
-    full, quick = pathlib.Path("transfer-mnist-mlp"), pathlib.Path("transfer-mnist-mlp-quick")
+    full, quick = pathlib.Path("transfer-text-transformer"), pathlib.Path("transfer-text-transformer-quick")
     assert asked == [TransferConfig.for_task(out=full), TransferConfig.for_task(quick=True, out=quick)]
 
 
@@ -563,9 +564,9 @@ SIZES = "--width 32 --base-width 8"
         ("transfer-check --steps", "Missing value for argument '--steps'"),
         ("transfer-check cifar", "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
         ("transfer-check --steps 0", "steps: expected at least 1, got 0."),
-        ("transfer-check --data a.txt", "text: the task 'mnist-mlp' does not read a text"),
+        ("transfer-check mnist-mlp --data a.txt", "text: the task 'mnist-mlp' does not read a text"),
         ("transfer-check text-transformer --data none.txt", "none.txt: expected a text file to read"),
-        ("transfer-check --batch 5000 --out o", "batch: expected at most 4000"),
+        ("transfer-check mnist-mlp --batch 5000 --out o", "batch: expected at most 4000"),
         ("transfer-check --out broken.py", "out: expected a folder to write to"),
         (
             "transfer-check own.nets:both",

@@ -35,7 +35,7 @@ def synthetic(
     centre: Callable[[str, int], float], noise: Callable[[int], float] = lambda seed: 0.0, seeds: int = 2
 ) -> tuple[TransferConfig, dict[Run, float | None]]:
     """Parabolas around `centre`, lower by 0.1 each time that the width doubles."""
-    config = TransferConfig.for_task(widths=WIDTHS, log2_lrs=GRID, seeds=seeds)
+    config = TransferConfig.for_task("mnist-mlp", widths=WIDTHS, log2_lrs=GRID, seeds=seeds)
     runs: dict[Run, float | None] = {
         Run(name, width, rate, seed): (
             1 + 0.1 * (rate - centre(name, width)) ** 2 - 0.1 * math.log2(width / 32) + noise(seed)
@@ -188,8 +188,11 @@ def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
         ({"parametrizations": ("sp", "ntk")}, "got 'ntk'."),
         ({"parametrizations": ()}, "parametrizations: expected at least one, got none."),
         ({"widths": ()}, "widths: expected at least one, got none."),
-        ({"widths": (0, 32)}, "widths: expected positive numbers for the task 'mnist-mlp', got 0."),
-        ({"widths": (32, 64), "base_width": -1}, "widths: expected positive numbers"),
+        (
+            {"task": "mnist-mlp", "widths": (0, 32)},
+            "widths: expected positive numbers for the task 'mnist-mlp', got 0.",
+        ),
+        ({"widths": (32, 64), "base_width": -16}, "widths: expected positive multiples"),
         ({"widths": (32,)}, "widths: expected at least one besides the base width 32, got (32,)."),
         ({"task": "text-transformer", "widths": (32, 40)}, "positive multiples of 16"),
         ({"log2_lrs": (-8, -7)}, "log2_lrs: expected at least three different powers of two"),
@@ -200,7 +203,10 @@ def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
         ({"batch": -4}, "batch: expected at least 1, got -4."),
         ({"seed": -1}, "seed: expected a number from 0 up to 2^31, got -1."),
         ({"momentum": 1.0}, "momentum: expected a number from 0 up to 1, 1 excluded, got 1.0."),
-        ({"text": pathlib.Path("a.txt")}, "text: the task 'mnist-mlp' does not read a text"),
+        (
+            {"task": "mnist-mlp", "text": pathlib.Path("a.txt")},
+            "text: the task 'mnist-mlp' does not read a text",
+        ),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], said: str) -> None:
@@ -210,8 +216,8 @@ def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], s
 
 def test_defaults_of_a_task_depend_on_the_optimizer_and_give_way_to_what_is_given() -> None:
     adam, sgd = TransferConfig.for_task(), TransferConfig.for_task(optimizer="sgd", steps=7, batch=None)
-    assert adam.task == "mnist-mlp"
-    assert adam.widths[-1] == 16 * adam.base_width
+    assert adam.task == "text-transformer"
+    assert adam.widths[-1] == 6 * adam.base_width
     assert max(adam.log2_lrs) < max(sgd.log2_lrs)
     assert (sgd.steps, sgd.batch) == (7, adam.batch)
 
@@ -255,6 +261,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         takes_text=False,
         width_step=1,
         widths=(8, 16),
+        target=16,
         log2_lrs=dict.fromkeys(("adam", "adamw", "sgd"), (-9.0, -6.0, -3.0)),
         seeds=2,
         steps=20,
