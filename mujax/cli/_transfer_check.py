@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PICTURE: Final = "transfer.png"
+_TASK: Final = "text-transformer"
 
 
 def _default(field: str, own: str) -> str:
@@ -136,7 +137,7 @@ def configured(options: TransferCheckOptions) -> TransferConfig:
         ConfigError: options that make no sense.
     """
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    task = given.pop("task") or "text-transformer"
+    task = given.pop("task") or _TASK
     if options.out is None:
         given["out"] = pathlib.Path(f"transfer-{as_folder(task)}" + ("-quick" if options.quick else ""))
     if task in TASKS:

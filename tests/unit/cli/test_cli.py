@@ -95,11 +95,9 @@ def test_a_sweep_ends_with_tables_verdicts_and_files(
     )
     assert "µP: PASS." in out
     assert "Standard parametrization: FAIL. Width 256 loses " in out
-    assert (
-        "transfer-text-transformer/report.json, transfer-text-transformer/runs.csv, transfer-text-transformer/transfer.png"
-        in out
-    )
-    assert (folder / "transfer-text-transformer" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    results = "transfer-text-transformer"
+    assert f"{results}/report.json, {results}/runs.csv, {results}/transfer.png" in out
+    assert (folder / results / "transfer.png").read_bytes().startswith(b"\x89PNG")
     # No terminal: one quiet line for each width, no control characters.
     assert err == "sp, width 64: 0% done, 0 of 3 runs\n"
 
