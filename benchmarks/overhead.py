@@ -15,7 +15,7 @@ buffers; one has `model.apply` and optax's optimizer, the other `mup.apply` and 
   the machine.
 - trace: CPU time to trace the step; forward trace: to trace the loss alone, without gradient and update.
 - eager: wall time of `mup.apply` outside of `jax.jit`, after the first call, against the module's own; eager
-  NNX: the same for an NNX module of the same kind. Both are mostly JAX's dispatch of single operations.
+  NNX: the same for an NNX module of the same kind. Both are mostly JAX's dispatch of operations.
 """
 
 from __future__ import annotations

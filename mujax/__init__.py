@@ -1,7 +1,7 @@
 """Maximal update parametrization (µP) and hyperparameter transfer for JAX, read off the computation.
 
 `mup_init` wraps a Flax model, `mup_scale_by_adam` and its kin go into an optax chain, and
-`mujax transfer` on the command line shows it at work.
+`mujax transfer-check` on the command line shows it at work.
 
 Reference:
     Yang et al., Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer,
@@ -112,6 +112,7 @@ from mujax.rules import interpolate as interpolate
 from mujax.spec import MupSpec as MupSpec, Parametrization as Parametrization, ParamSpec as ParamSpec
 from mujax.train import Batches as Batches, training_run as training_run
 from mujax.tune import (
+    Study as Study,
     Sweep as Sweep,
     TransferConfig as TransferConfig,
     Transferred as Transferred,

@@ -48,6 +48,21 @@ _ABSTRACT = {
     "test_trace.py",
 }
 
+# Files that test mujax's own arrays, which must not be broadcast over ranks: a user may forbid it. Models in
+# other tests are written as users write them, with `x + bias`.
+_STRICT_RANKS = {"test_data.py", "test_models.py", "test_optim_registry.py"}
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.path.name not in _STRICT_RANKS:
+        yield
+        return
+    import jax
+
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -12,6 +12,28 @@ from mujax.check._coord_check import (
     respond_at_ends as respond_at_ends,
 )
 from mujax.check._measure import STATS as STATS
-from mujax.check._optimum import best_index as best_index, fitted_optimum as fitted_optimum, mean as mean
-from mujax.check._transfer_check import TransferCheck as TransferCheck, transfer_check as transfer_check
+from mujax.check._optimum import (
+    Drift as Drift,
+    Regret as Regret,
+    best_index as best_index,
+    fitted_optimum as fitted_optimum,
+    mean as mean,
+    never_worse as never_worse,
+    standard_error as standard_error,
+)
+from mujax.check._transfer_check import (
+    TransferCheck as TransferCheck,
+    judge_runs as judge_runs,
+    transfer_check as transfer_check,
+)
 from mujax.check._wider import WiderIsBetter as WiderIsBetter, wider_is_better as wider_is_better
+from mujax.check._width_runs import (
+    RUNS as RUNS,
+    Finished as Finished,
+    Progress as Progress,
+    Run as Run,
+    Runs as Runs,
+    RunsFile as RunsFile,
+    of_rate as of_rate,
+    train_runs as train_runs,
+)

@@ -1,4 +1,4 @@
-"""The coordinate check: trains a model at several widths for a few steps and says whether it is in µP.
+"""The coordinate check: trains a model at several widths for a few steps to see whether it is in µP.
 
 Records every tap over widths, steps and seeds, fits how each quantity scales with width, compares with the
 theory, and names the parameter or place that breaks a rule.
@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mujax.check._faults import Fault, find_faults
+from mujax.check._faults import Violation, find_faults
 from mujax.check._measure import STATS, Batch, Measured, Program, Subject
-from mujax.check._models import Optimizer, optimizer_of, subjects
+from mujax.check._models import Optimizer, models_at, optimizer_of
 from mujax.check._optimizer_response import Response, respond
 from mujax.check._optimum import Status
 from mujax.check._slopes import Check, judge
@@ -36,14 +36,14 @@ from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import OPTIMIZERS
 from mujax.train import OutputLoss, as_inputs, default_loss
 
-# Large, as the guide of microsoft/mup recommends, and a second one further up: what a small rate hides
-# behind the initial values a large one shows.
+# Large, as the guide of microsoft/mup recommends, and a second one further up: a small rate can hide a fault
+# behind the initial values.
 _RATES: Final[Mapping[bool, tuple[float, float]]] = {True: (2.0**-5, 2.0**-3), False: (2.0**-9, 2.0**-7)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TapReport:
-    """What was found at one tap.
+    """The result at one tap.
 
     Attributes:
         name: module path, parameter or place.
@@ -51,8 +51,8 @@ class TapReport:
         where: `file:line` in the user's code.
         params: the parameters that it multiplies, adds or looks up.
         status: the worst of its checks, over learning rates.
-        blamed: a rule is broken here; a tap that fails without it has its fault from elsewhere.
-        checks: learning rate -> what was checked.
+        blamed: a rule is broken here; a tap that fails without it inherits its fault.
+        checks: learning rate -> its checks.
     """
 
     name: str
@@ -83,9 +83,9 @@ class CoordCheck:
     """The result of a coordinate check.
 
     Attributes:
-        verdict: `"pass"`, `"fail"`, or `"undecided"` where the noise leaves it open.
-        faults: the rules that are broken, and by what.
-        taps: what was found at each tap, in program order.
+        verdict: `"pass"`, `"fail"`, or `"undecided"` if the noise is too large.
+        faults: the broken rules, each with the parameter or place.
+        taps: the result at each tap, in program order.
         widths: ascending.
         learning_rates: the rates that were tried.
         steps: optimizer steps of each run.
@@ -97,7 +97,7 @@ class CoordCheck:
     """
 
     verdict: Status
-    faults: tuple[Fault, ...]
+    faults: tuple[Violation, ...]
     taps: tuple[TapReport, ...]
     widths: tuple[int, ...]
     learning_rates: tuple[float, ...]
@@ -122,11 +122,11 @@ class CoordCheck:
         if self.verdict == "undecided":
             open_ = sum(tap.status == "undecided" for tap in self.taps)
             return (
-                f"UNDECIDED: {open_} of {len(self.taps)} taps can't be told from noise ({where}); "
+                f"UNDECIDED: {open_} of {len(self.taps)} taps cannot be distinguished from noise ({where}); "
                 "use more seeds or a wider range of widths."
             )
         if not failed:
-            return f"FAIL: rules are broken, though these steps don't show it ({where})."
+            return f"FAIL: rules are broken, although these steps do not show it ({where})."
         return f"FAIL: {len(failed)} of {len(self.taps)} taps depend on width ({where})."
 
     def table(self) -> list[str]:
@@ -145,8 +145,8 @@ class CoordCheck:
         return ["  ".join(row).rstrip() for row in padded]
 
     def explained(self) -> list[str]:
-        """The broken rules as lines of text, those alike together."""
-        alike: dict[tuple[str, float, float], list[Fault]] = collections.defaultdict(list)
+        """The broken rules as lines of text, similar ones together."""
+        alike: dict[tuple[str, float, float], list[Violation]] = collections.defaultdict(list)
         for one in self.faults:
             alike[one.rule, round(one.found, 1), round(one.expected, 1)].append(one)
         lines = ["", "Look at:"] if self.faults else []
@@ -206,7 +206,7 @@ def _shown(check: Check) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: None for numbers that are not finite."""
+    """The value as JSON can hold it: None for numbers that are not finite."""
     if isinstance(value, np.ndarray):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
@@ -224,7 +224,7 @@ class CheckProgress:
         done: runs finished.
         total: runs in all.
         work_done: share of the work finished, from 0 to 1.
-        doing: what is under way.
+        doing: the work in progress.
     """
 
     done: int
@@ -253,25 +253,25 @@ def coord_check(
 ) -> CoordCheck:
     """Checks by training whether a model, its initialisation and its optimizer are in µP.
 
-    Trains the model at each width for a few steps and looks at every product, convolution, lookup, bias,
-    gain, norm and output, each call of a reused module apart. Three slopes over width decide on a tap: of
-    its size, of its change since initialisation, and of what the first update of its own parameters does
-    to it. Beside that, initial values, constants and the optimizer's response are compared with the rules,
-    parameter by parameter; that is where the blame comes from.
+    Trains the model at each width for a few steps and measures every product, convolution, lookup, bias,
+    gain, norm and output, each call of a reused module separately. Three slopes over width decide on a tap:
+    of its size, of its change since initialisation, and of the effect of its own parameters' first update.
+    In addition, initial values, constants and the optimizer's response are compared with the rules for each
+    parameter; this names the culprit.
 
     Args:
         factory: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, a `Functional`, or a
-            `MupModel` to be checked as it is.
+            `MupModel`, which is checked unchanged.
         widths: at least two; three or more, a factor of 8 apart, are advised.
         inputs: the model's input, or a tuple of its positional inputs: concrete arrays. Targets are made
-            up. Use `batches` for real ones.
+            up; pass `batches` for real ones.
         optimizer: a name such as `"adamw"`, or (learning rate, spec) -> optax transform.
         batches: (inputs, targets) of each step, in place of `inputs`; taken again from the first when
             there are fewer than steps. Activations are always read on the first.
-        loss: (model output, targets) -> scalar; cross-entropy for integer targets, squared error else.
-        learning_rates: tried one after the other; two large ones by default.
+        loss: (model output, targets) -> scalar; cross-entropy for integer targets, squared error for others.
+        learning_rates: two large ones by default.
         steps: optimizer steps.
-        seeds: number of seeds; they are the repeats that the intervals come from.
+        seeds: number of seeds, the repeats that the intervals are based on.
         seed: the first of them.
         base: target width -> base model; `factory(base_width)` by default.
         base_width: the smallest of `widths` by default.
@@ -280,7 +280,7 @@ def coord_check(
         **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `corrections`, ...
 
     Returns:
-        The verdict, the broken rules, and what was measured.
+        The verdict, the broken rules and the measurements.
 
     Raises:
         ConfigError: arguments that make no sense.
@@ -298,12 +298,14 @@ def coord_check(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1.
     """
     if (inputs is None) == (batches is None):
-        raise ConfigError("inputs: expected either inputs or batches, got both or neither.")
+        raise ConfigError(where="inputs", expected="either inputs or batches", got="both or neither")
     for name, value, least in (("steps", steps, 1), ("seeds", seeds, 1)):
         if value < least:
-            raise ConfigError(f"{name}: expected at least {least}, got {value}.")
+            raise ConfigError(where=name, expected=f"at least {least}", got=value)
     if batches is None and loss is not None:
-        raise ConfigError("loss: expected batches with targets beside a loss of your own, got inputs only.")
+        raise ConfigError(
+            where="loss", expected="batches with targets beside a loss of your own", got="inputs only"
+        )
     examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
     clean, models, checked = prepare(
         factory, widths, examples, optimizer, base, base_width, kwargs, **mup_kwargs
@@ -330,11 +332,11 @@ def prepare(
     """The models of a check: see `coord_check` for the arguments.
 
     Returns:
-        The widest model against the narrowest, read off their programs and nothing else; the models to be
-        checked, by width; the same with optimizer and taps.
+        The widest model against the narrowest, read off their programs alone; the models to check, by width;
+        the same with optimizer and taps.
     """
     of_rate = optimizer_of(optimizer)
-    models = subjects(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
+    models = models_at(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
     clean = _clean(factory, models, inputs, kwargs)
     taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
     checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
@@ -351,7 +353,7 @@ def _clean(
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
 ) -> MupModel:
-    """The widest model against the narrowest, read off their programs and nothing else."""
+    """The widest model against the narrowest, read off their programs alone."""
     narrow, *_, wide = models
     model = factory(wide)
     if isinstance(model, MupModel):
@@ -369,12 +371,14 @@ def _outputs(mup: MupModel) -> list[str]:
 
 
 def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
-    """Made-up targets: classes where the output can be logits, else values."""
+    """Made-up targets: classes if the output can be logits, else values."""
     output = mup.replay.output()
     if not hasattr(output, "shape"):
         raise ConfigError(
-            f"inputs: expected a model that returns one array, got {jax.tree.map(jnp.shape, output)}; pass "
-            "batches= with targets and a loss=."
+            where="inputs",
+            expected="a model that returns one array",
+            got=jax.tree.map(jnp.shape, output),
+            remedy="pass batches= with targets and a loss=",
         )
     key = jax.random.key(seed)
     if output.ndim >= 2 and output.shape[-1] > 1:
@@ -383,7 +387,7 @@ def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
 
 
 def _default_rates(optimizer: Any) -> tuple[float, ...]:
-    """By family, where it is known by name."""
+    """Two large ones for the optimizer's family."""
     linear = isinstance(optimizer, str) and OPTIMIZERS[optimizer].family == "sgd"
     return _RATES[linear]
 
@@ -410,17 +414,17 @@ def measure(
         progress: called as runs finish.
         lanes: how many seeds to run at once; see `Program`.
     """
-    tell = progress or (lambda _: None)
+    update = progress or (lambda _: None)
     runs = len(rates) * len(seeds)
     total = len(checked) * runs
     # Compiling is most of the work of a small check; a wide model takes longer to run.
     weights = {width: 1.0 + 0.1 * (width / min(checked)) ** 2 * runs / 40 for width in checked}
     whole = 2 * len(checked) + sum(weights.values())
     done, work = 0, 0.0
-    tell(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
-    in_all = runs * (steps + 1)
+    update(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
+    calls = runs * (steps + 1)
     programs = {
-        width: Program(subject, loss, batches, seeds, in_all, lanes) for width, subject in checked.items()
+        width: Program(subject, loss, batches, seeds, calls, lanes) for width, subject in checked.items()
     }
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
@@ -428,21 +432,21 @@ def measure(
         for count, compiled in enumerate(concurrent.futures.as_completed(waiting), start=1):
             compiled.result()
             work += 2
-            tell(CheckProgress(0, total, work / whole, f"compiled for {count} of {len(checked)} widths"))
+            update(CheckProgress(0, total, work / whole, f"compiled for {count} of {len(checked)} widths"))
         out: dict[int, Measured] = {}
         for width, program in programs.items():
             found = []
             for rate in rates:
-                tell(CheckProgress(done, total, work / whole, f"width {width}"))
+                update(CheckProgress(done, total, work / whole, f"width {width}"))
                 for run in program.run(rate, steps):
                     found.append(run)
-                    tell(CheckProgress(done, total, work / whole, f"width {width}"))
+                    update(CheckProgress(done, total, work / whole, f"width {width}"))
                     done, work = done + 1, work + weights[width] / runs
             out[width] = _gathered(found, program.paths, len(rates), len(seeds))
     finally:
         # After Ctrl-C nothing more is compiled.
         pool.shutdown(cancel_futures=True)
-    tell(CheckProgress(done, total, 1.0, "done"))
+    update(CheckProgress(done, total, 1.0, "done"))
     return out
 
 
@@ -456,7 +460,7 @@ def _gathered(found: list[list[Any]], paths: tuple[str, ...], rates: int, seeds:
         taps=taps.reshape(rates, seeds, *taps.shape[1:]),
         losses=losses.reshape(rates, seeds, -1),
         initial=np.array([run[0] for run in found[:seeds]], np.float64),
-        # The first step's: what the first update responds to; a zero there comes from a zero elsewhere.
+        # Of the first step, which the first update responds to; a zero there comes from a zero elsewhere.
         gradients=np.where(gradients[:, 0].max(0) > 0, gradients[:, 0].max(0), gradients.max((0, 1))),
         paths=paths,
     )
@@ -468,7 +472,7 @@ def _gathered(found: list[list[Any]], paths: tuple[str, ...], rates: int, seeds:
 def respond_at_ends(
     checked: Mapping[int, Subject], measured: Mapping[int, Measured], rate: float
 ) -> list[Response]:
-    """How the optimizer responds at the smallest and at the largest width."""
+    """The response of the optimizer at the smallest and at the largest width."""
     narrow, *_, wide = checked
     ends = [(checked[width], measured[width]) for width in (narrow, wide)]
     return [respond(subject, rate, found.gradients, found.initial.mean(0)) for subject, found in ends]
@@ -483,13 +487,13 @@ def report(
     rates: tuple[float, ...],
     steps: int,
 ) -> CoordCheck:
-    """The verdict on what was measured.
+    """The verdict on the measurements.
 
     Args:
-        clean: the widest model against the narrowest, read off their programs and nothing else.
-        models: what was checked, by width.
+        clean: the widest model against the narrowest, read off their programs alone.
+        models: the checked models, by width.
         checked: the same with optimizer and taps.
-        measured: what was measured, by width.
+        measured: the measurements, by width.
         responses: of the optimizer at the smallest and the largest width.
         rates: the learning rates.
         steps: number of steps.
@@ -512,7 +516,7 @@ def report(
             TapReport(tap.name, tap.kind, tap.where, tap.params, _worst(statuses), at_fault, checks)
         )
     if not faults and (first := next((tap for tap in reports if tap.status == "fail"), None)):
-        # No rule is broken that can be looked up: the first place that goes wrong is the one to look at.
+        # No known rule is broken: the first tap that fails is the one to look at.
         faults = (_unexplained(first),)
         reports = [dataclasses.replace(tap, blamed=tap is first) for tap in reports]
     verdict = "fail" if faults else _worst([tap.status for tap in reports])
@@ -539,19 +543,19 @@ def _worst(statuses: Sequence[Status]) -> Status:
     return "undecided" if "undecided" in statuses else "pass"
 
 
-def _unexplained(tap: TapReport) -> Fault:
+def _unexplained(tap: TapReport) -> Violation:
     check = tap.worst
     slope = None if check is None else check.slope
     found = math.nan if slope is None else slope.value
     allowed = (0.0, 0.0) if check is None else check.allowed
     expected = min(allowed, key=lambda end: abs(end - found))
     quantity = "size" if check is None else check.quantity
-    return Fault(
+    return Violation(
         tap.name,
         "activation",
         found,
         expected,
         tap.where,
-        f"{tap.name}: its {quantity} scales as width^{found:.2f}, and it is the first tap that does not keep "
-        "to the theory; look at the constants between it and the taps before it",
+        f"{tap.name}: its {quantity} scales as width^{found:.2f}, and it is the first tap that differs from "
+        "the theory; look at the constants between it and the taps before it",
     )

@@ -1,7 +1,7 @@
 """Finds which parameters violate µP, by checking the rules for each parameter separately.
 
-How its initial values, the constants on its product, its learning rate, ε and decay scale from the narrowest
-model to the widest: read off the models and the optimizer, without the noise of training.
+Its initial values, the constants on its product, its learning rate, ε and decay scale with width from the
+narrowest model to the widest. This is read off the models and the optimizer, without the noise of training.
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9.
@@ -39,16 +39,16 @@ _EXACT: Final = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class Fault:
-    """A rule that a parameter or a place breaks.
+class Violation:
+    """A rule that is broken by a parameter or at a place.
 
     Attributes:
         name: the parameter, or the tap.
-        rule: which rule.
-        found: the exponent of the width that was measured.
-        expected: the exponent that the rule gives, in Table 8's terms.
-        where: `file:line` of the product, or what else to look at.
-        message: what is wrong and what to do, in a sentence.
+        rule: the rule.
+        found: the measured exponent of the width.
+        expected: the exponent by the rule, in terms of Table 8.
+        where: `file:line` of the product, or another place to look at.
+        message: the fault and its remedy, in a sentence.
     """
 
     name: str
@@ -77,22 +77,22 @@ _REMEDY: Final[Mapping[Rule, str]] = {
 }
 
 
-def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Fault:
-    """A fault with its sentence."""
+def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> Violation:
+    """A violation with its message."""
     # Without the sign of a zero.
     shown = {"found": round(found, 2) + 0.0, "expected": round(expected, 2) + 0.0}
     message = f"{name}: " + _REMEDY[rule].format(**shown)
-    return Fault(name, rule, found, expected, where, message)
+    return Violation(name, rule, found, expected, where, message)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exponents:
-    """How one use of one parameter scales from the narrowest model to the widest, as powers of the width.
+    """How one use of a parameter scales from the narrowest model to the widest, as powers of the width.
 
     Attributes:
-        initial: of its initial values; None where they are zero.
+        initial: of its initial values; None if they are zero.
         factor: of the constants on the product.
-        lr: of its learning rate; None where the optimizer's is not known.
+        lr: of its learning rate; None if it is not known.
         linear: whether the optimizer is linear in the gradient.
     """
 
@@ -102,8 +102,10 @@ class Exponents:
     linear: bool
 
 
-def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: Exponents) -> list[Fault]:
-    """Compares one use of a parameter with Table 8, up to what the tables may differ in.
+def broken_rules(
+    tap: Tap, path: str, param: ParamSpec, log2_width_ratio: float, found: Exponents
+) -> list[Violation]:
+    """Compares one use of a parameter with Table 8, up to the freedom that the tables leave.
 
     A constant moved from the product to the initial values, with the learning rate adapted, is the same
     training run (Tables 3, 8 and 9 are one): what counts is initial * factor, and lr * factor, or lr *
@@ -113,15 +115,15 @@ def broken_rules(tap: Tap, path: str, param: ParamSpec, octaves: float, found: E
         tap: where it is used.
         path: the parameter.
         param: its shape and roles, the widest model against the narrowest.
-        octaves: log2 of the ratio of the two widths.
-        found: what was measured.
+        log2_width_ratio: log2 of the ratio of the two widths.
+        found: the measured exponents.
     """
     table = rules.parametrization("mup")
     family: rules.Family = "sgd" if found.linear else "adam"
     power = 2 if found.linear else 1
 
     def exponent(ratio: float) -> float:
-        return math.log2(ratio) / octaves
+        return math.log2(ratio) / log2_width_ratio
 
     initial = exponent(rules.init_scale(param, table, 1.0))
     factor = 0.0
@@ -163,26 +165,26 @@ def find_faults(
     checked: Mapping[int, Subject],
     measured: Mapping[int, Measured],
     responses: Sequence[Response],
-) -> tuple[Fault, ...]:
-    """The rules that are broken, from the narrowest and the widest model.
+) -> tuple[Violation, ...]:
+    """The broken rules, from the narrowest and the widest model.
 
     Args:
-        clean: the widest model against the narrowest, read off their programs and nothing else.
-        models: what is checked, by width.
+        clean: the widest model against the narrowest, read off their programs alone.
+        models: the checked models, by width.
         checked: the same with optimizer and taps.
-        measured: what was measured, by width.
+        measured: the measurements, by width.
         responses: of the optimizer at the smallest and the largest width.
     """
     narrow, *_, wide = models
-    octaves = math.log2(wide / narrow)
+    log2_width_ratio = math.log2(wide / narrow)
     ends = (narrow, wide)
 
     def exponent(small: float, large: float) -> float:
-        return math.log2(large / small) / octaves
+        return math.log2(large / small) / log2_width_ratio
 
-    found: dict[tuple[str, str], Fault] = {}
+    found: dict[tuple[str, str], Violation] = {}
 
-    def add(*faults: Fault) -> None:
+    def add(*faults: Violation) -> None:
         for one in faults:
             found.setdefault((one.name, one.rule), one)
 
@@ -191,9 +193,9 @@ def find_faults(
         for path in tap.params:
             number = numbers[path]
             initial = [measured[width].initial[:, number].mean() for width in ends]
-            entry = [_entry(models[width], path) for width in ends]
+            scales = [_param_factor(models[width], path) for width in ends]
             factors = [
-                site_factor(checked[width], tap) * factor for width, factor in zip(ends, entry, strict=True)
+                site_factor(checked[width], tap) * factor for width, factor in zip(ends, scales, strict=True)
             ]
             lrs = [_known_lr(response, number) for response in responses]
             exponents = Exponents(
@@ -203,14 +205,14 @@ def find_faults(
                 linear=bool(responses[1].linear[number]),
             )
             param = _relative(clean, models, path)
-            add(*broken_rules(tap, path, param, octaves, exponents))
+            add(*broken_rules(tap, path, param, log2_width_ratio, exponents))
             felt = [(one.epsilon[number], one.decay[number]) for one in responses]
             if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
-                # A key's bias has no gradient but for rounding; what epsilon makes of it is right.
+                # A key's bias has no gradient but for rounding: epsilon may take over there.
                 felt = [(1.0, decay) for _, decay in felt]
-            add(*_of_optimizer(path, felt, octaves))
-    add(*_of_attention(clean, checked[narrow], checked[wide], octaves))
-    add(*_of_constants(clean, checked[narrow], checked[wide], octaves))
+            add(*_of_optimizer(path, felt, log2_width_ratio))
+    add(*_of_attention(clean, checked[narrow], checked[wide], log2_width_ratio))
+    add(*_of_constants(clean, checked[narrow], checked[wide], log2_width_ratio))
     return tuple(found.values())
 
 
@@ -218,13 +220,13 @@ def _typical(measured: Measured) -> float:
     return float(np.median(measured.gradients)) or 1.0
 
 
-def _entry(mup: MupModel, path: str) -> float:
+def _param_factor(mup: MupModel, path: str) -> float:
     positions = {name: position for position, name in mup.replay.call.params.items()}
     return mup.replay.param_factors.get(positions[path], 1.0)
 
 
 def _known_lr(response: Response, number: int) -> float:
-    """The learning rate of a parameter; 0 where it can't be read off the optimizer's response."""
+    """The learning rate of a parameter; 0 if it cannot be read off the optimizer's response."""
     known = response.linear[number] or response.entrywise[number]
     value = float(response.lr[number])
     return value if known and math.isfinite(value) else 0.0
@@ -239,39 +241,43 @@ def _relative(clean: MupModel, models: Mapping[int, MupModel], path: str) -> Par
     return dataclasses.replace(param, shape=models[wide].spec[path].shape, base_shape=small.shape)
 
 
-def _of_optimizer(path: str, ends: Sequence[tuple[float, float]], octaves: float) -> list[Fault]:
+def _of_optimizer(path: str, ends: Sequence[tuple[float, float]], log2_width_ratio: float) -> list[Violation]:
     """Epsilon and weight decay."""
     out = []
     (eps_small, decay_small), (eps_large, decay_large) = ends
     where = "the optimizer"
     if eps_small > 0 and eps_large > 0:
-        fall = math.log2(eps_large / eps_small) / octaves
+        fall = math.log2(eps_large / eps_small) / log2_width_ratio
         if abs(fall) > _EXACT / 2:
             out.append(fault(path, "epsilon", fall, 0.0, where))
     if decay_small > 0 and decay_large > 0:
-        grows = math.log2(decay_large / decay_small) / octaves
+        grows = math.log2(decay_large / decay_small) / log2_width_ratio
         if abs(grows) > _EXACT / 2:
             out.append(fault(path, "weight decay", grows, 0.0, where))
     return out
 
 
-def _of_attention(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
-    """Attention that the reading brings to 1/d, and the models that were checked do not."""
+def _of_attention(
+    clean: MupModel, narrow: Subject, wide: Subject, log2_width_ratio: float
+) -> list[Violation]:
+    """Attention that the corrections bring to 1/d, but the checked models do not."""
     reference = wide._replace(replay=clean.replay)
     out = []
     for tap in wide.taps:
         if tap.kind == "logits":
-            expected = math.log2(inserted_factor(reference, tap)) / octaves
-            found = math.log2(inserted_factor(wide, tap) / inserted_factor(narrow, tap)) / octaves
+            expected = math.log2(inserted_factor(reference, tap)) / log2_width_ratio
+            found = math.log2(inserted_factor(wide, tap) / inserted_factor(narrow, tap)) / log2_width_ratio
             if abs(found - expected) > _EXACT:
                 out.append(fault(tap.name, "attention", found - expected, 0.0, tap.where))
     return out
 
 
-def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: float) -> list[Fault]:
-    """Constants that scale with width and that nothing holds.
+def _of_constants(
+    clean: MupModel, narrow: Subject, wide: Subject, log2_width_ratio: float
+) -> list[Violation]:
+    """Constants that scale with width without a correction.
 
-    Those behind a product with a parameter are a part of that product's factor and looked at there.
+    Those behind a product with a parameter are part of that product's factor and checked there.
     """
     replay = clean.replay
     counted = {
@@ -284,7 +290,7 @@ def _of_constants(clean: MupModel, narrow: Subject, wide: Subject, octaves: floa
     for site, corrections in replay.corrections.items():
         wanted = math.prod(one.factor for one in corrections if one.kind == "scale")
         applied = insertion_factor(wide, site) / insertion_factor(narrow, site)
-        off = math.log2(applied / wanted) / octaves
+        off = math.log2(applied / wanted) / log2_width_ratio
         if site not in counted and wanted != 1 and abs(off) > _EXACT:
             out.append(fault(corrections[0].where, "constant", off, 0.0, corrections[0].where))
     return out

@@ -1,4 +1,4 @@
-"""What a coordinate check measures: sizes of activations, of their changes and of what the changes come from.
+"""The measurements of a coordinate check: sizes of activations, of their changes and of the changes' parts.
 
 One compiled step per width trains the model and reads its taps; everything is reduced to a few numbers per
 tap on the device.
@@ -7,8 +7,6 @@ References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1 (coordinate checking).
     Yang, Simon, Bernstein, A Spectral Condition for Feature Learning, arXiv 2310.17813.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -32,12 +30,12 @@ update of the tap's own parameters accounts for, and the rest, which its inputs 
 
 
 class Subject(NamedTuple):
-    """A model at one width, to be checked.
+    """A model at one width to check.
 
     Attributes:
         replay: the model.
         optimizer: learning rate -> optimizer.
-        taps: what to read.
+        taps: where to read activations.
     """
 
     replay: Replay
@@ -52,7 +50,7 @@ Loss = Callable[[Any, Any], Float[Array, ""]]
 
 
 class Measured(NamedTuple):
-    """What was measured at one width.
+    """The measurements at one width.
 
     Attributes:
         taps: (learning rates, seeds, steps + 1, taps, STATS).
@@ -81,14 +79,13 @@ class Program:
     """The compiled step of one width.
 
     Args:
-        subject: what to check.
-        loss: what it is trained on.
-        batches: one for each step, again from the first when they are used up; the first is what
-            activations are measured on.
+        subject: the model to check.
+        loss: (model output, targets) -> scalar.
+        batches: one for each step, repeated if there are fewer; activations are measured on the first.
         seeds: the seeds of the runs.
-        steps: how many steps will be run in all, over rates and seeds.
-        lanes: how many seeds to run at once, a divisor of their number; as many as the device's memory
-            allows by default, one by one on a CPU.
+        steps: the total number of steps, over rates and seeds.
+        lanes: how many seeds to run at once, a divisor of their number; by default as many as fit the
+            device's memory, on a CPU one.
 
     Attributes:
         paths: the parameters in the order in which they are measured.
@@ -119,7 +116,7 @@ class Program:
         self._compiled: tuple[Any, Any] | None = None
 
     def compile(self) -> None:
-        """Compiles for all runs; from any thread."""
+        """Compiles for all runs; safe in a thread."""
         key, rate, number = self._abstract
         start, step = self._first_state, self._one_step
         if self._lanes > 1:
@@ -137,7 +134,7 @@ class Program:
         )
 
     def run(self, rate: float, steps: int) -> Iterator[list[Any]]:
-        """Trains one model for each seed and yields what is measured.
+        """Trains one model for each seed and yields its measurements.
 
         Yields:
             For each seed: first the initial sizes of the parameters; then, before each step and after the
@@ -221,10 +218,10 @@ class Program:
 
 
 def _lanes(state: _State, seeds: int) -> int:
-    """How many seeds to run at once."""
+    """The number of seeds to run at once."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        # The CPU: one after the other is as fast, and compiles faster.
+        # On a CPU one after the other is as fast, and compiles faster.
         return 1
     # The state holds parameters, moments and first activations; a step needs as much again, and gradients.
     each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -233,7 +230,7 @@ def _lanes(state: _State, seeds: int) -> int:
 
 
 def _later_factor(replay: Replay, tap: Tap) -> float:
-    """What the constants behind a tap, inserted and the user's own, multiply it with."""
+    """The product of the constants behind a tap, inserted and the user's own."""
     if tap.site is None:
         return 1.0
     inserted = {site: _constant(insertion) for site, insertion in replay.insertions.items()}
@@ -246,13 +243,13 @@ def _constant(insertion: Insertion | None) -> float:
 
 
 def site_factor(subject: Subject, tap: Tap) -> float:
-    """All constants between the product at a tap and what is done with it: inserted and the user's own."""
+    """The product of all constants on a tap and behind it, inserted and the user's own."""
     own = 1.0 if tap.site is None else insertion_factor(subject, tap.site)
     return own * _later_factor(subject.replay, tap)
 
 
 def insertion_factor(subject: Subject, site: EqnPath) -> float:
-    """The constant that is inserted at a place."""
+    """The constant inserted at a place."""
     return _constant(subject.replay.insertions.get(site))
 
 
@@ -278,7 +275,7 @@ def _mean(x: Any) -> Any:
 
 
 def _by_weights(replay: Replay, tap: Tap, old: Record, new: Record) -> Any:
-    """The equation once more, with the change of its parameters in their place: (W - W_0) x."""
+    """Runs the equation again with the change of its parameters in their place: (W - W_0) x."""
     assert tap.site is not None
     eqn = replay.equation(tap.site)
     operands = list(new.operands)

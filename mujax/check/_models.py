@@ -1,6 +1,6 @@
 """The model at several widths, the loss and the optimizer that a check runs.
 
-The coordinate check, wider is better and the transfer check take the same arguments and read them here.
+The coordinate check, wider is better and the transfer check share these arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Optimizer = Callable[[Any, MupSpec], optax.GradientTransformation]
 """(learning rate, which may be traced, and spec) -> the optimizer."""
 
 
-def subjects(
+def models_at(
     factory: Callable[[int], Any],
     widths: Sequence[int],
     base: Callable[[int], Any] | None = None,
@@ -35,7 +35,7 @@ def subjects(
 
     Args:
         factory: width -> a Linen module, an NNX factory, a `Functional`, or a ready `MupModel`, which is
-            taken as it is.
+            used unchanged.
         widths: at least two; in any order.
         base: target's width -> its base model. By default every base is `factory(base_width)`.
         base_width: the smallest of `widths` by default.
@@ -52,10 +52,12 @@ def subjects(
     """
     ascending = sorted({int(width) for width in widths})
     if len(ascending) < 2 or ascending[0] < 1:
-        raise ConfigError(f"widths: expected at least two different positive numbers, got {tuple(widths)}.")
+        raise ConfigError(
+            where="widths", expected="at least two different positive numbers", got=tuple(widths)
+        )
     if base is not None and base_width is not None:
         raise ConfigError(
-            f"base_width: expected none next to base=, which gives the base models, got {base_width}."
+            where="base_width", expected="none next to base=, which gives the base models", got=base_width
         )
     narrow = ascending[0] if base_width is None else base_width
     of_base = base or (lambda _: factory(narrow))
@@ -67,7 +69,7 @@ def subjects(
             return model
         small = of_base(width)
         same = width == narrow if base is None else _same_widths(model, small, arguments, options)
-        # The model itself can't tell which axes are infinite where it has the base's own widths.
+        # A model of the base's own widths does not show which axes are infinite.
         delta = factory(ascending[-1] if width != ascending[-1] else ascending[0]) if same else None
         return mup_init(model, small, *arguments, delta=delta, **options, **mup_kwargs)
 
@@ -87,6 +89,6 @@ def optimizer_of(optimizer: str | Optimizer) -> Optimizer:
         optimizer: a name that `mujax.optim.optimizer` knows, or the function itself.
 
     Raises:
-        ConfigError: no optimizer of that name.
+        ConfigError: an unknown optimizer.
     """
     return optimizer_by_name(optimizer) if isinstance(optimizer, str) else optimizer

@@ -1,10 +1,8 @@
 """Measures how an optimizer responds to a gradient: its learning rate, ε and decay for each parameter.
 
-The optimizer is run by itself on the initial parameters and random gradients, so what comes out is exact:
-no training, no noise. Comparing two widths gives the exponents that a rule must have.
+The optimizer runs alone on the initial parameters and random gradients, so the result is exact: no training,
+no noise. Comparing two widths gives the exponents that a rule must have.
 """
-
-from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
 
@@ -26,10 +24,9 @@ class Response(NamedTuple):
     """How the first update of each parameter responds to its gradient; every field is by parameter.
 
     Attributes:
-        lr: mean absolute entry of the update for a gradient so large that no epsilon matters; over the
-            gradient's where the optimizer is linear in it.
-        epsilon: what is left of that update for a gradient of the measured size: 1 where epsilon does
-            nothing.
+        lr: mean absolute entry of the update for a gradient so large that no epsilon matters; relative to
+            the gradient's if the optimizer is linear in it.
+        epsilon: the share of that update for a gradient of the measured size: 1 if epsilon has no effect.
         decay: mean absolute entry of the update at zero gradient over that of the parameter.
         linear: the optimizer is linear in the gradient, as SGD is.
         entrywise: it moves all entries alike, as Adam and sign descent do.
@@ -48,8 +45,8 @@ def respond(subject: Subject, rate: float, gradients: np.ndarray, initial: np.nd
     Args:
         subject: the model and the optimizer.
         rate: the learning rate.
-        gradients: the mean absolute entry of each parameter's gradient, in the order of the leaves; where
-            it is 0, 1 is taken.
+        gradients: the mean absolute entry of each parameter's gradient, in the order of the leaves; 1 is
+            used in place of 0.
         initial: the mean absolute entry of each parameter.
     """
     shapes, _ = jax.eval_shape(subject.replay.init, jax.random.key(0))
@@ -96,7 +93,7 @@ def respond(subject: Subject, rate: float, gradients: np.ndarray, initial: np.nd
 
 
 def _spread(leaf: Any) -> Array:
-    """Entries of both signs, of size 1 on average, away from zero: none is lost in single precision."""
+    """Entries of both signs, of size 1 on average and away from zero, so that single precision keeps them."""
     index = jax.lax.iota(jnp.int32, leaf.size)
     size = 0.5 + (index % 11).astype(leaf.dtype) / 10
     return (jnp.where(index % 3 == 0, -size, size)).reshape(leaf.shape)

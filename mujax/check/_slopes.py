@@ -1,7 +1,7 @@
-"""Fits slopes over width, with intervals, to what a coordinate check measured; holds them against the rules.
+"""Fits slopes over width to the measurements of a coordinate check, and compares them with the theory.
 
-The theory says how each activation, its change and the effect of each update scale with width; a slope
-whose whole interval lies outside of what is allowed fails.
+The theory gives the scaling of each activation, of its change and of the effect of each update; a slope whose
+whole interval lies outside of the allowed range fails.
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Appendix D.1 and Tables 3, 8 and 9.
@@ -46,7 +46,7 @@ def fitted_slope(widths: Sequence[int], values: Float[np.ndarray, "widths seeds"
     """The least-squares slope of log2(value) over log2(width), with its interval.
 
     The seeds are the repeats: their spread at each width, pooled over widths, is the noise. With a single
-    seed the scatter around the line is taken for it.
+    seed the scatter around the line is the noise.
 
     Args:
         widths: at least two.
@@ -80,8 +80,8 @@ def fitted_slope(widths: Sequence[int], values: Float[np.ndarray, "widths seeds"
 # Finite widths bend the lines: measured slopes of correct models lie within 0.15 of their limits, faults
 # move them by 1/2 or more.
 _TOLERANCE: Final = 0.25
-# How far the effect of an update may fall. At initialisation what is passed back through attention and a
-# readout is a sum of independent terms, so an optimizer that is linear in it begins with smaller steps.
+# How far the effect of an update may fall. At initialisation the gradient through attention and a readout is
+# a sum of independent terms, so an optimizer that is linear in it starts with smaller steps.
 _FALLS: Final = -0.5 - _TOLERANCE
 _FALLS_BY_RULE: Final = -1.5
 # An interval that ends this far outside still excludes the nearest fault, half a power of the width away.
@@ -90,16 +90,16 @@ _MARGIN: Final = 0.25
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One quantity of one tap against what the theory allows.
+    """One quantity of one tap, compared with the theory.
 
     Attributes:
-        quantity: what was looked at.
-        slope: what was measured; None where there was nothing to measure.
+        quantity: the quantity.
+        slope: the measured slope; None if there was nothing to measure.
         allowed: smallest and largest exponent that passes.
         status: `"fail"` if the slope's whole interval is outside; else `"pass"` if the slope is inside and
             its interval excludes the nearest fault, which is half a power of the width away, or if the rules
             of all parameters are known to hold.
-        note: what else there is to say.
+        note: a remark.
     """
 
     quantity: Quantity
@@ -116,7 +116,7 @@ def _judged(
     allowed: tuple[float, float],
     verified: bool,
 ) -> Check | None:
-    """The check of positive values; None where some are zero, as the change of what can't change is."""
+    """The check of positive values; None if some are zero, as changes of constant activations are."""
     if not np.all(np.isfinite(values)):
         narrow = np.all(np.isfinite(values[0]))
         note = "diverges as the model grows wider" if narrow else "diverges: take a smaller learning rate"
@@ -125,10 +125,10 @@ def _judged(
         return None
     slope = fitted_slope(widths, values)
     low, high = allowed
-    told_apart = slope.low >= low - _MARGIN and slope.high <= high + _MARGIN
+    excludes_faults = slope.low >= low - _MARGIN and slope.high <= high + _MARGIN
     if slope.high < low or slope.low > high:
         status: Status = "fail"
-    elif verified or (told_apart and low <= slope.value <= high):
+    elif verified or (excludes_faults and low <= slope.value <= high):
         status = "pass"
     else:
         status = "undecided"
@@ -143,43 +143,43 @@ def judge(
 ) -> list[Check]:
     """Checks one tap at one learning rate.
 
-    What is allowed: at initialisation activations do not depend on width, but for the readout and for
-    attention logits, which are sums of independent terms and fall as the root of the width at most. Once
-    training has begun nothing grows; changes do not vanish either, where a part that is incoherent (and falls
-    as the root) may still be the larger one at a small width.
+    Allowed: at initialisation activations do not depend on width, except for the readout and attention
+    logits, which are sums of independent terms and fall as the root of the width at most. After the first
+    step nothing grows; changes do not vanish either, but an incoherent part (which falls as the root) may
+    still be the larger one at a small width.
 
     Args:
         tap: the tap.
         widths: ascending.
-        stats: what `records.Program` measured, before each step and after the last.
-        verified: initial values, constants and learning rates of all parameters were read exactly and keep
-            to the rules: then only an interval outside is evidence against the model, and a change that falls
-            is not one that a wrong learning rate makes vanish.
+        stats: measured by `mujax.check._measure.Program`, before each step and after the last.
+        verified: initial values, constants and learning rates of all parameters were read exactly and follow
+            the rules: then only an interval outside is evidence against the model, and no change vanishes
+            because of a wrong learning rate.
     """
     size, change, by_weights = (stats[..., STATS.index(name)] for name in ("size", "change", "by_weights"))
     trained = slice(1, None)
     falls = -0.5 if tap.falls_at_first else 0.0
     vanishes = _FALLS_BY_RULE if verified else _FALLS
-    looked_at: list[tuple[Quantity, np.ndarray, tuple[float, float]]] = []
+    compared: list[tuple[Quantity, np.ndarray, tuple[float, float]]] = []
     if tap.kind != "vector":
-        looked_at = [
+        compared = [
             ("initial size", size[:, :, 0], (falls - _TOLERANCE, _TOLERANCE)),
             ("size", _over_steps(size[:, :, trained]), (falls - _TOLERANCE, _TOLERANCE)),
             ("change", _over_steps(change[:, :, trained]), (vanishes, _TOLERANCE)),
         ]
     if tap.operand >= 0 and tap.params:
-        # How long the updates of a gain or bias go on in one direction depends on much else, so of these
-        # the first counts; a product sums over its fan-in, and needs all steps against the noise.
+        # How long a gain or bias keeps moving in one direction depends on much else, so of these only the
+        # first update counts; a product sums over its fan-in, and needs all steps against the noise.
         first = _first_move(by_weights)
         values = by_weights[:, :, first] if tap.kind == "vector" else _over_steps(by_weights[:, :, trained])
-        looked_at.append(("effect of its update", values, (vanishes, _TOLERANCE)))
-    checks = [_judged(quantity, widths, values, allowed, verified) for quantity, values, allowed in looked_at]
+        compared.append(("effect of its update", values, (vanishes, _TOLERANCE)))
+    checks = [_judged(quantity, widths, values, allowed, verified) for quantity, values, allowed in compared]
     series = {"size": size, "change": change}
     return [_transient(check, widths, series) for check in checks if check is not None]
 
 
 def _over_steps(values: np.ndarray) -> np.ndarray:
-    """The geometric mean over those steps in which all models have moved; zero where there is none."""
+    """The geometric mean over the steps in which all models have moved; zero if there is none."""
     moved = np.all(values != 0, axis=(0, 1))
     if not moved.any():
         return np.zeros(values.shape[:-1])
@@ -193,7 +193,7 @@ def _first_move(by_weights: np.ndarray) -> int:
 
 
 def _transient(check: Check, widths: Sequence[int], series: Mapping[str, np.ndarray]) -> Check:
-    """A growth of the first steps that is gone at the end is no failure."""
+    """Growth in the first steps that is gone at the end does not fail."""
     if check.status != "fail" or check.quantity not in series or check.slope is None:
         return check
     values = series[check.quantity]

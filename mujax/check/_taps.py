@@ -1,11 +1,9 @@
-"""Taps: where a model's activations are read to check its parametrization, and what is expected there.
+"""Taps: the places where a model's activations are read to check its parametrization.
 
 A tap is an equation of the traced program: each product with a parameter, lookup, bias and gain, each
 product of two activations, each norm, and each output. A module that is called twice has a tap for each
 call; one in a scan has one for all iterations.
 """
-
-from __future__ import annotations
 
 import collections
 import dataclasses
@@ -38,7 +36,7 @@ from mujax.spec import ParamSpec
 TapKind = Literal["product", "readout", "lookup", "vector", "logits", "mixing", "norm", "output"]
 
 FALLS_AT_FIRST: frozenset[TapKind] = frozenset({"readout", "logits", "output"})
-"""What may fall as one over the root of the width at initialisation: sums of independent terms over a
+"""Kinds that may fall as one over the root of the width at initialisation: sums of independent terms over a
 growing axis, divided by its length."""
 
 
@@ -56,7 +54,7 @@ class Tap:
         where: `file:line` in the user's code.
         params: the parameters that it multiplies, adds or looks up.
         operand: which operand is made of parameters (in a product of two activations: the first); -1
-            where the change can't be split.
+            where the change cannot be split.
         output: number of the output, if it is one.
         reads: the operand whose size is looked at; None for the equation's result.
     """
@@ -83,8 +81,8 @@ def find_taps(
 
     Args:
         program: the target's program.
-        analysis: what base and target say; they must differ in width, so that growing axes are known.
-        params: the parameters, whose shapes tell which axes of them grow.
+        analysis: of base and target, which must differ in width, so that growing axes are known.
+        params: the parameters, whose shapes show which of their axes grow.
         outputs: names of the outputs to read.
     """
     found: dict[EqnPath, Tap] = {}
@@ -144,7 +142,7 @@ def _kind(uses: Sequence[Use], params: Mapping[str, ParamSpec]) -> TapKind | Non
 
 
 def _param_operand(eqn: JaxprEqn, operands: Sequence[Operand]) -> int:
-    """Which operand is made of parameters, where the output is linear in it; else -1."""
+    """The operand that is made of parameters, if the output is linear in it; else -1."""
     mine = [number for number, operand in enumerate(operands) if operand.kind == "param"]
     if eqn.primitive.name not in _LINEAR or len(mine) != 1:
         return -1
@@ -168,10 +166,10 @@ _RELAYS = RESHAPES | IDENTITIES | {"convert_element_type"}
 
 
 def _norms(program: ClosedJaxpr, analysis: Analysis, site: EqnPath = ()) -> Iterator[tuple[EqnPath, int]]:
-    """Where an activation is multiplied by the reciprocal root of a statistic, or divided by the root.
+    """Places where an activation is multiplied by the reciprocal root of a statistic, or divided by the root.
 
     Yields:
-        The place, and which operand is the activation.
+        The place, and the operand that is the activation.
     """
     roots: dict[Var, str] = {}
     for index, eqn in enumerate(program.jaxpr.eqns):
@@ -211,7 +209,7 @@ def downstream(
 
     Args:
         program: the program that the equation is in.
-        analysis: what is known of its operands.
+        analysis: of its operands.
         factors: factors that are inserted, by place.
         site: the place of the equation.
     """
@@ -224,7 +222,7 @@ def downstream(
 
 
 class Step(NamedTuple):
-    """A later equation that does nothing but multiply with a constant.
+    """A later equation that only multiplies with a constant.
 
     Attributes:
         site: its place.
@@ -244,7 +242,7 @@ def chain(program: ClosedJaxpr, analysis: Analysis, site: EqnPath) -> Iterator[S
 
     Args:
         program: the program that the equation is in.
-        analysis: what is known of its operands.
+        analysis: of its operands.
         site: the place of the equation.
     """
     products = {product.site for product in analysis.products}
@@ -278,7 +276,7 @@ _OUTPUT = -1
 
 @functools.lru_cache(maxsize=64)
 def _readers(jaxpr: Jaxpr) -> Mapping[Var, Sequence[int]]:
-    """Which equations read each variable, by index; `_OUTPUT` for the program's own outputs."""
+    """The equations that read each variable, by index; `_OUTPUT` for the program's own outputs."""
     readers: dict[Any, list[int]] = collections.defaultdict(list)
     for index, atoms in [*enumerate(eqn.invars for eqn in jaxpr.eqns), (_OUTPUT, jaxpr.outvars)]:
         for atom in atoms:

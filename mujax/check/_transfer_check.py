@@ -1,7 +1,7 @@
 """The transfer check: does the best learning rate stay where it is as a model grows wider?
 
-The last word on a parametrization. A coordinate check looks at the first steps and at sizes; a weight decay
-that shrinks with width, or an ε that takes over, passes it and moves the optimum all the same.
+The final test of a parametrization: it trains. A coordinate check measures the sizes of the first steps,
+where a weight decay that shrinks with width, or an ε that takes over, need not show.
 
 References:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Figures 1 and 3.
@@ -10,7 +10,6 @@ References:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,19 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float
 
-from mujax.check._curves import Curve, Run, train_curves
-from mujax.check._models import Optimizer, optimizer_of, subjects
-from mujax.check._optimum import Optimum, Status, best_index, fitted_optimum, student
+from mujax.check._models import Optimizer, models_at, optimizer_of
+from mujax.check._optimum import (
+    CONFIDENCE,
+    Optimum,
+    Regret,
+    Status,
+    best_index,
+    drift,
+    fitted_optimum,
+    regret,
+    student,
+)
+from mujax.check._width_runs import Finished, train_models
 from mujax.errors import ConfigError
 from mujax.train import OutputLoss, check_batches, default_loss
 
@@ -34,23 +43,22 @@ up to a factor of 2 in the learning rate: the error that a grid of powers of two
 """
 
 MAX_REGRET: Final = 0.05
-"""What a wider model may lose by the transferred learning rate, as a share of what training gains it.
+"""The most that a wider model may lose by the transferred learning rate, as a share of what training gains.
 
 About what an error of a factor 2 in the learning rate costs, the spacing of an ordinary grid.
 """
 
-_CONFIDENCE: Final = 0.95
 _RESAMPLES: Final = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class TransferCheck:
-    """What the transfer check found.
+    """The result of a transfer check.
 
     Attributes:
         verdict: `"pass"`, `"fail"` or `"undecided"`.
-        reasons: what the verdict rests on; where it is undecided, what to do.
-        widths: ascending; the first is the proxy.
+        reasons: of the verdict; if it is undecided, what to do.
+        widths: ascending.
         log2_lrs: the grid.
         seeds: how many runs there are of each width and learning rate.
         loss: width -> training loss at each learning rate, mean over steps and seeds; None where a seed
@@ -59,12 +67,14 @@ class TransferCheck:
         on_grid_edge: widths whose best learning rate is an end of the grid.
         drift_per_doubling: slope of the optimum over log2 of the width; None where a width has none.
         interval: its 95 % interval, from the bootstrap over seeds; None with a single seed.
+        drift_log2: the largest optimum minus the smallest.
         transferred_log2_lr: the proxy's optimum.
         regret: width -> what is lost there, as a share of what training gains: the loss at the
             transferred learning rate minus the lowest, over the untrained loss minus the lowest. None
             where it diverges.
         regret_interval: width -> its interval; None with a single seed and where it diverges. They hold
             together for all widths with 95 %.
+        regret_loss: width -> the same loss, in its own units.
         max_drift: what `drift_per_doubling` may be, up or down.
         max_regret: what each `regret` may be.
     """
@@ -79,9 +89,11 @@ class TransferCheck:
     on_grid_edge: tuple[int, ...]
     drift_per_doubling: float | None
     interval: tuple[float, float] | None
+    drift_log2: float | None
     transferred_log2_lr: float | None
     regret: dict[int, float | None]
     regret_interval: dict[int, tuple[float, float] | None]
+    regret_loss: dict[int, float | None]
     max_drift: float
     max_regret: float
 
@@ -127,7 +139,7 @@ def transfer_check(
     max_regret: float = MAX_REGRET,
     **mup_kwargs: Any,
 ) -> TransferCheck:
-    """Trains a model at several widths over a grid of learning rates and says whether the best one transfers.
+    """Trains a model at several widths over a grid of learning rates and checks that the best one transfers.
 
     Every run sees the same batches; seeds differ in initial parameters and the model's own randomness. The
     loss of a run is the mean over its steps. It fails if the drift of the optimum, or the regret of a wider
@@ -173,26 +185,34 @@ def transfer_check(
     """
     rates = tuple(sorted({float(rate) for rate in log2_lrs}))
     if len(rates) < 3:
-        raise ConfigError(f"log2_lrs: expected at least three different learning rates, got {rates}.")
+        raise ConfigError(where="log2_lrs", expected="at least three different learning rates", got=rates)
     if seeds < 1:
-        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     listed = check_batches(batches)
-    models = subjects(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
-    make = optimizer_of(optimizer)
-    numbers = range(seed, seed + seeds)
-    losses: dict[int, np.ndarray] = {}
-    untrained: dict[int, float] = {}
-    for width, mup in models.items():
-        runs = [Run(rate, number) for rate in rates for number in numbers]
-        curves = train_curves(mup, listed, make, loss or default_loss, runs)
-        losses[width] = np.array([_mean_loss(curves[run]) for run in runs]).reshape(len(rates), seeds)
-        starts = [curve.untrained for curve in curves.values() if curve is not None]
-        untrained[width] = float(np.mean(starts)) if starts else math.nan
-    return judge_transfer(rates, losses, untrained, max_drift=max_drift, max_regret=max_regret)
+    models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
+    runs = train_models(
+        models, listed, optimizer_of(optimizer), loss or default_loss, rates, range(seed, seed + seeds)
+    )
+    return judge_runs(rates, runs, max_drift=max_drift, max_regret=max_regret)
 
 
-def _mean_loss(curve: Curve | None) -> float:
-    return math.nan if curve is None else curve.summary.mean
+def judge_runs(
+    log2_lrs: Sequence[float], runs: Mapping[int, Sequence[Sequence[Finished]]], **options: Any
+) -> TransferCheck:
+    """`judge_transfer` on runs by width, learning rate and seed."""
+    losses = {
+        width: np.array([[math.nan if run.loss is None else run.loss for run in row] for row in by_rate])
+        for width, by_rate in runs.items()
+    }
+    untrained = {width: _untrained(by_rate) for width, by_rate in runs.items()}
+    return judge_transfer(log2_lrs, losses, untrained, **options)
+
+
+def _untrained(runs: Sequence[Sequence[Finished]]) -> float | None:
+    """The loss before training, the mean over all runs that did not diverge; None if it is not known."""
+    known = [run.untrained for row in runs for run in row if run.loss is not None]
+    starts = [start for start in known if start is not None]
+    return float(np.mean(starts)) if starts else None
 
 
 # ---- the verdict ----------------------------------------------------------------------------------------
@@ -201,53 +221,58 @@ def _mean_loss(curve: Curve | None) -> float:
 def judge_transfer(
     log2_lrs: Sequence[float],
     losses: Mapping[int, Float[np.ndarray, "rates seeds"]],
-    untrained: Mapping[int, float],
+    untrained: Mapping[int, float | None],
     *,
+    proxy: int | None = None,
     max_drift: float = MAX_DRIFT,
     max_regret: float = MAX_REGRET,
 ) -> TransferCheck:
     """The verdict on finished runs.
 
-    The noise is that of the seeds: the mean over seeds is taken again over as many seeds drawn with
-    replacement, at each width by itself, and the spread of what follows from it is the standard error. The
-    interval is a Student's t one, as there are few seeds.
+    The noise is that of the seeds. Bootstrap: the seeds are drawn with replacement, at each width
+    independently; the spread of a number over the draws is its standard error. The interval is Student's t,
+    as there are few seeds.
 
     Args:
         log2_lrs: the grid, ascending.
         losses: width, ascending -> loss of each run; NaN where it diverged.
-        untrained: width -> loss before training.
+        untrained: width -> loss before training; None if it is not known.
+        proxy: width whose optimum is transferred; the smallest by default.
         max_drift: see `transfer_check`.
         max_regret: see `transfer_check`.
     """
     widths = tuple(losses)
-    seeds = next(iter(losses.values())).shape[1]
-    tables = {width: _Table.of(log2_lrs, table) for width, table in losses.items()}
+    proxy = widths[0] if proxy is None else proxy
+    seeds = losses[proxy].shape[1]
+    tables = {width: _Table(log2_lrs, table) for width, table in losses.items()}
     found = {width: table.at(tuple(range(seeds))) for width, table in tables.items()}
     optima = {width: optimum.log2_lr for width, (_, optimum) in found.items()}
-    loss = {width: curve for width, (curve, _) in found.items()}
-    edges = tuple(width for width, (_, optimum) in found.items() if optimum.on_edge)
     resampled = _resampled(tables, seeds)
 
-    drift = _slope(list(optima.values()), widths)
+    moved = drift(optima)
     freedom = len(widths) * (seeds - 1)
-    drifts = [_slope([optimum.log2_lr for _, optimum in draw.values()], widths) for draw in resampled]
-    interval = None if drift is None else _interval(drift, drifts, seeds, freedom, _CONFIDENCE)
+    slopes = [
+        None if one is None else one.per_doubling
+        for one in (drift({width: best.log2_lr for width, (_, best) in draw.items()}) for draw in resampled)
+    ]
+    interval = None if moved is None else _interval(moved.per_doubling, slopes, seeds, freedom, CONFIDENCE)
 
-    proxy, *wider = widths
-    together = 1 - (1 - _CONFIDENCE) / len(wider)
-    regret: dict[int, float | None] = {proxy: None if optima[proxy] is None else 0.0}
-    regret_interval: dict[int, tuple[float, float] | None] = {proxy: None}
-    for width in wider:
-        share = _regret(log2_lrs, found[width], optima[proxy], untrained[width])
-        shares = [
-            _regret(log2_lrs, draw[width], draw[proxy][1].log2_lr, untrained[width]) for draw in resampled
-        ]
-        regret[width] = share
-        between = None if share is None else _interval(share, shares, seeds, 2 * (seeds - 1), together)
+    def regret_in(draw: Mapping[int, Fitted], width: int) -> Regret | None:
+        curve, optimum = draw[width]
+        return regret(log2_lrs, curve, optimum.log2_lr, draw[proxy][1].log2_lr, untrained[width])
+
+    lost = {width: regret_in(found, width) for width in widths}
+    together = 1 - (1 - CONFIDENCE) / max(1, len(widths) - 1)
+    regret_interval: dict[int, tuple[float, float] | None] = {}
+    for width, one in lost.items():
+        between = None
+        if width != proxy and one is not None and one.share is not None:
+            shares = [_share(regret_in(draw, width)) for draw in resampled]
+            between = _interval(one.share, shares, seeds, 2 * (seeds - 1), together)
         regret_interval[width] = None if between is None else (max(between[0], 0.0), between[1])
 
     verdict, reasons = _verdict(
-        log2_lrs, found, interval, regret, regret_interval, seeds, max_drift, max_regret
+        log2_lrs, proxy, found, interval, lost, regret_interval, seeds, max_drift, max_regret
     )
     return TransferCheck(
         verdict=verdict,
@@ -255,34 +280,36 @@ def judge_transfer(
         widths=widths,
         log2_lrs=tuple(log2_lrs),
         seeds=seeds,
-        loss=loss,
+        loss={width: curve for width, (curve, _) in found.items()},
         best_log2_lr=optima,
-        on_grid_edge=edges,
-        drift_per_doubling=drift,
+        on_grid_edge=tuple(width for width, (_, optimum) in found.items() if optimum.on_edge),
+        drift_per_doubling=None if moved is None else moved.per_doubling,
         interval=interval,
+        drift_log2=None if moved is None else moved.range,
         transferred_log2_lr=optima[proxy],
-        regret=regret,
+        regret={width: _share(one) for width, one in lost.items()},
         regret_interval=regret_interval,
+        regret_loss={width: None if one is None else one.loss for width, one in lost.items()},
         max_drift=max_drift,
         max_regret=max_regret,
     )
 
 
 Fitted = tuple[tuple[float | None, ...], Optimum]
-"""OutputLoss at each learning rate, and where it is lowest."""
+"""The loss at each learning rate, and where it is lowest."""
+
+
+def _share(regret: Regret | None) -> float | None:
+    return None if regret is None else regret.share
 
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """The runs of one width; what follows from each choice of seeds is worked out once."""
+    """The runs of one width; the optimum for each choice of seeds is computed once."""
 
     log2_lrs: Sequence[float]
     losses: Float[np.ndarray, "rates seeds"]
-    known: dict[tuple[int, ...], Fitted]
-
-    @classmethod
-    def of(cls, log2_lrs: Sequence[float], losses: Float[np.ndarray, "rates seeds"]) -> _Table:
-        return cls(log2_lrs, losses, {})
+    known: dict[tuple[int, ...], Fitted] = dataclasses.field(default_factory=dict)
 
     def at(self, seeds: tuple[int, ...]) -> Fitted:
         """The mean over these seeds, of which some may come more than once."""
@@ -307,16 +334,6 @@ def _resampled(tables: Mapping[int, _Table], seeds: int) -> list[dict[int, Fitte
     ]
 
 
-def _slope(optima: Sequence[float | None], widths: Sequence[int]) -> float | None:
-    """Least-squares slope of the optimum over log2 of the width; None where a width has no optimum."""
-    known = [optimum for optimum in optima if optimum is not None]
-    if len(known) < len(optima):
-        return None
-    x = np.log2(np.asarray(widths, np.float64))
-    x -= x.mean()
-    return float(x @ np.asarray(known) / (x @ x))
-
-
 def _interval(
     value: float, draws: Sequence[float | None], seeds: int, freedom: int, confidence: float
 ) -> tuple[float, float] | None:
@@ -332,52 +349,18 @@ def _interval(
     return value - reach, value + reach
 
 
-def _regret(log2_lrs: Sequence[float], fitted: Fitted, rate: float | None, untrained: float) -> float | None:
-    """The share of the gain that is lost at a learning rate instead of at the fitted optimum."""
-    curve, (optimum, _) = fitted
-    if optimum is None or rate is None:
-        return None
-    at, lowest = (_loss_at(tuple(log2_lrs), curve, where) for where in (rate, optimum))
-    if not math.isfinite(at):
-        return None
-    return max(at - lowest, 0.0) / max(untrained - lowest, 1e-30)
-
-
-@functools.lru_cache(maxsize=4096)
-def _loss_at(log2_lrs: tuple[float, ...], curve: tuple[float | None, ...], rate: float) -> float:
-    """The loss between grid points, by the parabola through the three nearest; infinite where it diverged.
-
-    A line would lie above a curve that bends upwards, by as much as a tight tolerance.
-    """
-    losses = np.array([math.inf if loss is None else loss for loss in curve])
-    nearest = int(np.argmin(np.abs(np.asarray(log2_lrs) - rate)))
-    centre = min(max(nearest, 1), len(losses) - 2)
-    near = slice(centre - 1, centre + 2)
-    x, y = np.asarray(log2_lrs)[near] - rate, losses[near]
-    if np.all(np.isfinite(y)):
-        (a, b, c), (u, v, w) = x, y
-        return float(
-            u * b * c / ((a - b) * (a - c))
-            + v * a * c / ((b - a) * (b - c))
-            + w * a * b / ((c - a) * (c - b))
-        )
-    left = int(np.clip(np.searchsorted(log2_lrs, rate, side="right") - 1, 0, len(losses) - 2))
-    share = (rate - log2_lrs[left]) / (log2_lrs[left + 1] - log2_lrs[left])
-    ends = ((1 - share, losses[left]), (share, losses[left + 1]))
-    return float(sum(weight * loss for weight, loss in ends if weight))
-
-
 def _verdict(
     log2_lrs: Sequence[float],
+    proxy: int,
     found: Mapping[int, Fitted],
     interval: tuple[float, float] | None,
-    regret: Mapping[int, float | None],
+    lost: Mapping[int, Regret | None],
     regret_interval: Mapping[int, tuple[float, float] | None],
     seeds: int,
     max_drift: float,
     max_regret: float,
 ) -> tuple[Status, tuple[str, ...]]:
-    proxy, *wider = found
+    others = [width for width in found if width != proxy]
     optimum = found[proxy][1]
     open_ends = [
         _beyond(log2_lrs, width, best.log2_lr)
@@ -389,14 +372,15 @@ def _verdict(
     if optimum.on_edge:
         return "undecided", tuple(open_ends)
     failed = []
-    for width in wider:
+    for width in others:
         between = regret_interval[width]
-        if regret[width] is None:
+        if lost[width] is None:
             failed.append(f"Width {width} diverges at the transferred learning rate 2^{optimum.log2_lr:.2f}.")
         elif between is not None and between[0] > max_regret:
             failed.append(
-                f"Width {width} loses {regret[width]:.1%} of what training gains by the transferred learning "
-                f"rate 2^{optimum.log2_lr:.2f}, {between[0]:.1%} at least; allowed are {max_regret:.1%}."
+                f"Width {width} loses {_share(lost[width]):.1%} of what training gains by the transferred "
+                f"learning rate 2^{optimum.log2_lr:.2f}, {between[0]:.1%} at least; allowed are "
+                f"{max_regret:.1%}."
             )
     # An optimum on the grid's edge lies there or beyond: how far the drift goes is not known then.
     if interval is not None and not open_ends and (interval[0] > max_drift or interval[1] < -max_drift):
@@ -409,16 +393,18 @@ def _verdict(
     if open_ends:
         return "undecided", tuple(open_ends)
     if seeds < 2 or interval is None:
-        return "undecided", ("One seed does not tell noise from drift: take 5 seeds or so.",)
+        return "undecided", ("One seed does not distinguish noise from drift: take 5 seeds or so.",)
     unclear = []
     if interval[0] < -max_drift or interval[1] > max_drift:
         unclear.append(
             f"The drift lies anywhere between {_text(interval)}, wider than the allowed ±{max_drift:g}: "
             "take more seeds or steps."
         )
-    for width in wider:
-        between, share = regret_interval[width], regret[width]
-        if between is not None and share is not None and share > max_regret:
+    for width in others:
+        between, share = regret_interval[width], _share(lost[width])
+        if share is None:
+            unclear.append(f"The untrained loss of width {width} is not stored: start in a new folder.")
+        elif between is not None and share > max_regret:
             unclear.append(
                 f"The regret of width {width} lies anywhere between {between[0]:.1%} and {between[1]:.1%}, "
                 f"and {max_regret:.1%} are allowed: take more seeds or steps."

@@ -13,33 +13,30 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Float
 
-from mujax.check._curves import Run, train_curves
-from mujax.check._models import Optimizer, optimizer_of, subjects
-from mujax.check._optimum import Status, student
+from mujax.check._models import Optimizer, models_at, optimizer_of
+from mujax.check._optimum import Status, difference
+from mujax.check._width_runs import train_models
 from mujax.errors import ConfigError
 from mujax.train import OutputLoss, check_batches, default_loss
 
 MAX_RISE: Final = 0.02
-"""By how much a wider model may be worse, as a share of what training gains the narrower one.
+"""The most that a wider model may be worse, as a share of what training gains the narrower one.
 
-Correct models of finite widths come this close to each other where more width does not help any more; the
-difference is real and of no consequence.
+Correct models of finite widths come this close to each other where more width no longer helps.
 """
 
-_CONFIDENCE: Final = 0.95
-
-# As many looks at a pair of curves: few enough that the correction for them costs little, and enough to tell
-# a beginning from an end. More smoothing would not help: all widths see the same batches, so the noise of
-# the batches is not in the differences, and that of the initial values goes on over the whole run.
+# Windows of a pair of curves: few enough that the correction for them costs little, and enough to
+# distinguish the start of a run from its end. More smoothing would not help: all widths see the same batches,
+# so the noise of the batches is not in the differences, and that of the initial values lasts over the run.
 _LOOKS: Final = 10
 
-# To say that all is well, the mean loss over the run must be known not to rise by more than this share of
-# what training gains.
+# To pass, the mean loss over the run must be known not to rise by more than this share of what training
+# gains.
 _RESOLUTION: Final = 0.1
 
 
@@ -52,7 +49,7 @@ class Rise:
         wide: width of the worse one.
         steps: first and last step.
         by: the difference of their losses, mean over seeds and steps; None where the wider one diverged.
-        at_least: what the difference is beyond noise; None where the wider one diverged.
+        at_least: the difference beyond noise; None where the wider one diverged.
     """
 
     narrow: int
@@ -73,15 +70,15 @@ class Rise:
 
 @dataclasses.dataclass(frozen=True)
 class WiderIsBetter:
-    """What the comparison of training curves found.
+    """The result of a comparison of training curves.
 
     Attributes:
         verdict: `"pass"`, `"fail"` or `"undecided"`.
-        reasons: what the verdict rests on; where it is undecided, what to do.
+        reasons: of the verdict; if it is undecided, what to do.
         widths: ascending.
         learning_rate: of all runs.
         seeds: runs of each width.
-        window: how many steps were taken together.
+        window: steps that are averaged.
         curves: width -> loss of each window, mean over its steps and over seeds; None where a seed diverged.
         rises: where a wider model is worse beyond noise.
         max_rise: the share of the gain up to which that does not count.
@@ -136,7 +133,7 @@ def wider_is_better(
     max_rise: float = MAX_RISE,
     **mup_kwargs: Any,
 ) -> WiderIsBetter:
-    """Trains a model at several widths with one learning rate and says whether wider is better throughout.
+    """Trains a model at several widths with one learning rate and checks that wider is better throughout.
 
     Neighbouring widths are compared window by window. A window counts as worse if the whole confidence
     interval of the difference lies above `max_rise`; the seeds are the repeats, and all windows of all
@@ -149,7 +146,7 @@ def wider_is_better(
         batches: an `(inputs, targets)` pair for each step, all of the same shapes; `inputs` is an array or
             a tuple of arrays.
         optimizer: a name, or `(learning rate, spec) -> optax transform` whose learning rate may be traced.
-        learning_rate: near the best of the narrowest model: what is too large anyway tells nothing.
+        learning_rate: near the best of the narrowest model; one that is too large shows nothing.
         seeds: runs of each width.
         seed: the first seed.
         loss: `(outputs, targets) -> scalar`. By default mean cross-entropy for integer targets and mean
@@ -157,7 +154,7 @@ def wider_is_better(
         base: target's width -> its base model.
         base_width: of the base model; the smallest of `widths` by default.
         kwargs: keyword arguments of the model's call.
-        window: steps to take together; a tenth of the run by default.
+        window: steps to average; a tenth of the run by default.
         max_rise: see `MAX_RISE`.
         **mup_kwargs: passed to `mup_init`: `parametrization`, `roles`, `corrections`, `zero_init`.
 
@@ -181,17 +178,23 @@ def wider_is_better(
     listed = check_batches(batches)
     size = max(1, len(listed) // _LOOKS) if window is None else window
     if not 1 <= size <= len(listed):
-        raise ConfigError(f"window: expected from 1 to the number of steps, {len(listed)}, got {size}.")
+        raise ConfigError(where="window", expected=f"from 1 to the number of steps, {len(listed)}", got=size)
     if seeds < 1:
-        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     if not learning_rate > 0:
-        raise ConfigError(f"learning_rate: expected a positive number, got {learning_rate}.")
-    make = optimizer_of(optimizer)
-    runs = [Run(math.log2(learning_rate), number) for number in range(seed, seed + seeds)]
+        raise ConfigError(where="learning_rate", expected="a positive number", got=learning_rate)
+    models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
+    runs = train_models(
+        models,
+        listed,
+        optimizer_of(optimizer),
+        loss or default_loss,
+        [math.log2(learning_rate)],
+        range(seed, seed + seeds),
+    )
     losses: dict[int, np.ndarray | None] = {}
-    for width, mup in subjects(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs).items():
-        curves = train_curves(mup, listed, make, loss or default_loss, runs)
-        known = [curve.losses for curve in curves.values() if curve is not None]
+    for width, (of_rate,) in runs.items():
+        known = [run.curve for run in of_rate if run.curve is not None]
         losses[width] = np.stack(known) if len(known) == seeds else None
     return judge_widths(losses, learning_rate, seeds, size, max_rise=max_rise)
 
@@ -210,7 +213,7 @@ def judge_widths(
         losses: width, ascending -> losses of every seed and step; None where a seed diverged.
         learning_rate: of all runs.
         seeds: runs of each width.
-        window: steps to take together; what is left over at the end goes with the last window.
+        window: steps to average; the remainder at the end belongs to the last window.
         max_rise: see `MAX_RISE`.
     """
     some = next((table for table in losses.values() if table is not None), None)
@@ -228,9 +231,9 @@ def judge_widths(
             rises.append(Rise(narrow, wide, (0, last_step), None, None))
             continue
         gain = float(np.ptp(one.mean(axis=0)))
-        found = _compare(one, other, confidence=1 - (1 - _CONFIDENCE) / (len(starts) * len(pairs)))
-        if found is None:
+        if seeds < 2:
             continue
+        found = difference(one, other, comparisons=len(starts) * len(pairs))
         worse = found.at_least > max_rise * gain
         ends = [*(start - 1 for start in starts[1:]), last_step]
         rises += [
@@ -244,8 +247,7 @@ def judge_widths(
             for first, last in _stretches(worse)
         ]
         whole = [table.mean(axis=1, keepdims=True) for table in (one, other)]
-        overall = _compare(*whole, confidence=1 - (1 - _CONFIDENCE) / len(pairs))
-        may_be = math.inf if overall is None else float(overall.at_most[0])
+        may_be = float(difference(*whole, comparisons=len(pairs)).at_most[0])
         if not worse.any() and may_be > _RESOLUTION * gain:
             coarse.append(
                 f"The mean loss of width {wide} may be above that of width {narrow} by {may_be:.3g}, where "
@@ -256,7 +258,7 @@ def judge_widths(
         first = next(width for width, one in smooth.items() if one is None)
         reasons.append(f"Width {first} diverges at learning rate {learning_rate:.3g}: take a lower one.")
     if seeds < 2:
-        reasons.append("One seed does not tell noise from a difference: take 5 seeds or so.")
+        reasons.append("One seed does not distinguish noise from a difference: take 5 seeds or so.")
     reasons += coarse
     verdict: Status = "fail" if rises else "undecided" if reasons else "pass"
     return WiderIsBetter(
@@ -280,39 +282,6 @@ def _windows(
 ) -> Float[np.ndarray, "seeds windows"]:
     sizes = np.diff([*starts, table.shape[1]])
     return np.add.reduceat(table, starts, axis=1) / sizes
-
-
-class _Difference(NamedTuple):
-    """How much worse the wide model is, by window: as found, and the least and the most that it can be."""
-
-    by: Float[np.ndarray, " windows"]
-    at_least: Float[np.ndarray, " windows"]
-    at_most: Float[np.ndarray, " windows"]
-
-
-def _compare(
-    narrow: Float[np.ndarray, "seeds windows"], wide: Float[np.ndarray, "seeds windows"], confidence: float
-) -> _Difference | None:
-    """The difference of the means over seeds with its one-sided limits; None with a single seed.
-
-    Of logarithms, where losses are positive: runs differ from each other by a factor, more so in the first
-    steps of a large learning rate. With the freedom of Welch's test: a narrow model's runs differ by more
-    than a wide one's.
-    """
-    seeds = narrow.shape[0]
-    if seeds < 2:
-        return None
-    is_positive = min(narrow.min(), wide.min()) > 0
-    one, other = (np.log(table) if is_positive else table for table in (narrow, wide))
-    parts = [table.var(axis=0, ddof=1) / seeds for table in (one, other)]
-    variance = parts[0] + parts[1]
-    spread = (parts[0] ** 2 + parts[1] ** 2) / (seeds - 1)
-    freedom = np.divide(variance**2, spread, out=np.full_like(variance, seeds - 1.0), where=spread > 0)
-    # A one-sided limit is an end of the two-sided interval with twice the risk.
-    reach = np.array([student(2 * confidence - 1, each) for each in freedom]) * np.sqrt(variance)
-    start, end = one.mean(axis=0), other.mean(axis=0)
-    back = np.exp if is_positive else np.asarray
-    return _Difference(*(back(end + shift) - back(start) for shift in (0.0, -reach, reach)))
 
 
 def _stretches(flags: Sequence[bool] | np.ndarray) -> list[tuple[int, int]]:

@@ -19,28 +19,28 @@ from mujax.tune import number
 
 
 def option(metavar: str, text: str, default: str | None = None, *, name: str | None = None) -> Any:
-    """An option with its help text, and its default in words where that is not its value."""
+    """An option with its help text, and its default in words if these are not its value."""
     from tyro.conf import arg
 
     return arg(metavar=metavar, help=text, help_behavior_hint=default, name=name)
 
 
 def positional() -> Any:
-    """Marks what is said without the option's name."""
+    """Marks an argument that is given without the option's name."""
     from tyro.conf import Positional
 
     return Positional
 
 
 def group() -> Any:
-    """A block of options of its own in the help text, with its field's name above and none before theirs."""
+    """Marks a block of options: the help text shows its field's name above them, not before each."""
     from tyro.conf import OmitArgPrefixes
 
     return OmitArgPrefixes
 
 
 def numbers(kind: type[int] | type[float], many: bool = False) -> Any:
-    """How tyro reads one number or several: with an error that says what was expected."""
+    """Reads one number or several, with an error that names what was expected."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     expected = "a whole number" if kind is int else "a number"
@@ -67,14 +67,14 @@ def numbers(kind: type[int] | type[float], many: bool = False) -> Any:
 
 
 def parse(commands: Mapping[str, type], argv: Sequence[str] | None) -> Any:
-    """The options of the command that was given.
+    """The options of the given command.
 
     Args:
-        commands: their dataclasses by name.
+        commands: the dataclass of each command's options, by its name.
         argv: the command line; by default that of the process.
 
     Raises:
-        ConfigError: it makes no sense.
+        ConfigError: an unknown command or option, or a value that cannot be read.
         SystemExit: help was asked for, and printed.
     """
     import tyro
@@ -97,27 +97,29 @@ def parse(commands: Mapping[str, type], argv: Sequence[str] | None) -> Any:
 
 
 def _refuse_repeated(words: Sequence[str]) -> None:
-    """Of an option that is given twice only the last would be read."""
+    """Refuses an option that is given twice: only the last would be read."""
     seen: set[str] = set()
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name in seen:
-            raise ConfigError(f"{name}: expected it once, got it twice; give all its values behind one.")
+            raise ConfigError(
+                where=name, expected="it once", got="it twice", remedy="give all its values behind one"
+            )
         seen.add(name)
 
 
 def _one_line(message: str) -> str:
-    """What tyro's box says under its title, up to the first rule, as one sentence."""
+    """The text of tyro's box under its title, up to the first rule, as one sentence."""
     paragraphs: list[list[str]] = [[]]
     for line in message.replace("│", " ").splitlines():
         if re.fullmatch(r"\s*(╭.*|-{5,}|─{5,})\s*", line):
             paragraphs.append([])
-        # Help texts are indented by ten, the options that they are about by less.
+        # Help texts are indented by ten, their options by less.
         elif not line.startswith(" " * 10):
             paragraphs[-1] += line.split()
     # Without Unicode the title is a paragraph of its own, else it is part of the frame.
-    said = next((words for words in paragraphs[1:] if words), ["wrong arguments"])
-    return f"{' '.join(said).rstrip('.')}; see mujax --help."
+    words = next((words for words in paragraphs[1:] if words), ["wrong arguments"])
+    return f"{' '.join(words).rstrip('.')}; see mujax --help."
 
 
 # ---- hyperparameters ------------------------------------------------------------------------------------
@@ -135,53 +137,58 @@ def value(text: str) -> Any:
     return text if found is None else found
 
 
-def _pair(option: str, text: str, shape: str) -> tuple[str, str]:
-    name, sign, said = text.partition("=")
-    if not sign or not name.isidentifier() or not said:
-        raise ConfigError(f"{option}: expected {shape}, got {text!r}; put no spaces around '='.")
-    return name, said
+def _pairs(option: str, texts: Sequence[str], shape: str) -> dict[str, str]:
+    """The text of each hyperparameter from NAME=TEXT.
+
+    Raises:
+        ConfigError: something else, or a name twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, sign, value_ = text.partition("=")
+        if not sign or not name.isidentifier() or not value_:
+            raise ConfigError(where=option, expected=shape, got=repr(text), remedy="put no spaces around '='")
+        if name in found:
+            raise ConfigError(
+                where=option,
+                expected="each hyperparameter once",
+                got=f"{name!r} twice",
+                remedy="leave one out",
+            )
+        found[name] = value_
+    return found
 
 
-def fixed(option: str, said: Sequence[str]) -> dict[str, Any]:
+def fixed(option: str, texts: Sequence[str]) -> dict[str, Any]:
     """Hyperparameters from NAME=VALUE.
 
     Raises:
         ConfigError: something else, or a name twice.
     """
-    found: dict[str, Any] = {}
-    for text in said:
-        name, value_ = _pair(option, text, "NAME=VALUE, such as momentum=0.9")
-        if name in found:
-            raise ConfigError(
-                f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
-            )
-        found[name] = as_its_kind(name, value(value_))
-    return found
+    pairs = _pairs(option, texts, "NAME=VALUE, such as momentum=0.9")
+    return {name: as_its_kind(name, value(text)) for name, text in pairs.items()}
 
 
-def space(option: str, said: Sequence[str]) -> dict[str, Any]:
-    """What is searched, from NAME=LOW:HIGH, NAME=LOW:HIGH:log and NAME=VALUE,VALUE,...
+def space(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """A search space from NAME=LOW:HIGH, NAME=LOW:HIGH:log and NAME=VALUE,VALUE,...
 
     Raises:
         ConfigError: something else, or a name twice.
     """
     shape = "NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=VALUE,VALUE"
     found: dict[str, Any] = {}
-    for text in said:
-        name, said_ = _pair(option, text, f"{shape}, such as learning_rate=2**-12:2**-4:log")
-        if name in found:
-            raise ConfigError(
-                f"{option}: expected each hyperparameter once, got {name!r} twice; leave one out."
-            )
-        if ":" not in said_:
-            found[name] = [as_its_kind(name, value(word)) for word in said_.split(",")]
+    for name, text in _pairs(option, texts, f"{shape}, such as learning_rate=2**-12:2**-4:log").items():
+        if ":" not in text:
+            found[name] = [as_its_kind(name, value(word)) for word in text.split(",")]
             continue
-        low, high, *rest = said_.split(":")
+        low, high, *rest = text.split(":")
         ends = [as_its_kind(name, value(low)), as_its_kind(name, value(high))]
         if rest not in ([], ["log"]) or any(type(end) not in (int, float) for end in ends):
             raise ConfigError(
-                f"{option}: expected {shape} with numbers, got {text!r}; write for instance "
-                f"{name}=2**-12:2**-4:log."
+                where=option,
+                expected=f"{shape} with numbers",
+                got=repr(f"{name}={text}"),
+                remedy=f"write for instance {name}=2**-12:2**-4:log",
             )
         if float in map(type, ends):
             ends = [float(end) for end in ends]

@@ -70,7 +70,7 @@ def _tokens(key: Key[Array, ""], batch: int) -> Batch:
 
 
 def _small_resnet(width: int) -> Any:
-    # ResNet-18 has four times the taps and says nothing more.
+    # ResNet-18 has four times the taps and shows nothing more.
     return models.ResNet(
         models.ResNetConfig(stage_sizes=(1, 1, 1), stage_widths=tuple(width * 2**stage for stage in range(3)))
     )
@@ -105,11 +105,11 @@ def made_up(inputs: tuple[Any, ...], mup: MupModel, key: Key[Array, ""]) -> tupl
     """Concrete inputs in place of abstract ones.
 
     Args:
-        inputs: arrays, which stay as they are, and `jax.ShapeDtypeStruct`: floats become normal, integers
-            uniform over the smallest table that the model looks up (0 and 1 where there is none), booleans
+        inputs: arrays, which stay as they are, and `jax.ShapeDtypeStruct`s: floats become normal, integers
+            uniform over the smallest table that the model looks up (0 and 1 if it looks up none), booleans
             true.
-        mup: the model; says what is looked up.
-        key: what they depend on.
+        mup: the model, for the tables that it looks up.
+        key: of the random values.
     """
     leaves, structure = jax.tree.flatten(inputs)
     keys = jax.random.split(key, max(len(leaves), 1))

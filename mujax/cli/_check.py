@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import math
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -17,11 +16,20 @@ from mujax import rules
 from mujax.check import CheckProgress, CoordCheck, TapReport, coord_check
 from mujax.cli._arguments import numbers, option, positional
 from mujax.cli._builtin import BUILTIN, made_up
-from mujax.cli._display import StoppedError, as_folder, display, gentle_interrupts, make_folder
+from mujax.cli._display import (
+    StoppedError,
+    as_folder,
+    display,
+    gentle_interrupts,
+    make_folder,
+    output,
+    print_table,
+    write_aside,
+)
 from mujax.cli._explain import build_model, factory_of, inputs_of, traced
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import optimizer as optimizer_by_name
-from mujax.tune import parametrization_title
+from mujax.tune import check_counts, parametrization_title
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +85,7 @@ class CoordCheckOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """What is to be checked, on what."""
+    """A model to be checked, with its widths and inputs."""
 
     title: str
     factory: Callable[[int], Any]
@@ -86,16 +94,17 @@ class _Checked:
 
 
 def _to_check(options: CoordCheckOptions) -> _Checked:
-    """The model with concrete inputs; whatever is wrong with it is said here, before any training."""
+    """The model with concrete inputs; refuses one that cannot be checked, before any training."""
     key = jax.random.key(0)
     known = BUILTIN.get(options.model)
     widths = tuple(sorted(set(options.widths or (known or BUILTIN["mlp"]).widths)))
     if len(widths) < 2 or widths[0] < 1:
-        raise ConfigError(f"widths: expected at least two different positive numbers, got {widths}.")
-    if options.base_width is not None and options.base_width < 1:
-        raise ConfigError(f"base_width: expected at least 1, got {options.base_width}.")
+        raise ConfigError(where="widths", expected="at least two different positive numbers", got=widths)
+    check_counts(base_width=options.base_width)
     if known is not None and options.inputs:
-        raise ConfigError(f"inputs: expected none for {options.model}, which brings its own.")
+        raise ConfigError(
+            where="inputs", expected=f"none for {options.model}, which has its own", got=options.inputs
+        )
     if known is not None:
         batches = [known.batch(key)]
         known.build(widths[0])
@@ -106,7 +115,7 @@ def _to_check(options: CoordCheckOptions) -> _Checked:
     model, _ = build_model(options.model, factory, widths[1])
     inputs = inputs_of(options.model, options.inputs, given)
     with warnings.catch_warnings():
-        # The check itself says it again.
+        # The check itself reports it again.
         warnings.simplefilter("ignore", MujaxWarning)
         mup = traced(options.model, model, base, inputs, parametrization=options.parametrization)
     return _Checked(
@@ -122,16 +131,14 @@ def run(options: CoordCheckOptions) -> int:
     from rich.console import Console
 
     plot = importlib.import_module("mujax.plot")
-    for name in ("steps", "seeds"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {getattr(options, name)}.")
+    check_counts(steps=options.steps, seeds=options.seeds)
     optimizer_by_name(options.optimizer)
     rules.parametrization(options.parametrization)
     subject = _to_check(options)
     out = options.out or pathlib.Path(f"coord-check-{as_folder(options.model)}")
     make_folder(out)
-    chosen = options.parametrization
-    names = (chosen,) if options.alone else (chosen, "mup" if chosen == "sp" else "sp")
+    asked = options.parametrization
+    names = (asked,) if options.alone else (asked, "mup" if asked == "sp" else "sp")
     try:
         with gentle_interrupts() as check, display(Console(stderr=True), "reading the model") as shown:
             reports = {}
@@ -160,9 +167,9 @@ def run(options: CoordCheckOptions) -> int:
     # Standard parametrization above, as in the paper's figures.
     rows = [reports[name] for name in sorted(names, key=lambda name: name != "sp")]
     plot.plot_coord_check(rows, out / PICTURE, title=f"{subject.title}, {options.optimizer}")
-    _print_check(Console(), reports)
+    _print_check(output(), reports)
     print(f"\nWritten: {out / REPORT}, {out / PICTURE}")
-    return 0 if reports[chosen] else 1
+    return 0 if reports[asked] else 1
 
 
 def _write_report(path: pathlib.Path, options: CoordCheckOptions, reports: dict[str, CoordCheck]) -> None:
@@ -171,44 +178,29 @@ def _write_report(path: pathlib.Path, options: CoordCheckOptions, reports: dict[
         "optimizer": options.optimizer,
         "parametrization": options.parametrization,
         "verdict": reports[options.parametrization].verdict,
-        "checks": {name: _strict(json.loads(check.to_json())) for name, check in reports.items()},
+        "checks": {name: json.loads(check.to_json()) for name, check in reports.items()},
     }
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _strict(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: _strict(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_strict(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_aside(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 _STATUS_STYLES: Final = {"pass": "green", "fail": "bold red", "undecided": "yellow"}
 
 
 def _print_check(console: Console, reports: dict[str, CoordCheck]) -> None:
-    from rich.table import Table
-
-    # A table that is read later, from a file, should not be folded to what happens to be the default.
-    console.width = console.width if console.is_terminal else max(console.width, 120)
-    (chosen, check), *others = reports.items()
-    table = Table(title=parametrization_title(chosen), title_justify="left", title_style="bold")
-    table.add_column("tap", overflow="fold")
-    for heading in ("status", "quantity", "exponent of width", "allowed"):
-        table.add_column(heading, no_wrap=True)
+    (parametrization, check), *others = reports.items()
+    rows = []
     for tap in check.taps:
         inherited = tap.status == "fail" and not tap.blamed
         style = "dim" if inherited else "" if tap.status == "pass" else _STATUS_STYLES[tap.status]
-        table.add_row(*_cells(tap, "inherited" if inherited else tap.status), style=style)
-    console.print(table)
+        rows.append((_cells(tap, "inherited" if inherited else tap.status), style))
+    headings = ("tap", "status", "quantity", "exponent of width", "allowed")
+    print_table(console, parametrization_title(parametrization), headings, rows)
     console.print(check.headline(), style=_STATUS_STYLES[check.verdict], highlight=False, soft_wrap=True)
     for line in check.explained():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for name, other in others:
-        said = f"\n{parametrization_title(name)}, for comparison: {other.headline()}"
-        console.print(said, style="dim", highlight=False, markup=False, soft_wrap=True)
+        comparison = f"\n{parametrization_title(name)}, for comparison: {other.headline()}"
+        console.print(comparison, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(tap: TapReport, status: str) -> tuple[str, ...]:

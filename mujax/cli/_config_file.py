@@ -19,13 +19,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from mujax.errors import ConfigError
-from mujax.tune import number, said
+from mujax.tune import number, summary_of
 
 T = TypeVar("T")
 
-# How much of a value an error shows, and how near a name must be to a field's to be taken for a slip.
+# How much of a value an error shows, and how near a name must be to a field's to count as misspelled.
 _SHOWN: Final = 200
 _SLIP: Final = 0.8
+
+# Values of a YAML file, aliases written out: a few lines of aliases of aliases are billions.
+_MOST_VALUES: Final = 100_000
 
 
 class Settings(dict[str, Any]):
@@ -44,11 +47,11 @@ class Settings(dict[str, Any]):
 
 
 def read(path: str | os.PathLike[str]) -> Settings:
-    """The settings of a file by name, as they stand there: a dict that knows its file.
+    """Reads the settings of a file by name: a dict that knows its file.
 
-    - `.yaml`, `.yml`, `.json`: a mapping. A text such as `2**-8`, `2^-8`, `1e-3` or `0.5`, at any depth, is
-      the float that it says; nothing is evaluated. A text of digits alone stays a text: as a number it would
-      have no quotes.
+    - `.yaml`, `.yml`, `.json`: a mapping. A text such as `2**-8`, `2^-8`, `1e-3` or `0.5`, at any depth,
+      becomes a float; nothing is evaluated. A text of digits alone stays a text: as a number it would have no
+      quotes.
     - `.py`: the file is run, its folder on the path, and each of its public names that is not a module is a
       setting, so that functions can be settings, too.
 
@@ -56,7 +59,7 @@ def read(path: str | os.PathLike[str]) -> Settings:
         path: the file.
 
     Raises:
-        ConfigError: the file can't be read, holds something else, or raises an error when it is run.
+        ConfigError: the file cannot be read, holds something else, or raises an error when it is run.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -69,19 +72,25 @@ def read(path: str | os.PathLike[str]) -> Settings:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(
-            f"{path}: expected one of the suffixes {', '.join(_READERS)}, found {path.suffix or 'none'}; "
-            "give the file that of its kind."
+            where=path,
+            expected=f"one of the suffixes {', '.join(_READERS)}",
+            got=path.suffix or "none",
+            remedy="give the file that of its kind",
         )
     try:
         values = reader(path, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        found = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{path}: expected a text file of settings, found that it can't be read ({found}); "
-            "give the path of one that can."
+            where=path,
+            expected="a text file of settings",
+            got=f"one that can't be read ({reason})",
+            remedy="give the path of one that can",
         ) from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: expected a mapping, found one nested without end; flatten it.") from error
+        raise ConfigError(
+            where=path, expected="a mapping", got="one nested without end", remedy="flatten it"
+        ) from error
     return Settings(values, path)
 
 
@@ -90,19 +99,55 @@ def _yaml(path: pathlib.Path, text: str) -> dict[str, Any]:
         import yaml
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{path}: expected the package pyyaml, which reads YAML, but it is not installed; "
-            'install it with `pip install "mujax-mup[cli]"`.'
+            where=path,
+            expected="the package pyyaml, which reads YAML",
+            got="none installed",
+            remedy='pip install "mujax-mup[cli]"',
         ) from error
+
+    class Loader(yaml.SafeLoader):
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            if node is not None and (count := _written_out(node)) > _MOST_VALUES:
+                raise ConfigError(
+                    where=path,
+                    expected=f"at most {_MOST_VALUES:,} values, aliases written out",
+                    got=f"{count:,}" if count < 10**15 else "more than 10^15",
+                    remedy="write the settings without aliases of aliases",
+                )
+            return node
+
     try:
-        values = yaml.safe_load(text)
+        # A SafeLoader.
+        values = yaml.load(text, Loader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise _unreadable(path, "YAML", line, error.problem or "something else") from error
-    # A control character; and a value that is not what its explicit tag says raises what it likes.
+    except ConfigError:
+        raise
+    # A control character; and a value that its explicit tag does not fit raises any of these.
     except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise _unreadable(path, "YAML", 1, said(error)) from error
-    # All commented out is as good as nothing set.
+        raise _unreadable(path, "YAML", 1, summary_of(error)) from error
+    # A file in which all is commented out sets nothing.
     return _mapping(path, {} if values is None else values)
+
+
+def _written_out(root: Any) -> int:
+    """How many values a YAML document has once each alias is replaced by what it stands for."""
+    counts: dict[int, int | None] = {}
+
+    def count(node: Any) -> int:
+        if id(node) not in counts:
+            counts[id(node)] = None
+            inside = node.value if isinstance(node.value, list) else []
+            flat = [part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,))]
+            counts[id(node)] = 1 + sum(map(count, flat))
+        known = counts[id(node)]
+        if known is None:
+            raise RecursionError("an alias inside of its own anchor")
+        return known
+
+    return count(root)
 
 
 def _json(path: pathlib.Path, text: str) -> dict[str, Any]:
@@ -112,24 +157,29 @@ def _json(path: pathlib.Path, text: str) -> dict[str, Any]:
         raise _unreadable(path, "JSON", error.lineno, error.msg) from error
     except ValueError as error:
         # A number of thousands of digits.
-        raise _unreadable(path, "JSON", 1, said(error)) from error
+        raise _unreadable(path, "JSON", 1, summary_of(error)) from error
     return _mapping(path, values)
 
 
 def _unreadable(path: pathlib.Path, kind: str, line: int, found: str) -> ConfigError:
-    return ConfigError(f"{path}: expected {kind}, found at line {line}: {found}; mend it there.")
+    return ConfigError(where=path, expected=kind, got=f"at line {line}: {found}", remedy="correct it there")
 
 
 def _mapping(path: pathlib.Path, values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: expected names with their values, found {type(values).__name__}; "
-            "write one `name: value` for each setting."
+            where=path,
+            expected="names with their values",
+            got=type(values).__name__,
+            remedy="write one `name: value` for each setting",
         )
     for name in values:
         if not isinstance(name, str):
             raise ConfigError(
-                f"{path}: expected the name of a setting, found {name!r}; quote it if it is a name."
+                where=path,
+                expected="the name of a setting",
+                got=repr(name),
+                remedy="quote it if it is a name",
             )
     return _with_numbers(values)
 
@@ -150,7 +200,7 @@ def _with_numbers(value: Any) -> Any:
 
 def _python(path: pathlib.Path, _: str) -> dict[str, Any]:
     file = str(path.absolute())
-    # Its own folder first, as where Python runs a script, so that it can import what is beside it.
+    # Its own folder first, as when Python runs a script, so that it can import the modules beside it.
     folder = str(path.absolute().parent)
     sys.path.insert(0, folder)
     try:
@@ -162,7 +212,10 @@ def _python(path: pathlib.Path, _: str) -> dict[str, Any]:
         line = error.lineno if isinstance(error, SyntaxError) and error.filename == file else None
         at = line or (lines[-1] if lines else None) or 1
         raise ConfigError(
-            f"{path}: expected a Python file that runs, got at line {at} {said(error)}; mend it there."
+            where=path,
+            expected="a Python file that runs",
+            got=f"at line {at} {summary_of(error)}",
+            remedy="correct it there",
         ) from error
     finally:
         if folder in sys.path:
@@ -189,18 +242,19 @@ _READERS: Final[Mapping[str, Callable[[pathlib.Path, str], dict[str, Any]]]] = {
 def filled(cls: type[T], settings: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> T:
     """A dataclass from the settings of a file, overridden by options of the command line.
 
-    Values are brought to the kinds of the fields: a list becomes a tuple, a whole number a float, and a float
-    without a fraction (`2**10`, `1e3`) a whole number. A path in a file is relative to the file's folder, one
-    on the command line to the current folder. In a Python file, functions, classes and upper-case names that
-    are no fields are helpers of the file, unless they look like a slip for a field that it does not set.
+    Values are converted to the types of the fields: a list becomes a tuple, a whole number a float, and a
+    float without a fraction (`2**10`, `1e3`) a whole number. A path in a file is relative to the file's
+    folder, one on the command line to the current folder. In a Python file, functions, classes and upper-case
+    names that are not fields are helpers of the file, unless they look like a misspelled field that it does
+    not set.
 
     Args:
         cls: the dataclass.
-        settings: what `read` gave.
+        settings: the result of `read`.
         given: options by name; those that are None were not given.
 
     Raises:
-        ConfigError: a setting that there is not, a value of the wrong kind, or a field without a value.
+        ConfigError: an unknown setting, a value of the wrong type, or a field without a value.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
@@ -227,7 +281,7 @@ def filled(cls: type[T], settings: Mapping[str, Any], given: Mapping[str, Any] |
     for field in fields:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
-            raise ConfigError(f"{field.name}: expected a value, found none{_in(file)}; give one.")
+            raise ConfigError(where=field.name, expected="a value", got=f"none{_in(file)}", remedy="give one")
     return cls(**values)
 
 
@@ -238,23 +292,25 @@ def _in(file: pathlib.Path | None) -> str:
 def _unknown(name: str, fields: Iterable[str], file: pathlib.Path | None) -> ConfigError:
     near = difflib.get_close_matches(name.lower(), fields, n=1)
     remedy = f"the nearest is {near[0]}" if near else f"there are {', '.join(fields)}"
-    return ConfigError(f"{name}: expected the name of a setting, found an unknown one{_in(file)}; {remedy}.")
+    return ConfigError(
+        where=name, expected="the name of a setting", got=f"an unknown one{_in(file)}", remedy=remedy
+    )
 
 
 def _is_helper(name: str, settings: Mapping[str, Any], kinds: Mapping[str, Any]) -> bool:
     value = settings[name]
     if not (callable(value) or name.isupper()):
         return False
-    # A function `losss` where there is no `loss` is a slip; a class `Model` is no slip for a text `mode`.
+    # A function `losss` without a `loss` is misspelled; a class `Model` is not a misspelled text `mode`.
     near = difflib.get_close_matches(name.lower(), kinds, n=len(kinds), cutoff=_SLIP)
     return not any(field not in settings and _fits(value, kinds[field]) for field in near)
 
 
-# ---- the kinds of fields --------------------------------------------------------------------------------
+# ---- the types of fields --------------------------------------------------------------------------------
 
 
 class _WrongKindError(Exception):
-    """The value is not of the kind that is tried; another may fit."""
+    """The value is not of the type that is tried; another may fit."""
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -271,11 +327,11 @@ def _as_kind(name: str, value: Any, kind: Any, file: pathlib.Path | None) -> Any
     except _WrongKindError:
         found = " ".join(repr(value).split())
         found = found if len(found) <= _SHOWN else found[:_SHOWN] + "…"
-        raise ConfigError(f"{name}: expected {_called(kind)}, got {found}{_in(file)}.") from None
+        raise ConfigError(where=name, expected=_called(kind), got=f"{found}{_in(file)}") from None
 
 
 def _brought(value: Any, kind: Any, folder: pathlib.Path | None) -> Any:
-    """The value as one of that kind, where `folder` is what a path is relative to."""
+    """The value as one of that type; a path is relative to `folder`."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is Any:
         return value
@@ -291,7 +347,7 @@ def _brought(value: Any, kind: Any, folder: pathlib.Path | None) -> Any:
         return tuple(_brought(entry, arguments[0], folder) for entry in value)
     if origin is pathlib.Path:
         path = pathlib.Path(_needed(value, isinstance(value, str | pathlib.Path)))
-        # Of a user that there is not, it is a name like any other.
+        # With the home of an unknown user, it is a name like any other.
         with contextlib.suppress(RuntimeError):
             path = path.expanduser()
         return path if folder is None else folder / path
@@ -313,7 +369,7 @@ def _needed(value: Any, fits: bool) -> Any:
     return value
 
 
-# What a kind is called, alone and in a list.
+# The names of types, of one value and of several.
 _CALLED: Final[Mapping[Any, tuple[str, str]]] = {
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),

@@ -1,4 +1,4 @@
-"""`mujax explain`: what mujax reads off a model; and how a model is named on the command line."""
+"""`mujax explain`: prints what mujax reads off a model; and models by their names on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mujax import models
 from mujax.cli._arguments import numbers, option, positional
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxError
-from mujax.tune import build, imported, said
+from mujax.tune import build, check_counts, imported, summary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Explain:
 
 
 def factory_of(name: str) -> Callable[[int], Any]:
-    """What builds the model that is named.
+    """The function that builds a model by its name: a built-in one, or `package.module:factory`.
 
     Raises:
         ConfigError: there is no such model.
@@ -44,7 +44,9 @@ def factory_of(name: str) -> Callable[[int], Any]:
         return models.BUILD[name]
     if ":" not in name:
         raise ConfigError(
-            f"MODEL: expected one of {', '.join(models.BUILD)} or package.module:factory, got {name!r}."
+            where="MODEL",
+            expected=f"one of {', '.join(models.BUILD)} or package.module:factory",
+            got=repr(name),
         )
     return imported(name, "MODEL", "a function of the width")
 
@@ -62,27 +64,31 @@ def _input(text: str) -> jax.ShapeDtypeStruct:
             raise ValueError
         return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype or "float32"))
     except (TypeError, ValueError):
-        raise ConfigError(f"inputs: expected a shape such as 8x784 or 8x64:int32, got {text!r}.") from None
+        raise ConfigError(
+            where="inputs", expected="a shape such as 8x784 or 8x64:int32", got=repr(text)
+        ) from None
 
 
 def inputs_of(name: str, shapes: Sequence[str], given: tuple[Any, ...] | None) -> tuple[Any, ...]:
     """Abstract inputs from the command line, or else those of the factory.
 
     Raises:
-        ConfigError: there are neither, or a shape that is none.
+        ConfigError: there are neither, or a shape cannot be read.
     """
     if shapes:
         return tuple(map(_input, shapes))
     if given is None:
         raise ConfigError(
-            f"MODEL: expected inputs to trace {name} with, got the module only; "
-            "return (module, inputs) or say --inputs, for instance --inputs 8x784."
+            where="MODEL",
+            expected=f"inputs to trace {name} with",
+            got="the module only",
+            remedy="return (module, inputs) or pass --inputs, for instance --inputs 8x784",
         )
     return given
 
 
 def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options: Any) -> MupModel:
-    """`mup_init`, with a sentence for whatever the user's own code raises.
+    """`mup_init`, with a sentence for what the user's own code raises.
 
     Raises:
         ConfigError: the model does not run on its inputs.
@@ -93,19 +99,19 @@ def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options:
     except MujaxError:
         raise
     except Exception as error:
-        raise ConfigError(f"MODEL: expected {name} to run on its inputs, got {said(error)}.") from error
+        raise ConfigError(
+            where="MODEL", expected=f"{name} to run on its inputs", got=summary_of(error)
+        ) from error
 
 
 def run(options: Explain) -> None:
     """Prints the role table."""
-    for name in ("width", "base_width"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {getattr(options, name)}.")
+    check_counts(width=options.width, base_width=options.base_width)
     factory = factory_of(options.model)
     model, inputs = build_model(options.model, factory, options.width)
     base, _ = build_model(options.model, factory, options.base_width)
     inputs = inputs_of(options.model, options.inputs, inputs)
-    # At the base's own width nothing differs: a third width tells what is infinite.
+    # At the base's own width nothing differs: a third width shows which axes are infinite.
     delta = (
         build_model(options.model, factory, 2 * options.base_width)[0]
         if options.width == options.base_width

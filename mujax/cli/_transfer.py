@@ -1,4 +1,4 @@
-"""`mujax transfer`: trains the target once with a study's best; without a study it shows µTransfer."""
+"""`mujax transfer`: trains the target once with a study's best hyperparameters."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import importlib
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import jax.numpy as jnp
 import numpy as np
 
-from mujax.cli import _arguments, _config_file as config_files, _widths
-from mujax.cli._arguments import group, numbers, option
+from mujax.cli import _arguments, _config_file as config_files
+from mujax.cli._arguments import numbers, option
 from mujax.cli._display import (
     StoppedError,
     as_folder,
@@ -39,8 +39,11 @@ PARAMS: Final = "params.npz"
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """To train the target with the best hyperparameters of a study."""
+class Transfer:
+    """Train the target once with the best hyperparameters of a study that mujax tune has made.
+
+    Writes target.json, target.png and params.npz. Exit code 1 if the target diverges.
+    """
 
     study: Annotated[
         str | None, option("NAME", "Study whose best hyperparameters the target is trained with.", "")
@@ -67,75 +70,39 @@ class Target:
         pathlib.Path | None,
         option("FILE", "The file that the study was tuned with, for a model or data in Python.", ""),
     ] = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-    """Train the target once with the best hyperparameters of a study that mujax tune has made.
-
-    Writes target.json, target.png and params.npz. Without a study it shows µTransfer instead: sweeps the
-    learning rate at every width, in µP and in standard parametrization, on real data, and shows which of the
-    two lets the small model's best one be used at every width. Writes runs.csv, report.json and transfer.png;
-    interrupted, the same command goes on where it stopped.
-    """
-
-    with_study: Annotated[Target, group()] = dataclasses.field(default_factory=Target)
-    without_study: Annotated[_widths.Widths, group()] = dataclasses.field(default_factory=_widths.Widths)
-    seeds: Annotated[
-        int | None,
-        numbers(int),
-        option("N", "Number of seeds.", f"(default: 1; without a study {_widths.default('seeds')[10:]}"),
-    ] = None
+    seeds: Annotated[int | None, numbers(int), option("N", "Number of seeds.", "(default: 1)")] = None
     seed: Annotated[int | None, numbers(int), option("N", "The first of them.", "(default: 0)")] = None
-    steps: Annotated[
-        int | None,
-        numbers(int),
-        option("N", "Steps of a run.", f"(default: the study's; without {_widths.default('steps')[10:]}"),
-    ] = None
-    batch: Annotated[
-        int | None,
-        numbers(int),
-        option("N", "Examples a step.", f"(default: the study's; without {_widths.default('batch')[10:]}"),
-    ] = None
+    steps: Annotated[int | None, numbers(int), option("N", "Steps of a run.", "(default: the study's)")] = (
+        None
+    )
+    batch: Annotated[int | None, numbers(int), option("N", "Examples a step.", "(default: the study's)")] = (
+        None
+    )
     out: Annotated[
-        pathlib.Path | None, option("DIR", "Folder for the results.", "(default: transfer-STUDY or -TASK)")
+        pathlib.Path | None, option("DIR", "Folder for the results.", "(default: transfer-STUDY)")
     ] = None
 
 
-def _said(options: Any) -> dict[str, Any]:
-    """The options that were given."""
-    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return {
-        name: value
-        for name, value in fields.items()
-        if value is not None and value is not False and not dataclasses.is_dataclass(value)
-    }
+def refuse_without_study(words: Sequence[str]) -> None:
+    """Refuses a command line of `mujax transfer` that names no study, whatever else it asks for.
 
-
-def run(options: Transfer) -> int:
-    """Runs the one form or the other; 1 if the target diverged."""
-    target, widths, both = _said(options.with_study), _said(options.without_study), _said(options)
-    if "study" in target or "config" in target:
-        if widths:
-            name = next(iter(widths))
-            raise ConfigError(
-                f"{name}: expected it without a study, got it beside one; leave it out: the study says what "
-                "is trained, and --width at which width."
-            )
-        return _run_target(target, both)
-    if target:
-        name = next(iter(target))
+    Raises:
+        ConfigError: it names none; the text says where the demonstration of µTransfer is.
+    """
+    names = {word.partition("=")[0] for word in words}
+    if not names & {"--study", "--config", "--help", "-h"}:
         raise ConfigError(
-            f"{name}: expected it beside a study only, got it without; name the study with --study, or leave "
-            "it out."
+            where="transfer",
+            expected="the study to take hyperparameters from, --study NAME",
+            got="none",
+            remedy="to see µTransfer at work, or to check that a learning rate transfers, run mujax "
+            "transfer-check",
         )
-    _widths.run({**widths, **both})
-    return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _NotStored:
-    """What a study can't hold of its configuration, or only where it was."""
+    """The parts of a configuration that a study does not store, or only as a path."""
 
     task: Any = None
     batches: Any = None
@@ -146,32 +113,36 @@ class _NotStored:
     storage: str | None = None
 
 
-def _config(target: Mapping[str, Any], both: Mapping[str, Any]) -> TuneConfig:
+def _config(options: Transfer) -> TuneConfig:
     names = {field.name for field in dataclasses.fields(_NotStored)}
     settings = config_files.Settings({}, pathlib.Path())
-    if "config" in target:
-        settings = config_files.read(target["config"])
-    # Of the rest the study knows what it was really tuned with.
+    if options.config is not None:
+        settings = config_files.read(options.config)
+    # For the rest the study stores what it was tuned with.
     kept = config_files.Settings({name: settings[name] for name in settings if name in names}, settings.file)
-    given = {name: value for name, value in target.items() if name in names}
+    given = {name: getattr(options, name, None) for name in names}
     filled = dataclasses.asdict(config_files.filled(_NotStored, kept, given))
     study, storage = filled.pop("study"), filled.pop("storage")
     if study is None:
         raise ConfigError(
-            "study: expected the name of a study that mujax tune has made, got none; say --study."
+            where="study",
+            expected="the name of a study that mujax tune has made",
+            got="none",
+            remedy="pass --study",
         )
-    return TuneConfig.of_study(study, storage, seed=both.get("seed"), **filled)
+    return TuneConfig.of_study(study, storage, seed=options.seed, **filled)
 
 
-def _run_target(target: Mapping[str, Any], both: Mapping[str, Any]) -> int:
+def run(options: Transfer) -> int:
+    """Trains, prints and draws; 1 if the target diverged."""
     from rich.console import Console
 
     # Imported before the training and not after it: a missing package must not show at the very end.
     plot = importlib.import_module("mujax.plot")
     study_module()
-    fixed = _arguments.fixed("set", target.get("set", ()))
-    config = _config(target, both)
-    out = both.get("out") or pathlib.Path(f"transfer-{as_folder(str(config.study))}")
+    fixed = _arguments.fixed("set", options.set or ())
+    config = _config(options)
+    out = options.out or pathlib.Path(f"transfer-{as_folder(str(config.study))}")
     make_folder(out)
 
     def count(now: TargetProgress) -> None:
@@ -185,11 +156,11 @@ def _run_target(target: Mapping[str, Any], both: Mapping[str, Any]) -> int:
         with gentle_interrupts() as check, display(Console(stderr=True), "reading data") as screen:
             found = transfer(
                 config,
-                width=target.get("width"),
-                seeds=both.get("seeds", 1),
-                steps=both.get("steps"),
-                batch=both.get("batch"),
-                also=target.get("also", ()),
+                width=options.width,
+                seeds=1 if options.seeds is None else options.seeds,
+                steps=options.steps,
+                batch=options.batch,
+                also=options.also or (),
                 fixed=fixed,
                 progress=count,
             )
@@ -217,7 +188,7 @@ def _run_target(target: Mapping[str, Any], both: Mapping[str, Any]) -> int:
 
 
 def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Stores arrays by name, as `numpy.savez` does, which can't have one named "file"."""
+    """Stores arrays by name, as `numpy.savez` does, which cannot store one named "file"."""
     with zipfile.ZipFile(path, "w") as file:
         for name, array in arrays.items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as entry:
@@ -225,7 +196,7 @@ def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def flat(params: Any, path: str = "") -> dict[str, np.ndarray]:
-    """A tree of dicts as arrays by path, in types that NumPy has itself: bfloat16 becomes float32.
+    """A tree of dicts as arrays by path, in types that NumPy has: bfloat16 becomes float32.
 
     >>> flat({"a": {"b": np.zeros(2)}})
     {'a/b': array([0., 0.])}
@@ -276,11 +247,11 @@ def _outcome(found: Transferred) -> list[str]:
         f"Proxy, width {found.proxy}: {number(found.trial.loss)}."
     ]
     if found.saved is None:
-        lines.append("What the tuning has cost can't be told: the operations of some trials are not known.")
+        lines.append("The cost of the tuning is not known: the operations of some trials are not.")
     else:
         times = f"{found.saved:,.0f}" if found.saved >= 10 else f"{found.saved:.2g}"
         lines.append(
-            f"The tuning has cost {operations(found.tuning_flops)}, the same search at the target would have "
+            f"The tuning cost {operations(found.tuning_flops)}, the same search at the target would have "
             f"cost {operations(found.direct_flops)}: {times} times as many. "
             f"One run of the target costs {operations(found.run_flops)}."
         )

@@ -21,6 +21,8 @@ from mujax.cli._display import (
     make_folder,
     number,
     operations,
+    output,
+    print_table,
     shown,
     write_aside,
 )
@@ -57,8 +59,8 @@ class Tune:
     """Tune hyperparameters on a small model, for a large one that is then trained once with the best.
 
     Any number of workers on any number of machines can share a study: start the same command on each. Writes
-    tune.json and tune.png. Interrupt it at any time: the same command goes on where it stopped. Numbers may
-    be powers such as 2**-8 or 2^-8.
+    tune.json and tune.png. Interrupt it at any time: the same command resumes. Numbers may be powers such as
+    2**-8 or 2^-8.
     """
 
     task: Annotated[
@@ -75,7 +77,7 @@ class Tune:
     trials: Annotated[
         int | None,
         numbers(int),
-        option("N", "Trials that the study is to hold, of all workers together.", "(default: 64)"),
+        option("N", "Trials that the study is to hold, from all workers.", "(default: 64)"),
     ] = None
     sampler: Annotated[
         str | None, option("NAME", "random, grid, tpe, or another of Optuna's.", "(default: random)")
@@ -126,14 +128,14 @@ class Tune:
     ] = None
     mode: Annotated[
         str | None,
-        option("NAME", "How to run lanes: loop, map or vmap.", "(default: the fastest is found out)"),
+        option("NAME", "How to run lanes: loop, map or vmap.", "(default: the fastest, measured)"),
     ] = None
     lanes: Annotated[
         int | None, numbers(int), option("N", "Runs at a time.", "(default: 16 on a CPU, 128 elsewhere)")
     ] = None
     config: Annotated[
         pathlib.Path | None,
-        option("FILE", "YAML, JSON or Python with settings; what is said here wins.", ""),
+        option("FILE", "YAML, JSON or Python with settings; options override it.", ""),
     ] = None
     tensorboard: Annotated[
         pathlib.Path | None, option("DIR", "Folder for TensorBoard's event files.", "")
@@ -144,15 +146,15 @@ class Tune:
 
 
 def configured(options: Tune) -> TuneConfig:
-    """What is to be tuned: the file's settings, and the options in place of some.
+    """The search: the settings of the file, overridden by the options.
 
     Raises:
         ConfigError: options or settings that make no sense.
     """
-    settings: dict[str, Any] = (
+    settings = (
         config_files.Settings({}, pathlib.Path())
         if options.config is None
-        else (config_files.read(options.config))
+        else config_files.read(options.config)
     )
     others = ("set", "tune", "config", "tensorboard", "out")
     given = {
@@ -161,20 +163,22 @@ def configured(options: Tune) -> TuneConfig:
         if field.name not in others
     }
     tuned = None if options.tune is None else _arguments.space("tune", options.tune)
-    said = _arguments.fixed("set", options.set or ())
-    if both := sorted(set(tuned or ()) & set(said)):
-        raise ConfigError(f"{both[0]}: expected it in --tune or in --set, got it in both; leave one out.")
+    fixed = _arguments.fixed("set", options.set or ())
+    if both := sorted(set(tuned or ()) & set(fixed)):
+        raise ConfigError(
+            where=both[0], expected="it in --tune or in --set", got="it in both", remedy="leave one out"
+        )
     given["space"] = tuned
     file_fixed = settings.get("fixed")
     if isinstance(file_fixed, dict):
-        # The command line wins over the file for each hyperparameter by itself.
-        said = {**{name: value for name, value in file_fixed.items() if name not in (tuned or ())}, **said}
-    given["fixed"] = said or None
+        # The command line overrides the file for each hyperparameter separately.
+        fixed = {**{name: value for name, value in file_fixed.items() if name not in (tuned or ())}, **fixed}
+    given["fixed"] = fixed or None
     config = config_files.filled(TuneConfig, settings, given)
-    return config if config.study else dataclasses.replace(config, study=_study_name(config))
+    return config if config.study_name else dataclasses.replace(config, study=_default_name(config))
 
 
-def _study_name(config: TuneConfig) -> str:
+def _default_name(config: TuneConfig) -> str:
     """The task's name, as the name of a study and of a folder."""
     if isinstance(config.task, str):
         return config.task.replace(":", ".")
@@ -182,17 +186,17 @@ def _study_name(config: TuneConfig) -> str:
 
 
 def run(options: Tune) -> int:
-    """Tunes, prints and draws; 1 if no trial came to its end."""
+    """Tunes, prints and draws; 1 if no trial reached its end."""
     from rich.console import Console
 
-    # Imported before the sweep and not after it: a missing package must not show at the very end.
+    # Imported before the sweep: a missing package must not show at the very end.
     plot = importlib.import_module("mujax.plot")
     study_module()
     config = configured(options)
     finished = None
     if options.tensorboard is not None:
         finished = tensorboard_writer(options.tensorboard)
-    out = options.out or pathlib.Path(f"tune-{as_folder(str(config.study))}")
+    out = options.out or pathlib.Path(f"tune-{as_folder(str(config.study_name))}")
     make_folder(out)
 
     def count(now: SweepProgress) -> None:
@@ -207,9 +211,7 @@ def run(options: Tune) -> int:
     except KeyboardInterrupt:
         raise StoppedError(_interrupted(config, out, plot)) from None
     _write(found, config, out, plot)
-    console = Console()
-    # A table that is read later, from a file, should not be folded to what happens to be the default.
-    console.width = console.width if console.is_terminal else max(console.width, 120)
+    console = output()
     best = found.best
     if best is not None:
         _print_best(console, found)
@@ -230,59 +232,50 @@ def _write(found: Sweep, config: TuneConfig, out: pathlib.Path, plot: Any) -> No
 
 
 def _interrupted(config: TuneConfig, out: pathlib.Path, plot: Any) -> str:
-    """Writes what there is, and says how to go on."""
+    """Writes the results so far; returns the sentence to print."""
     found = None
-    # There may be no study yet; and a second Ctrl-C means now.
+    # There may be no study yet; and a second Ctrl-C means at once.
     with contextlib.suppress(MujaxError, KeyboardInterrupt):
         found = read_study(config)
     if found is None or not found.trials:
-        return "interrupted; no trial is stored, the same command begins anew."
+        return "interrupted; no trial is stored, the same command starts anew."
     _write(found, config, out, plot)
+    where = f"study {config.study_name} of {without_password(config.study_storage)}"
     return (
-        f"interrupted; {len(found.trials)} of {config.trials} trials are stored in study {config.study} of "
-        f"{without_password(config.storage)}, the same command goes on there. Written: {out / REPORT}, "
-        f"{out / PICTURE}."
+        f"interrupted; {len(found.trials)} of {config.trials} trials are stored in {where}, the same command "
+        f"goes on there. Written: {out / REPORT}, {out / PICTURE}."
     )
 
 
-def without_password(storage: str | None) -> str:
-    """A database as it may be shown.
+def without_password(storage: str | pathlib.Path | None) -> str:
+    """A database, to print.
 
     >>> without_password("postgresql://ann:secret@host/db")
     'postgresql://ann:***@host/db'
     """
-    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", storage or "mujax.db")
+    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", str(storage or "mujax.db"))
 
 
 def _print_best(console: Console, found: Sweep) -> None:
-    from rich import box
-    from rich.table import Table
-
-    whole = sorted(
+    best = sorted(
         (trial for trial in found.trials if trial.loss is not None and not trial.pruned),
         key=lambda trial: (trial.loss, trial.number),
     )[:_BEST]
-    names = list(dict.fromkeys(name for trial in whole for name in trial.hparams))
-    count = f"{len(whole)} best of {len(found.trials)}" if len(whole) < len(found.trials) else f"{len(whole)}"
-    table = Table(
-        title=f"Study {found.study}: the {count} trials",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        # All of the default space in 80 columns.
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("trial", found.objective, *names):
-        table.add_column(_folded(heading), justify="right", no_wrap=True)
-    for trial in whole:
-        style = "green" if trial is whole[0] else ""
-        table.add_row(str(trial.number), number(trial.loss), *_values(trial, names), style=style)
-    console.print(table)
+    names = list(dict.fromkeys(name for trial in best for name in trial.hparams))
+    count = f"{len(best)} best of {len(found.trials)}" if len(best) < len(found.trials) else f"{len(best)}"
+    headings = [_folded(heading) for heading in ("trial", found.objective, *names)]
+    rows = [
+        (
+            (str(trial.number), number(trial.loss), *_values(trial, names)),
+            "green" if trial is best[0] else "",
+        )
+        for trial in best
+    ]
+    print_table(console, f"Study {found.study}: the {count} trials", headings, rows, right=True)
 
 
 def _folded(heading: str) -> str:
-    """A heading in lines, so that many columns fit."""
+    """A heading in two lines, so that many columns fit."""
     head, _, last = heading.rpartition("_")
     return f"{head}_\n{last}" if head and len(heading) > 8 else heading
 
@@ -304,7 +297,7 @@ def _summary(found: Sweep, config: TuneConfig, options: Tune) -> list[str]:
         if left:
             what = " and ".join(left)
             lines.append(
-                f"Across width {what} can't be expected to transfer: say --set {left[0]}=VALUE, or "
+                f"Across width {what} can't be expected to transfer: pass --set {left[0]}=VALUE, or "
                 f"--also {left[0]} for the proxy's all the same."
             )
     return lines
@@ -312,8 +305,8 @@ def _summary(found: Sweep, config: TuneConfig, options: Tune) -> list[str]:
 
 def _next(found: Sweep, config: TuneConfig, options: Tune) -> str:
     words = ["mujax", "transfer", "--study", str(found.study)]
-    if config.storage is not None:
-        words += ["--storage", without_password(config.storage)]
+    if config.study_storage is not None:
+        words += ["--storage", without_password(config.study_storage)]
     if options.config is not None:
         words += ["--config", str(options.config)]
     command = shlex.join(words)

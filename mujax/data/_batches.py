@@ -14,7 +14,11 @@ from mujax.errors import ConfigError, DataError
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise ConfigError(f"{name}: expected at least 1, got {size}.")
+            raise ConfigError(
+                where=name,
+                expected="at least 1",
+                got=size,
+            )
 
 
 def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int[Array, "steps batch"]:
@@ -39,7 +43,10 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
     _check_sizes(batch=batch, steps=steps)
     if n < batch:
         raise DataError(
-            f"batch: expected at most {n}, the number of examples, got {batch}; take a smaller one."
+            where="batch",
+            expected=f"at most {n}, the number of examples",
+            got=batch,
+            remedy="take a smaller one",
         )
     per_epoch = n // batch
     epochs = jnp.arange(-(-steps // per_epoch))
@@ -74,8 +81,10 @@ def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps:
 def _need_tokens(n: int, length: int) -> None:
     if n <= length:
         raise DataError(
-            f"text: expected more than length={length} tokens, so that each has a next one, found {n}; "
-            "take shorter sequences or a longer text."
+            where="text",
+            expected=f"more than length={length} tokens, so that each has a next one",
+            got=n,
+            remedy="take shorter sequences or a longer text",
         )
 
 
@@ -135,7 +144,7 @@ def text_window(
     """
     _check_sizes(length=length)
     _need_tokens(len(tokens), length)
-    places = jnp.asarray(starts)[..., None] + jnp.arange(length + 1)
+    places = jnp.add.outer(jnp.asarray(starts), jnp.arange(length + 1))
     windows = jnp.asarray(tokens)[places].astype(jnp.int32)
     return Examples(windows[..., :-1], windows[..., 1:])
 

@@ -39,8 +39,10 @@ def read_bytes(path: pathlib.Path, kind: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(
-            f"{path}: expected {kind} to read, found that it can't be ({error.strerror}); "
-            "give the path of an existing file."
+            where=path,
+            expected=f"{kind} to read",
+            got=f"an error ({error.strerror})",
+            remedy="give the path of an existing file",
         ) from error
 
 
@@ -48,8 +50,10 @@ def _read(path: pathlib.Path) -> bytes:
     raw = read_bytes(path, "a text file")
     if len(raw) < MIN_TEXT_BYTES:
         raise DataError(
-            f"{path}: expected a text of at least {MIN_TEXT_BYTES:,} bytes, found {len(raw):,}; "
-            "give a longer one."
+            where=path,
+            expected=f"a text of at least {MIN_TEXT_BYTES:,} bytes",
+            got=f"{len(raw):,}",
+            remedy="give a longer one",
         )
     return raw
 
@@ -70,6 +74,8 @@ _IDX_FOLDER: Final = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx
 
 
 _GZIP: Final = b"\x1f\x8b"
+_NPY: Final = b"\x93NUMPY"
+_ZIP: Final = b"PK"
 
 
 # What would pass as a text, since any bytes do, and never is one.
@@ -119,7 +125,12 @@ def load(path: str | os.PathLike[str]) -> Data:
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise DataError(f"{path}: expected a file or folder of data, found none; give an existing path.")
+        raise DataError(
+            where=path,
+            expected="a file or folder of data",
+            got="none",
+            remedy="give an existing path",
+        )
     if path.is_dir():
         return _idx_folder(path)
     if path.suffix == ".npz":
@@ -132,8 +143,10 @@ def load(path: str | os.PathLike[str]) -> Data:
     for magic, found in _NO_TEXT.items():
         if raw.startswith(magic):
             raise DataError(
-                f"{path}: expected a text, found {found}; unpack it, or give it the name of its kind "
-                "(.npz, .npy, -images-idx3-ubyte.gz)."
+                where=path,
+                expected="a text",
+                got=found,
+                remedy="unpack it, or give it the name of its kind (.npz, .npy, -images-idx3-ubyte.gz)",
             )
     return text_data(np.frombuffer(raw, np.uint8), vocab_size=256)
 
@@ -147,9 +160,11 @@ def _example_data(path: pathlib.Path, train: _Part, valid: _Part | None) -> Exam
         for name, here, there in zip(valid[2:], *parts, strict=True):
             if (here.dtype, here.shape[1:]) != (there.dtype, there.shape[1:]):
                 raise DataError(
-                    f"{path}: expected {name} to be like what is trained on, {here.dtype} of shape "
-                    f"{here.shape[1:]} an example, found {there.dtype} of shape {there.shape[1:]}; "
-                    "make them alike."
+                    where=path,
+                    expected=f"{name} to be like those to train on, {here.dtype} of shape {here.shape[1:]} "
+                    "an example",
+                    got=f"{there.dtype} of shape {there.shape[1:]}",
+                    remedy="make them alike",
                 )
     labels = [part.targets for part in parts]
     n_classes = int(max(map(np.max, labels))) + 1 if labels[0].dtype == np.int32 else None
@@ -157,8 +172,10 @@ def _example_data(path: pathlib.Path, train: _Part, valid: _Part | None) -> Exam
     if images.dtype == np.uint8:
         if images.min() == images.max():
             raise DataError(
-                f"{path}: expected images in {train.inputs_name}, found every pixel to be {images.max()}; "
-                "give others."
+                where=path,
+                expected=f"images in {train.inputs_name}",
+                got=f"every pixel to be {images.max()}",
+                remedy="give others",
             )
         parts = standardised(*parts)
     return ExampleData(*parts, n_classes=n_classes)
@@ -169,18 +186,24 @@ def _checked(path: pathlib.Path, part: _Part, at_least: int = 1) -> Examples:
     for name, array in ((inputs_name, inputs), (targets_name, targets)):
         if not array.ndim or not array.size:
             raise DataError(
-                f"{path}: expected examples along the first axis of {name}, found the shape {array.shape}; "
-                "give an array of one axis or more, none of them empty."
+                where=path,
+                expected=f"examples along the first axis of {name}",
+                got=f"the shape {array.shape}",
+                remedy="give an array of one axis or more, none of them empty",
             )
     if len(inputs) != len(targets):
         raise DataError(
-            f"{path}: expected as many examples in {targets_name} as in {inputs_name}, "
-            f"found {len(targets):,} and {len(inputs):,}; give each input its target."
+            where=path,
+            expected=f"as many examples in {targets_name} as in {inputs_name}",
+            got=f"{len(targets):,} and {len(inputs):,}",
+            remedy="give each input its target",
         )
     if len(inputs) < at_least:
         raise DataError(
-            f"{path}: expected at least {at_least} examples in {inputs_name}, so that some can be held out, "
-            f"found {len(inputs)}; give more."
+            where=path,
+            expected=f"at least {at_least} examples in {inputs_name}, so that some can be held out",
+            got=len(inputs),
+            remedy="give more",
         )
     is_image = inputs.dtype == np.uint8 and inputs.ndim >= 3
     inputs = inputs if is_image else _numbers(path, inputs_name, inputs)
@@ -199,7 +222,12 @@ def _numbers(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
         _all_good(path, f"finite numbers in {name}", floats, np.isfinite(floats))
         return floats
     if array.dtype.kind not in "biu":
-        raise DataError(f"{path}: expected numbers in {name}, found {array.dtype}; save real numbers.")
+        raise DataError(
+            where=path,
+            expected=f"numbers in {name}",
+            got=array.dtype,
+            remedy="save real numbers",
+        )
     fit = (array >= _INT32.min) & (array <= _INT32.max)
     _all_good(path, f"numbers that fit int32 in {name}", array, fit)
     return array.astype(np.int32)
@@ -215,9 +243,15 @@ def _all_good(
     value = array.reshape(len(array), -1)[places[0]][bad[places[0]]][0]
     others = f" and others in {len(places) - 1:,} more" if len(places) > 1 else ""
     raise DataError(
-        f"{path}: expected {kind}, found {value} in {place} {places[0]}{others}; mend it or leave it out."
+        where=path,
+        expected=kind,
+        got=f"{value} in {place} {places[0]}{others}",
+        remedy="correct it, or leave it out",
     )
 
+
+# How pickles begin, of protocol 2 and later.
+_PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 # What comes out of `numpy.load` on a file that is not whole or not NumPy's. An unknown compression is a
 # RuntimeError, a header that is no Python literal a TokenError.
@@ -228,30 +262,38 @@ _NUMPY_RAISES: Final = (
 
 
 @contextlib.contextmanager
-def _by_numpy(path: pathlib.Path, kind: str) -> Iterator[None]:
+def _by_numpy(path: pathlib.Path, kind: str, raw: bytes) -> Iterator[None]:
     try:
         yield
     except _NUMPY_RAISES as error:
         said = str(error).partition("\n")[0].rstrip(".")
-        # NumPy's own words advise to load it all the same.
+        # NumPy takes any bytes without a magic number of its own for a pickle, and advises to load it.
         found = "Python objects, which may run code" if "pickle" in said else f"something else ({said})"
+        if "pickle" in said and not raw.startswith((_NPY, _ZIP, *_PICKLES)):
+            found = "bytes of no format of NumPy's"
         raise DataError(
-            f"{path}: expected {kind}, found {found}; save it by NumPy as plain numbers."
+            where=path,
+            expected=kind,
+            got=found,
+            remedy="save it by NumPy as plain numbers",
         ) from error
 
 
 def _npz(path: pathlib.Path) -> ExampleData:
     kind = "a whole .npz file of arrays"
-    raw = io.BytesIO(read_bytes(path, kind))
-    with _by_numpy(path, kind):
-        archive = np.load(raw, allow_pickle=False)
+    raw = read_bytes(path, kind)
+    with _by_numpy(path, kind, raw):
+        archive = np.load(io.BytesIO(raw), allow_pickle=False)
     if isinstance(archive, np.ndarray):
         raise DataError(
-            f"{path}: expected {kind}, found a single array; save inputs and targets by np.savez."
+            where=path,
+            expected=kind,
+            got="a single array",
+            remedy="save inputs and targets by np.savez",
         )
 
     def part(pair: tuple[str, str]) -> _Part:
-        with _by_numpy(path, kind):
+        with _by_numpy(path, kind, raw):
             inputs, targets = (np.asarray(archive[name]) for name in pair)
         return _Part(inputs, targets, *pair)
 
@@ -263,10 +305,12 @@ def _npz(path: pathlib.Path) -> ExampleData:
         train, valid = ([pair for pair in known if {*pair} <= {*archive.files}] for known in pairs)
         if len(train) != 1:
             raise DataError(
-                f"{path}: expected one pair of arrays to train on, "
-                f"{', '.join(f'{inputs} and {targets}' for inputs, targets in _PAIRS)} "
-                f"(or with _train behind both), found {', '.join(archive.files) or 'none'}; "
-                "name them so."
+                where=path,
+                expected="one pair of arrays to train on, "
+                f"{', '.join(f'{inputs} and {targets}' for inputs, targets in _PAIRS)} (or with "
+                "_train behind both)",
+                got=", ".join(archive.files) or "none",
+                remedy="rename them",
             )
         return _example_data(path, part(train[0]), part(valid[0]) if valid else None)
 
@@ -274,21 +318,25 @@ def _npz(path: pathlib.Path) -> ExampleData:
 def _npy(path: pathlib.Path) -> TextData:
     kind = "the tokens of a text, whole numbers of shape (n,)"
     # Not by the path: on a damaged file NumPy leaves it open.
-    raw = io.BytesIO(read_bytes(path, kind))
-    with _by_numpy(path, kind):
-        tokens = np.load(raw, allow_pickle=False)
+    raw = read_bytes(path, kind)
+    with _by_numpy(path, kind, raw):
+        tokens = np.load(io.BytesIO(raw), allow_pickle=False)
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         found = (
             f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else "an .npz file"
         )
         raise DataError(
-            f"{path}: expected {kind}, found {found}; save labelled examples as an .npz file of inputs "
-            "and targets."
+            where=path,
+            expected=kind,
+            got=found,
+            remedy="save labelled examples as an .npz file of inputs and targets",
         )
     if len(tokens) < MIN_TEXT_BYTES:
         raise DataError(
-            f"{path}: expected a text of at least {MIN_TEXT_BYTES:,} tokens, found {len(tokens):,}; "
-            "give a longer one."
+            where=path,
+            expected=f"a text of at least {MIN_TEXT_BYTES:,} tokens",
+            got=f"{len(tokens):,}",
+            remedy="give a longer one",
         )
     fit = (tokens >= 0) & (tokens < _INT32.max)
     _all_good(path, "tokens from 0 up that fit int32", tokens, fit, place="place")
@@ -301,8 +349,10 @@ def _idx_folder(folder: pathlib.Path) -> ExampleData:
     missing = [f"{name}-ubyte" for name, file in found.items() if file is None]
     if missing:
         raise DataError(
-            f"{folder}: expected a folder with {', '.join(f'{name}-ubyte' for name in found)} (.gz or not), "
-            f"found no {', '.join(missing)}; put them there, or give the path of a single file."
+            where=folder,
+            expected=f"a folder with {', '.join(f'{name}-ubyte' for name in found)} (.gz or not)",
+            got=f"no {', '.join(missing)}",
+            remedy="put them there, or give the path of a single file",
         )
     images, labels, held_out_images, held_out_labels = (file for file in found.values() if file is not None)
     return _example_data(folder, _idx_part(images, labels), _idx_part(held_out_images, held_out_labels))
@@ -318,15 +368,19 @@ def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
 def _labels_of(images: pathlib.Path) -> pathlib.Path:
     if not ("images" in images.name and "idx3" in images.name):
         raise DataError(
-            f"{images}: expected the images of a pair of IDX files, a name like train-images-idx3-ubyte, "
-            "found another name; give the path of the images."
+            where=images,
+            expected="the images of a pair of IDX files, a name like train-images-idx3-ubyte",
+            got="another name",
+            remedy="give the path of the images",
         )
     name = images.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     labels = _idx_file(images.parent, name)
     if labels is None:
         raise DataError(
-            f"{images}: expected its labels beside it in {name} (.gz or not), found no such file; "
-            "put it there."
+            where=images,
+            expected=f"its labels beside it in {name} (.gz or not)",
+            got="no such file",
+            remedy="put it there",
         )
     return labels
 
@@ -342,20 +396,27 @@ def _idx_array(path: pathlib.Path, axes: int) -> np.ndarray:
             raw = gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
-                f"{path}: expected a whole gzip file, found that it is not ({error}); fetch it again."
+                where=path,
+                expected="a whole gzip file",
+                got=f"another one ({error})",
+                remedy="fetch it again",
             ) from error
     # Two zero bytes, the code of uint8, the number of axes; the sizes follow.
     magic = bytes([0, 0, 8, axes])
     if raw[:4] != magic:
         raise DataError(
-            f"{path}: expected an IDX file of bytes with {axes} axes, magic number 0x{magic.hex()}, "
-            f"found 0x{raw[:4].hex()}; give a file of this format."
+            where=path,
+            expected=f"an IDX file of bytes with {axes} axes, magic number 0x{magic.hex()}",
+            got=f"0x{raw[:4].hex()}",
+            remedy="give a file of this format",
         )
     shape = tuple(int.from_bytes(raw[4 * axis : 4 * axis + 4], "big") for axis in range(1, axes + 1))
     start = 4 * (axes + 1)
     if len(raw) != start + math.prod(shape):
         raise DataError(
-            f"{path}: expected {start + math.prod(shape):,} bytes, as for the shape {shape} at its head, "
-            f"found {len(raw):,}; fetch it again."
+            where=path,
+            expected=f"{start + math.prod(shape):,} bytes, as for the shape {shape} at its head",
+            got=f"{len(raw):,}",
+            remedy="fetch it again",
         )
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)

@@ -32,11 +32,18 @@ def _packaged(distribution: str, file: str) -> pathlib.Path:
         path = pathlib.Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
     except importlib.metadata.PackageNotFoundError as error:
         raise DataError(
-            f"{file}: expected the package {distribution}, which carries it, but it is not installed; "
-            f"{_REMEDY}."
+            where=file,
+            expected=f"the package {distribution}, which carries it",
+            got="no such package installed",
+            remedy=_REMEDY,
         ) from error
     if not path.is_file():
-        raise DataError(f"{path}: expected the data of the package {distribution}, found no file; {_REMEDY}.")
+        raise DataError(
+            where=path,
+            expected=f"the data of the package {distribution}",
+            got="no file",
+            remedy=f"{_REMEDY}",
+        )
     return path
 
 
@@ -60,8 +67,10 @@ def mnist() -> ExampleData:
         table, found = None, f"something else ({error})"
     if table is None or table.shape != _MNIST_SHAPE:
         raise DataError(
-            f"{path}: expected a gzipped table of shape {_MNIST_SHAPE} with entries from 0 to 255, "
-            f"found {found}; {_REMEDY}."
+            where=path,
+            expected=f"a gzipped table of shape {_MNIST_SHAPE} with entries from 0 to 255",
+            got=found,
+            remedy=f"{_REMEDY}",
         )
     train, valid = shuffled_split(
         Examples(table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int32)), _MNIST_VALID
@@ -92,6 +101,8 @@ def _kjv() -> bytes:
         return "\n".join(verses).encode()
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(
-            f'{path}: expected one JSON object with the key "text" a line, '
-            f"found something else ({error}); {_REMEDY}."
+            where=path,
+            expected='one JSON object with the key "text" a line',
+            got=f"something else ({error})",
+            remedy=f"{_REMEDY}",
         ) from error

@@ -1,7 +1,5 @@
 """Data sets: examples or text, each with a held-out part."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from typing import Final, NamedTuple

@@ -44,7 +44,11 @@ class MLPConfig:
     def __post_init__(self) -> None:
         for name in ("width", "depth", "n_classes"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"MLPConfig.{name}: expected at least 1, got {getattr(self, name)}.")
+                raise ConfigError(
+                    where=f"MLPConfig.{name}",
+                    expected="at least 1",
+                    got=getattr(self, name),
+                )
 
 
 class MLP(nn.Module):

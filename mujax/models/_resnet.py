@@ -93,25 +93,30 @@ class ResNetConfig:
         for name, known in (("block", _BRANCH), ("stem", _STEM)):
             if getattr(self, name) not in known:
                 raise ConfigError(
-                    f"ResNetConfig.{name}: expected {' or '.join(map(repr, known))}, "
-                    f"got {getattr(self, name)!r}."
+                    where=f"ResNetConfig.{name}",
+                    expected=f"{' or '.join(map(repr, known))}",
+                    got=repr(getattr(self, name)),
                 )
         if not self.stage_sizes or len(self.stage_sizes) != len(self.stage_widths):
             raise ConfigError(
-                "ResNetConfig.stage_widths: expected one width for each entry of stage_sizes="
-                f"{self.stage_sizes}, got {self.stage_widths}."
+                where="ResNetConfig.stage_widths",
+                expected=f"one width for each entry of stage_sizes={self.stage_sizes}",
+                got=self.stage_widths,
             )
         if min(*self.stage_sizes, self.n_classes) < 1:
             raise ConfigError(
-                "ResNetConfig: expected stage_sizes and n_classes of at least 1, "
-                f"got {self.stage_sizes} and {self.n_classes}."
+                where="ResNetConfig",
+                expected="stage_sizes and n_classes of at least 1",
+                got=f"{self.stage_sizes} and {self.n_classes}",
             )
         for width in self.stage_widths:
             channels = width * self.width_multiplier
             if channels < 1 or channels != round(channels):
                 raise ConfigError(
-                    f"ResNetConfig.width_multiplier: expected {self.width_multiplier:g} × {width} channels "
-                    f"to be a whole number, got {channels:g}; choose a multiplier that divides evenly."
+                    where="ResNetConfig.width_multiplier",
+                    expected=f"{self.width_multiplier:g} × {width} channels to be a whole number",
+                    got=f"{channels:g}",
+                    remedy="choose a multiplier that divides evenly",
                 )
 
     @property

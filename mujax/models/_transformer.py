@@ -77,16 +77,23 @@ class TransformerConfig:
         for name in ("d_model", "n_layers", "ff_ratio", "vocab_size", "max_len", *optional):
             size = getattr(self, name)
             if size is not None and size < 1:
-                raise ConfigError(f"TransformerConfig.{name}: expected at least 1, got {size}.")
+                raise ConfigError(
+                    where=f"TransformerConfig.{name}",
+                    expected="at least 1",
+                    got=size,
+                )
         if not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"TransformerConfig.dropout: expected a rate from 0 up to 1, 1 excluded, got {self.dropout}."
+                where="TransformerConfig.dropout",
+                expected="a rate from 0 up to 1, 1 excluded",
+                got=self.dropout,
             )
         n_heads, n_kv_heads, _ = self.heads
         if n_heads % n_kv_heads:
             raise ConfigError(
-                f"TransformerConfig.n_kv_heads: expected a divisor of the {n_heads} query heads, "
-                f"got {n_kv_heads}."
+                where="TransformerConfig.n_kv_heads",
+                expected=f"a divisor of the {n_heads} query heads",
+                got=n_kv_heads,
             )
 
     @property
@@ -103,8 +110,10 @@ class TransformerConfig:
             divisor = self.head_dim or self.n_heads or _DEFAULT_HEADS
             if self.d_model % divisor:
                 raise ConfigError(
-                    f"TransformerConfig.{name}: expected a divisor of d_model={self.d_model}, got {divisor}; "
-                    "give both n_heads and head_dim if n_heads × head_dim is to differ from d_model."
+                    where=f"TransformerConfig.{name}",
+                    expected=f"a divisor of d_model={self.d_model}",
+                    got=divisor,
+                    remedy="give both n_heads and head_dim if n_heads × head_dim is to differ from d_model",
                 )
             rest = self.d_model // divisor
             n_heads, head_dim = (rest, divisor) if name == "head_dim" else (divisor, rest)
@@ -204,14 +213,16 @@ class Transformer(nn.Module):
         T = tokens_BxT.shape[1]
         if cfg.max_len < T:
             raise ConfigError(
-                f"Transformer: expected at most max_len={cfg.max_len} tokens, got {T}; "
-                "shorten the sequence or raise TransformerConfig.max_len."
+                where="Transformer",
+                expected=f"at most max_len={cfg.max_len} tokens",
+                got=T,
+                remedy="shorten the sequence or raise TransformerConfig.max_len",
             )
         dtypes: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
 
         token_embedding = nn.Embed(cfg.vocab_size, cfg.d_model, name="token_embedding", **dtypes)
         position_embedding = nn.Embed(cfg.max_len, cfg.d_model, name="position_embedding", **dtypes)
-        x_BxTxD = token_embedding(tokens_BxT) + position_embedding(jnp.arange(T))
+        x_BxTxD = token_embedding(tokens_BxT) + position_embedding(jnp.arange(T)[None])
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BxTxD)
 
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.

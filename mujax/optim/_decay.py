@@ -183,8 +183,8 @@ def mup_add_decayed_weights(
         decay_roles: the roles that decay, such as `("hidden", "output")`; None for all.
         family: the optimizer's family, whose factor `"coupled"` follows.
         learning_rate: for `"decoupled"`, the rate that ends the chain: a number, or a schedule, whose peak is
-            its highest value within its first 131,072 steps. Give the peak as a number if the schedule reaches
-            it later.
+            its highest value within its first 131,072 steps. Give the peak as a number if it is reached
+            later.
 
     Returns:
         A transform whose state is that of `optax.add_decayed_weights`.

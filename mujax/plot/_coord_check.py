@@ -25,7 +25,7 @@ _PASS: Final = "#2b7a3d"
 _PASSING: Final = "#8f8f8f"
 _INHERITED: Final = "#dfae9c"
 _UNDECIDED: Final = "#b8960c"
-# Told apart by those who don't tell red from green, too.
+# Distinguishable with red-green colour blindness, too.
 _BY_RULE: Final = {
     "learning rate": "#d0342c",
     "forward factor": "#7b3fa0",
@@ -135,13 +135,14 @@ def coord_check_figure(
 
 def _rate_to_draw(reports: Sequence[CoordCheck], asked: float | None) -> float:
     if not reports:
-        raise ConfigError("reports: expected at least one coordinate check to draw, got none.")
+        raise ConfigError(where="reports", expected="at least one coordinate check to draw", got="none")
     tried = [rate for rate in reports[0].learning_rates if all(rate in each.sizes for each in reports)]
     rate = tried[0] if asked is None and tried else asked
     if rate not in tried:
         raise ConfigError(
-            "learning_rate: expected one that all reports have tried, "
-            f"{', '.join(map(str, tried)) or 'none'}, got {asked}."
+            where="learning_rate",
+            expected=f"one that all reports have tried, {', '.join(map(str, tried)) or 'none'}",
+            got=repr(asked),
         )
     return rate
 
@@ -152,7 +153,7 @@ def _steps_to_draw(steps: int) -> list[int]:
 
 
 def _entries(report: CoordCheck, rate: float, step: int) -> np.ndarray:
-    """What is drawn of a step: (widths, taps), NaN where there is nothing to draw on a logarithmic scale."""
+    """The values of a step, (widths, taps): NaN where a logarithmic scale has no place for them."""
     sizes = report.sizes[rate][:, step, :, STATS.index("size" if step == 0 else "change")]
     drawn = np.array([tap.kind != "vector" or _is_loud(tap) for tap in report.taps], bool)
     return np.where(np.isfinite(sizes) & (sizes > 0) & drawn, sizes, np.nan)
@@ -352,13 +353,13 @@ def _outcome(report: CoordCheck) -> str:
     inherited = sum(tap.status == "fail" and not tap.blamed for tap in report.taps)
     if report.verdict == "undecided":
         open_ = sum(tap.status == "undecided" for tap in report.taps)
-        return f"undecided: {open_} of {count} activations can't be told from noise"
+        return f"undecided: {open_} of {count} activations cannot be distinguished from noise"
     by_others = f", {inherited} of them by a fault elsewhere" if inherited else ""
     return f"fail: {failed} of {count} activations depend on width{by_others}"
 
 
 def _coord_legend(reports: Sequence[CoordCheck]) -> list[Line2D]:
-    """Only what is in the picture."""
+    """A legend of what the picture shows only."""
     taps = [(report, tap) for report in reports for tap in report.taps]
     rules = {_rule(report, tap) for report, tap in taps if tap.status == "fail"}
     known = [(_BY_RULE[rule], f"wrong {rule}") for rule in _BY_RULE if rule in rules]

@@ -61,14 +61,14 @@ def sweep_figure(sweep: Sweep, title: str = "", *, space: Mapping[str, Any] | No
     Args:
         sweep: what `sweep` or `tune` returned.
         title: what was tuned, to be put above.
-        space: what was searched, to tell which axes are logarithmic.
+        space: the searched space, which gives the logarithmic axes.
 
     Raises:
         ConfigError: there are no trials to draw.
     """
     names = list(dict.fromkeys(name for trial in sweep.trials for name in trial.hparams))
     if not names:
-        raise ConfigError("sweep: expected at least one trial to draw, got none.")
+        raise ConfigError(where="sweep", expected="at least one trial to draw", got="none")
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     height = _HEAD + rows * (_PANEL[1] + 0.55)
@@ -120,13 +120,13 @@ def _whole(sweep: Sweep) -> list[Trial]:
 
 
 def _is_log(values: Sequence[float], searched: Any = None) -> bool:
-    """Whether an axis should be logarithmic: as the space is, else by what the values span."""
+    """Whether an axis is logarithmic: as in the space, else by the range of the values."""
     if not values or min(values) <= 0:
         return False
     if isinstance(searched, Mapping):
         return bool(searched.get("log", False))
-    said = getattr(searched, "log", None)
-    return max(values) / min(values) > _LOG_FROM if said is None else bool(said)
+    is_log = getattr(searched, "log", None)
+    return max(values) / min(values) > _LOG_FROM if is_log is None else bool(is_log)
 
 
 def _panel(axes: Axes, sweep: Sweep, name: str, searched: Any, top: float) -> None:
@@ -249,7 +249,7 @@ def _loss_axis(axes: Axes, sweep: Sweep, top: float) -> None:
 
 
 def _legend(sweep: Sweep) -> list[Line2D]:
-    """Only what is in the picture."""
+    """A legend of what the picture shows only."""
 
     def dot(label: str, marker: str, colour: str, **kwargs: Any) -> Line2D:
         return Line2D([], [], linestyle="none", marker=marker, color=colour, label=label, **kwargs)

@@ -1,4 +1,4 @@
-"""The picture of `transfer`: what the tuning has cost and would have at the target, and the target's loss."""
+"""The picture of `transfer`: the cost of the tuning at the proxy and at the target, and the target's loss."""
 
 from __future__ import annotations
 

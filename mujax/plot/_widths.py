@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mujax.plot._style import INK, MUTED, OPTIMIZERS, RULE, canvas, style
-from mujax.tune import LOSS_MEASURE, TASKS, Report, parametrization_title
+from mujax.tune import LOSS_MEASURE, Report, parametrization_title
 
 
 def _colours(count: int) -> list[Any]:
@@ -140,7 +140,7 @@ def transfer_figure(report: Report) -> Figure:
     optimizer = OPTIMIZERS.get(config.optimizer, config.optimizer)
     seeds = f"{config.seeds} seeds" if config.seeds > 1 else "1 seed"
     figure.suptitle(
-        f"{TASKS[config.task].title}: {optimizer}, {config.steps} steps of batch {config.batch}, {seeds}",
+        f"{config.title}: {optimizer}, {config.steps} steps of batch {config.batch}, {seeds}",
         fontsize=11.5,
         color=MUTED,
         x=0.01,

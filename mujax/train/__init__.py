@@ -11,13 +11,14 @@ from mujax.train._hyperparameters import (
 )
 from mujax.train._lanes import (
     MODES as MODES,
-    Group as Group,
+    CompiledRuns as CompiledRuns,
+    FunctionJob as FunctionJob,
     Job as Job,
     Metrics as Metrics,
     Mode as Mode,
-    Whole as Whole,
     run_lanes as run_lanes,
     run_one as run_one,
+    threads as threads,
 )
 from mujax.train._losses import (
     Losses as Losses,

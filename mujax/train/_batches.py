@@ -1,4 +1,4 @@
-"""Batches of any kind that a user has, as pure functions."""
+"""Batches as pure functions, made from whatever the user passes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mujax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Where the batches come from, as pure functions.
+    """A source of batches, as pure functions.
 
     Attributes:
         data: arrays that all runs share.
-        draw: (data, key, batch size, steps) -> what identifies the batch of each step, along a leading axis.
-        fetch: (data, one entry of what `draw` gave) -> (inputs, targets).
+        draw: (data, key, batch size, steps) -> an identifier of each step's batch, along a leading axis.
+        fetch: (data, one of these identifiers) -> (inputs, targets).
         sized: whether `draw` reads the batch size.
-        limit: the most steps there are batches for; None for any number.
+        limit: the number of batches; None if there is no end of them.
     """
 
     data: PyTree
@@ -33,14 +33,14 @@ class Batches:
 
 
 def as_batches(batches: Any) -> Batches:
-    """Batches of any kind that a user has.
+    """Turns the user's batches into `Batches`.
 
     Args:
         batches: `Batches`; an iterable of (inputs, targets), all of the same shapes, which every run sees in
             the same order; or a pure function (key, step) -> (inputs, targets).
 
     Raises:
-        ConfigError: something else, or shapes that differ.
+        ConfigError: anything else, or shapes that differ.
     """
     if isinstance(batches, Batches):
         return batches
@@ -54,8 +54,9 @@ def as_batches(batches: Any) -> Batches:
         return Batches((), keys, lambda _, drawn: tuple(draw(*drawn)), sized=False)
     if not isinstance(batches, Iterable):
         raise ConfigError(
-            "batches: expected an iterable of (inputs, targets) or a function (key, step) -> (inputs, "
-            f"targets), got {type(batches).__name__}."
+            where="batches",
+            expected="an iterable of (inputs, targets) or a function (key, step) -> (inputs, targets)",
+            got=type(batches).__name__,
         )
     listed = check_batches(batches)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *listed)
@@ -72,22 +73,26 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
     """The batches as a list, each an (inputs, targets) pair of arrays of the same shapes.
 
     Raises:
-        ConfigError: there are none, one is no pair, or shapes differ.
+        ConfigError: there are none, one is not a pair, or shapes differ.
     """
     listed = list(batches)
     if not listed:
-        raise ConfigError("batches: expected at least one (inputs, targets) pair, got none.")
+        raise ConfigError(where="batches", expected="at least one (inputs, targets) pair", got="none")
     shapes: list[PyTree] = []
     for step, batch in enumerate(listed):
         if not isinstance(batch, tuple) or len(batch) != 2:
             raise ConfigError(
-                f"batches: expected an (inputs, targets) pair at every step, got {type(batch).__name__} at "
-                f"step {step}; give a sequence of pairs, one for each step."
+                where="batches",
+                expected="an (inputs, targets) pair at every step",
+                got=f"{type(batch).__name__} at step {step}",
+                remedy="give a sequence of pairs, one for each step",
             )
         shapes.append(jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tuple(batch)))
         if shapes[step] != shapes[0]:
             raise ConfigError(
-                f"batches: expected the shapes and dtypes {shapes[0]} of the first step at every step, got "
-                f"{shapes[step]} at step {step}; drop what is left over at the end of the data."
+                where="batches",
+                expected=f"the shapes and dtypes {shapes[0]} of the first step at every step",
+                got=f"{shapes[step]} at step {step}",
+                remedy="drop what is left over at the end of the data",
             )
     return [tuple(batch) for batch in listed]

@@ -1,4 +1,4 @@
-"""Compiler options by how long a program runs, and whether a step or a whole run is compiled."""
+"""Compiler options, and whether a step or a whole run is compiled."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import jax
 
 from mujax.core.program import ClosedJaxpr, equations
 
-# On a CPU, a program that runs fewer operations than this in all takes longer to optimise than to run:
+# On a CPU, a program that runs fewer operations than this in total takes longer to optimise than to run:
 # measured for MLPs and Transformers of 64 to 2048 units on two cores.
 _LITTLE: Final = 4e10
 
 
 def effort(lowered: jax.stages.Lowered, runs: float) -> dict[str, str | bool]:
-    """Compiler options for a program that is run so many times."""
+    """Compiler options for a program that runs `runs` times."""
     if jax.default_backend() != "cpu":
         return {}
     costs: Any = lowered.cost_analysis() or {}
@@ -23,7 +23,7 @@ def effort(lowered: jax.stages.Lowered, runs: float) -> dict[str, str | bool]:
 
 
 def steps_in_python(program: ClosedJaxpr) -> bool:
-    """Whether a step is compiled and not the whole run: XLA on CPU is slow at convolutions inside of a loop.
+    """Whether to compile a step and not the whole run: XLA on CPU is slow at convolutions inside of a loop.
 
     Reference: jax-ml/jax#12868.
     """

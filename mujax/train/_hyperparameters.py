@@ -1,4 +1,4 @@
-"""The hyperparameters that mujax knows by name: what each does, and whether it transfers across width."""
+"""The hyperparameters that mujax knows by name, and whether each transfers across width."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Kind = Literal["optimization", "initialization", "multiplier", "regularization",
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameter:
-    """What is known of a hyperparameter.
+    """A hyperparameter: its kind, its effect and its default.
 
     Attributes:
         kind: the row of the paper's tables that it belongs to.
-        text: what it does.
-        default: what it is where nobody says; None for what the task or the optimizer says.
+        text: its effect, in words.
+        default: its value if none is given; None for the default of the task or the optimizer.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ HYPERPARAMETERS: Final[Mapping[str, Hyperparameter]] = {
     "steps": Hyperparameter("scale", "steps of a run"),
     "depth": Hyperparameter("scale", "number of layers"),
 }
-"""By name. What a model's factory takes by keyword may be tuned, too; nothing is known of it here."""
+"""By name. Keyword arguments of a model's factory can be tuned, too; they are not listed here."""
 
 _UNKNOWN: Final = Hyperparameter("unknown", "of your own")
 
@@ -61,7 +61,7 @@ WHY_NOT: Final[Mapping[Kind, str]] = {
     "scale": "it is a scale to transfer across and not a hyperparameter (Tensor Programs V, Table 1)",
     "unknown": "nothing is known of it",
 }
-"""Why a kind does not transfer; the others do.
+"""Reasons why a kind does not transfer; the other kinds do.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 1 and 2.
@@ -69,12 +69,12 @@ Reference:
 
 
 def hyperparameter(name: str) -> Hyperparameter:
-    """What is known of a hyperparameter of that name."""
+    """The hyperparameter of that name; of kind `"unknown"` if it is not listed."""
     return HYPERPARAMETERS.get(name, _UNKNOWN)
 
 
 def as_its_kind(name: str, value: Any) -> Any:
-    """A whole number as a float where the hyperparameter is one: floats are traced, the rest compiled in.
+    """Turns a whole number into a float if the hyperparameter is one: floats are traced, others compiled in.
 
     >>> as_its_kind("output_mult", 2), as_its_kind("depth", 2)
     (2.0, 2)
@@ -84,7 +84,7 @@ def as_its_kind(name: str, value: Any) -> Any:
 
 
 def transfers(name: str) -> bool:
-    """Whether the value that is best for a small model is so for a wide one, in µP.
+    """Whether the best value of a small model is the best of a wide one in µP.
 
     >>> transfers("learning_rate"), transfers("weight_decay")
     (True, False)
@@ -93,11 +93,11 @@ def transfers(name: str) -> bool:
 
 
 def refuse_untransferable(tuned: Iterable[str], settled: Iterable[str]) -> None:
-    """Refuses hyperparameters that were tuned, do not transfer and were not settled otherwise.
+    """Raises an error for tuned hyperparameters that do not transfer and have no other value.
 
     Args:
         tuned: those of a study.
-        settled: those that the user gave a value, or asked to transfer all the same.
+        settled: those that the user gave a value or asked to transfer all the same.
 
     Raises:
         ConfigError: there are any.
@@ -107,7 +107,9 @@ def refuse_untransferable(tuned: Iterable[str], settled: Iterable[str]) -> None:
         reasons = "; ".join(f"{name}: {WHY_NOT[hyperparameter(name).kind]}" for name in left)
         name = left[0]
         raise ConfigError(
-            f"transfer: expected hyperparameters that transfer across width, found {', '.join(left)} "
-            f"tuned as well ({reasons}). Give the target's own value, --set {name}=..., or take the proxy's "
-            f"all the same, --also {name}; in Python fixed={{{name!r}: ...}} or also=({name!r},)."
+            where="transfer",
+            expected="hyperparameters that transfer across width",
+            got=f"{', '.join(left)} tuned as well ({reasons})",
+            remedy=f"give the target's own value, --set {name}=..., or take the proxy's all the same, "
+            f"--also {name}; in Python fixed={{{name!r}: ...}} or also=({name!r},)",
         )

@@ -1,8 +1,8 @@
 """Many runs of one program: looped, mapped or vmapped, in stages, over all local devices.
 
 A lane is one run: its traced hyperparameters and its key. Lanes that share shapes share one program and go
-from rung to rung together. What is dropped at a rung, because it diverged or was stopped, costs nothing
-from there on.
+from rung to rung together. A lane that is dropped at a rung, because it diverged or was stopped, costs
+nothing from then on.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Mode = Literal["loop", "map", "vmap"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
 
 Metrics = dict[str, Any]
-"""What a run has to say at a rung, by name."""
+"""The measurements of a run at a rung, by name."""
 
 _AXIS: Final = "lanes"
 
-# What a program may take of the memory that is free when it is built.
+# The share of the free memory that a program may use.
 _SHARE: Final = 0.7
 
-# Another way of running is tried where what is left takes this many times as long as compiling it.
+# Another mode is tried if the remaining steps take this many times as long as compiling it.
 _WORTH: Final = 10.0
 
 
@@ -59,11 +59,11 @@ class Job(Protocol):
     def static(self) -> frozenset[str]: ...
 
     def check(self, hparams: Mapping[str, Any], /) -> None:
-        """Refuses hyperparameters that it does not know, or the lack of one that it needs."""
+        """Raises an error for an unknown or a missing hyperparameter."""
         ...
 
     def steps(self, static: Mapping[str, Any], /) -> int:
-        """How long a run is."""
+        """The number of steps of a run."""
         ...
 
     def init(self, hparams: Mapping[str, Any], key: Key[Array, ""], data: PyTree, /) -> PyTree:
@@ -73,17 +73,17 @@ class Job(Protocol):
     def advance(
         self, hparams: Mapping[str, Any], state: PyTree, steps: Int[Array, ""] | None, data: PyTree, /
     ) -> tuple[PyTree, Mapping[str, Any]]:
-        """The state some steps later and its metrics; None for a single step outside of a loop."""
+        """The state after some steps and its metrics; `steps` is None for one step outside of a loop."""
         ...
 
     def finish(self, hparams: Mapping[str, Any], state: PyTree, data: PyTree, /) -> Mapping[str, Any]:
-        """Metrics that are worth their cost at the end only."""
+        """The metrics that are measured at the end of the run only."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
-    """A run that is one function, (hyperparameters, key) -> metrics: a job of a single step."""
+class FunctionJob:
+    """A job of a single step: a function (hyperparameters, key) -> metrics."""
 
     run: Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
     data: PyTree = ()
@@ -91,11 +91,11 @@ class Whole:
     static: frozenset[str] = frozenset()
 
     def check(self, hparams: Mapping[str, Any], /) -> None:
-        """Takes any: it is the user's own function."""
+        """Accepts all: the function is the user's own."""
         del hparams
 
     def steps(self, static: Mapping[str, Any], /) -> int:
-        """The whole is one step."""
+        """One."""
         del static
         return 1
 
@@ -112,8 +112,9 @@ class Whole:
         metrics = self.run(dict(hparams), state)
         if not isinstance(metrics, Mapping):
             raise ConfigError(
-                "run: expected it to return a mapping of metrics such as {'loss': ...}, got "
-                f"{type(metrics).__name__}."
+                where="run",
+                expected="it to return a mapping of metrics such as {'loss': ...}",
+                got=type(metrics).__name__,
             )
         return state, metrics
 
@@ -131,11 +132,11 @@ class OutOfMemoryError(MujaxError):
 
 
 class _Program:
-    """A function compiled ahead of time for each set of shapes that it meets.
+    """A function that is compiled ahead of time for each set of argument shapes.
 
     Attributes:
-        seconds: what compiling has taken.
-        flops: operations of one lane as XLA counts them, the body of a loop once.
+        seconds: time spent on compiling.
+        flops: operations of one lane as XLA counts them; the body of a loop counts once.
     """
 
     def __init__(
@@ -152,18 +153,18 @@ class _Program:
 
         Args:
             *args: what it will be called with.
-            lanes: that it works for in one body.
-            runs: how often a lane runs its body, in all.
+            lanes: how many share one body of the program.
+            runs: how often a lane runs the body in total.
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if shapes not in self._compiled:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             lowered = self._jitted.lower(*args)
             program = lowered.compile(compiler_options=effort(lowered, runs / lanes))
             self._fits(program)
             self._compiled[shapes] = program
-            self.seconds += time.perf_counter() - begun
+            self.seconds += time.perf_counter() - start
             self.flops = float((program.cost_analysis() or {}).get("flops", 0.0)) / lanes
         return self._compiled[shapes]
 
@@ -178,7 +179,7 @@ class _Program:
 
 
 def free_memory(device: Any) -> int | None:
-    """Bytes that a device has to spare, the machine's for a CPU; None where nothing tells."""
+    """Free bytes of a device, for a CPU those of the machine; None if they are not known."""
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
         limit = stats.get("bytes_limit")
@@ -193,19 +194,19 @@ def free_memory(device: Any) -> int | None:
 
 @functools.cache
 def threads() -> int:
-    """Lanes to run side by side on a CPU, where small products leave all cores but one idle."""
+    """Lanes to run at the same time on a CPU: small products use one core only."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-class Group:
-    """The programs of all runs that share shapes, and what is known of how fast they are.
+class CompiledRuns:
+    """The compiled programs of all runs that share shapes, and how fast they are.
 
     Args:
-        job: what is run.
+        job: the run.
         static: the hyperparameters that the shapes depend on.
-        mode: how to run lanes; None finds out.
-        devices: where; None for all local devices.
+        mode: how to run lanes; None measures which is fastest.
+        devices: None for all local devices.
     """
 
     def __init__(
@@ -221,17 +222,17 @@ class Group:
         self.devices = list(devices or jax.local_devices())
         self.steps = job.steps(self.static)
         self.seconds_per_step: dict[Mode, float] = {}
-        """What a step of one lane takes, by mode."""
+        """Seconds per step of one lane, by mode."""
         self.last_mode: Mode = self.modes[0]
-        """How the last lanes were run."""
+        """The mode of the last lanes."""
         self.lanes_left = 1.0
-        """How many lanes are still to be run: what compiling well would serve."""
+        """How many lanes are still to be run, which the effort of compiling depends on."""
         self._programs: dict[tuple[Mode, str], _Program] = {}
         self._data: Any = None
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The ways of running lanes that are worth a try, the one that compiles fastest first.
+        """The modes that are worth a try, the one that compiles fastest first.
 
         An accelerator wants all lanes in one program. A CPU with a single device has its cores to share out,
         which threads do best for small models; XLA's batched products are slow there.
@@ -243,10 +244,13 @@ class Group:
         return ("loop", "map", "vmap") if len(self.devices) == 1 else ("map", "vmap")
 
     def choose(self, lane_steps: int) -> Mode:
-        """How to run the next lanes, with so many steps left of all lanes together.
+        """The mode of the next lanes.
 
-        Every mode is measured once, on lanes that have to be run anyway; but only where it may gain more
-        than compiling it costs.
+        Each mode is measured once, on lanes that have to be run anyway, if it may gain more than compiling it
+        costs.
+
+        Args:
+            lane_steps: steps that are left of all lanes together.
         """
         known = self.seconds_per_step
         untried: list[Mode] = [mode for mode in self.modes if mode not in known]
@@ -260,16 +264,16 @@ class Group:
 
     @property
     def compile_seconds(self) -> float:
-        """What compiling has taken, all together."""
+        """Total seconds spent on compiling."""
         return sum(program.seconds for program in self._programs.values())
 
     @property
     def flops(self) -> float | None:
-        """Operations of one whole run, as XLA counts those of the compiled step; None where it can't be told.
+        """Operations of one run, as XLA counts those of the compiled step; None if they cannot be determined.
 
-        A `Whole` may have loops inside, whose bodies XLA counts once.
+        A `FunctionJob` may have loops inside, whose bodies XLA counts once.
         """
-        if isinstance(self.job, Whole):
+        if isinstance(self.job, FunctionJob):
             return None
         for (_, name), program in self._programs.items():
             if name == "advance" and program.flops:
@@ -277,7 +281,7 @@ class Group:
         return None
 
     def runs(self, name: str) -> float:
-        """How often the body of a program will still be run."""
+        """How often the body of a program is still to be run."""
         return self.lanes_left * (self.steps if name == "advance" else 1)
 
     @property
@@ -289,7 +293,7 @@ class Group:
         return self._data
 
     def sharding(self, *axes: str) -> NamedSharding:
-        """Lanes along the devices, or the same everywhere."""
+        """Lanes split over the devices, or replicated."""
         return NamedSharding(jax.sharding.Mesh(np.array(self.devices), (_AXIS,)), PartitionSpec(*axes))
 
     def program(self, mode: Mode, name: str) -> _Program:
@@ -347,7 +351,7 @@ class Group:
         return jax.lax.cond(alive, go, skip, state)
 
     def _many(self, mode: Mode, one: Callable[..., Any]) -> Callable[..., Any]:
-        """One lane's function for the lanes of a mode: three arguments have an axis of lanes, others none."""
+        """The function of one lane for many: three arguments have an axis of lanes, the others none."""
         if mode == "loop":
             return one
 
@@ -379,34 +383,34 @@ def _check_fits(program: Any, device: Any, at_once: int) -> None:
         raise OutOfMemoryError(f"{needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free")
 
 
-# ---- lanes under way -------------------------------------------------------------------------------------
+# ---- running lanes ---------------------------------------------------------------------------------------
 
 
 class Lanes(Protocol):
-    """Runs somewhere between their first step and their last, each by its number."""
+    """Runs between their first step and their last, by number."""
 
     @property
     def mode(self) -> Mode:
-        """How they are run."""
+        """The mode."""
         ...
 
     def advance(self, steps: int) -> dict[int, Metrics]:
-        """Takes all that are left some steps further."""
+        """Advances all remaining runs by some steps."""
         ...
 
     def finish(self) -> dict[int, Metrics]:
-        """What is measured at the end."""
+        """The metrics of the end."""
         ...
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Runs some no further."""
+        """Stops some runs."""
         ...
 
 
 class _Looped:
     """One program for one lane, on as many threads as there are cores."""
 
-    def __init__(self, group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+    def __init__(self, group: CompiledRuns, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
         self._group = group
         self.mode: Mode = mode
         # On other platforms than the CPU a thread would only wait for its turn.
@@ -419,7 +423,7 @@ class _Looped:
         self._states = started
 
     def advance(self, steps: int) -> dict[int, Metrics]:
-        """Takes all that are left some steps further."""
+        """Advances all remaining runs by some steps."""
         in_loop = self._group.job.in_loop
         out: dict[int, Metrics] = {}
         for _ in range(1 if in_loop else steps):
@@ -429,16 +433,16 @@ class _Looped:
         return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in out.items()}
 
     def finish(self) -> dict[int, Metrics]:
-        """What is measured at the end."""
+        """The metrics of the end."""
         done = self._each("finish", {lane: (state,) for lane, state in self._states.items()})
         return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in done.items()}
 
     def state(self, number: int) -> PyTree:
-        """Where a run is."""
+        """The state of a run."""
         return self._states[number]
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Runs some no further."""
+        """Stops some runs."""
         for lane in numbers:
             del self._states[lane]
 
@@ -463,11 +467,11 @@ class _Looped:
 class _Stacked:
     """One program for all lanes, which lie along a leading axis, split over the devices."""
 
-    def __init__(self, group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+    def __init__(self, group: CompiledRuns, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
         self._group = group
         self.mode: Mode = mode
         count = len(keys)
-        # A copy of the first lane stands where there is none.
+        # The padding is copies of the first lane.
         self._lanes: list[int | None] = [*range(count), *[None] * (self._padded(count) - count)]
         order = np.array([lane or 0 for lane in self._lanes])
         self._hparams = {
@@ -477,18 +481,18 @@ class _Stacked:
         self._state = self._call("init", self._put(keys[order]))
 
     def advance(self, steps: int) -> dict[int, Metrics]:
-        """Takes all that are left some steps further."""
+        """Advances all remaining runs by some steps."""
         metrics: Any = {}
         for _ in range(1 if self._group.job.in_loop else steps):
             self._state, metrics = self._call("advance", self._state, jnp.int32(steps))
         return self._by_lane(metrics)
 
     def finish(self) -> dict[int, Metrics]:
-        """What is measured at the end."""
+        """The metrics of the end."""
         return self._by_lane(self._call("finish", self._state))
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Runs some no further."""
+        """Stops some runs."""
         gone = set(numbers)
         self._lanes = [None if lane in gone else lane for lane in self._lanes]
         kept = [place for place, lane in enumerate(self._lanes) if lane is not None]
@@ -502,7 +506,7 @@ class _Stacked:
             )
 
     def _padded(self, count: int) -> int:
-        """A power of two of lanes for each device, so that there are few programs."""
+        """Rounds up to a power of two of lanes for each device, so that there are few programs."""
         devices = len(self._group.devices)
         each = -(-count // devices)
         return devices * (1 << (each - 1).bit_length())
@@ -530,11 +534,11 @@ class _Stacked:
 
 
 Watch = Callable[[int, Mapping[int, Metrics]], Iterable[int]]
-"""(steps taken, metrics by lane) -> the lanes that are to be dropped."""
+"""(steps taken, metrics by lane) -> the lanes to drop."""
 
 
 def run_lanes(
-    group: Group,
+    group: CompiledRuns,
     traced: Mapping[str, np.ndarray],
     keys: Key[Array, " n"],
     *,
@@ -542,18 +546,18 @@ def run_lanes(
     watch: Watch = lambda _, __: (),
     left: int | None = None,
 ) -> list[Metrics]:
-    """Runs lanes from their first step to their last, in halves where memory is too small for all at once.
+    """Runs lanes from their first step to their last, in halves if memory is too small for all at once.
 
     Args:
         group: the programs.
         traced: the hyperparameters that are not static, each (n,).
         keys: of each lane.
         rungs: after how many steps to look at them; the last step is always one.
-        watch: called at each rung; a lane that had to be begun anew is shown to it again.
-        left: steps of all lanes that are still to be run, these included: what a faster way would serve.
+        watch: called at each rung; a lane that had to be started again is shown to it again.
+        left: steps of all lanes that are still to be run, these included; a faster mode pays off by them.
 
     Returns:
-        The metrics of each lane: those of its last rung and, unless it was dropped, those of the end.
+        The metrics of each lane: of its last rung and, unless it was dropped, of the end.
 
     Raises:
         OutOfMemoryError: a single lane (for each device) does not fit.
@@ -597,15 +601,20 @@ def _shifted(watch: Watch, first: int) -> Watch:
 
 
 def _through(
-    group: Group, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any, stops: Sequence[int], watch: Watch
+    group: CompiledRuns,
+    mode: Mode,
+    traced: Mapping[str, np.ndarray],
+    keys: Any,
+    stops: Sequence[int],
+    watch: Watch,
 ) -> list[Metrics]:
     lanes: Lanes = (_Looped if mode == "loop" else _Stacked)(group, mode, traced, keys)
     found: dict[int, Metrics] = {lane: {} for lane in range(len(keys))}
     live, taken, spent, work = set(found), 0, 0.0, 0
     for stop in stops:
-        begun, compiled = time.perf_counter(), group.compile_seconds
+        start, compiled = time.perf_counter(), group.compile_seconds
         metrics = lanes.advance(stop - taken)
-        spent += time.perf_counter() - begun - (group.compile_seconds - compiled)
+        spent += time.perf_counter() - start - (group.compile_seconds - compiled)
         work, taken = work + len(live) * (stop - taken), stop
         found |= metrics
         gone = set(watch(stop, metrics)) & live
@@ -614,31 +623,31 @@ def _through(
         if not live:
             break
     if live:
-        for lane, said in lanes.finish().items():
-            found[lane] = {**found[lane], **said}
+        for lane, metrics in lanes.finish().items():
+            found[lane] = {**found[lane], **metrics}
     group.seconds_per_step.setdefault(mode, spent / max(work, 1))
     return [found[lane] for lane in range(len(keys))]
 
 
 def run_one(
-    group: Group,
+    group: CompiledRuns,
     traced: Mapping[str, Any],
     key: Key[Array, ""],
     *,
     rungs: Sequence[int] = (),
     watch: Callable[[int, Metrics], bool] = lambda _, __: True,
 ) -> tuple[PyTree, Metrics]:
-    """Runs a single lane, and keeps its state.
+    """Runs a single lane and keeps its state.
 
     Args:
         group: the programs, whose mode is `"loop"`.
         traced: the hyperparameters that are not static.
         key: of the run.
         rungs: after how many steps to look at it; the last step is always one.
-        watch: called at each rung with the steps taken; False ends the run.
+        watch: called at each rung with the steps taken; False stops the run.
 
     Returns:
-        The last state, and the metrics of the last rung and, of a run that came to its end, of that.
+        The last state, and the metrics of the last rung and, unless the run was stopped, of the end.
 
     Raises:
         OutOfMemoryError: it does not fit.

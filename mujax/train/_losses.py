@@ -1,6 +1,4 @@
-"""The loss of a model, and the losses of a training run as a few numbers."""
-
-from __future__ import annotations
+"""The loss of a model, and summary statistics of a training run."""
 
 import math
 from collections.abc import Callable
@@ -18,19 +16,19 @@ OutputLoss = Callable[[Any, Any], Float[Array, ""]]
 
 
 def as_inputs(inputs: PyTree) -> tuple[Any, ...]:
-    """The positional arguments of the model: an array stands for the only one."""
+    """The positional arguments of the model; an array is the only one."""
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
 def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
-    """Mean cross-entropy where the targets are integers, mean squared error where they are not.
+    """Mean cross-entropy for integer targets, mean squared error for others.
 
     Args:
         outputs: of the model: logits with the classes last, or predictions.
         targets: class indices, or values.
 
     Raises:
-        ConfigError: shapes that do not belong together, or a model that returns more than one array.
+        ConfigError: shapes that do not match, or a model that returns more than one array.
 
     >>> float(default_loss(jnp.zeros((2, 8)), jnp.array([3, 5]))) == float(jnp.log(8.0))
     True
@@ -47,13 +45,16 @@ def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
             return jnp.square(logits - wanted).mean()
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (outputs, targets)]
     raise ConfigError(
-        "loss: expected one output array, of the targets' shape or, for integer targets, with one more axis "
-        f"of classes, got outputs {shapes[0]} and targets {shapes[1]}; pass loss=, a function of both."
+        where="loss",
+        expected="one output array, of the targets' shape or, for integer targets, with one more axis of "
+        "classes",
+        got=f"outputs {shapes[0]} and targets {shapes[1]}",
+        remedy="pass loss=, a function of both",
     )
 
 
 class Losses(NamedTuple):
-    """What a run gives.
+    """Summary statistics of a training run.
 
     Attributes:
         mean: training loss, the mean over all steps. Every batch is scored before the model learns from it,
@@ -68,20 +69,20 @@ class Losses(NamedTuple):
 
     @property
     def kept(self) -> float | None:
-        """The run's loss, `mean`; None if it diverged.
+        """The loss of the run, `mean`; None if it diverged.
 
-        It did if a loss was not finite, if it ended worse than the untrained model, or if it came back from
-        so far away that on average it was more than twice as bad as the untrained model.
+        A run diverged if a loss was not finite, if it ended above the untrained model's loss, or if its mean
+        loss was more than twice the untrained model's.
         """
         return self.mean if self.healthy else None
 
     @property
     def healthy(self) -> Any:
-        """Whether it did not diverge; traced where the losses are."""
+        """Whether it did not diverge; traced if the losses are."""
         learns = (self.final <= self.untrained) & (self.mean <= 2 * self.untrained)
         return learns & (abs(self.mean) < math.inf)
 
 
 def tail(steps: int) -> int:
-    """How many steps the last tenth of a run is, one at least."""
+    """The number of steps of the last tenth of a run, at least one."""
     return max(1, steps // 10)

@@ -1,4 +1,4 @@
-"""Training as a job: a model in µP, batches, an optimizer and a loss, as functions of hyperparameters."""
+"""A training run as a job: model in µP, batches, optimizer and loss as functions of hyperparameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mujax.train._hyperparameters import HYPERPARAMETERS
 from mujax.train._losses import Losses, OutputLoss, as_inputs, default_loss, tail
 from mujax.train._step import TrainState, init_state, train_step
 
-# ---- what the hyperparameters do -------------------------------------------------------------------------
+# ---- learning rate and optimizer -------------------------------------------------------------------------
 
 Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
@@ -34,12 +34,12 @@ SCHEDULES: Final[tuple[Schedule, ...]] = get_args(Schedule)
 def schedule(hparams: Mapping[str, Any], steps: int) -> Callable[[Any], Float[Array, ""]]:
     """The learning rate at each step, from `learning_rate`, `schedule`, `warmup` and `end`.
 
-    After a linear rise over the share `warmup` of the steps it goes from the peak to the share `end` of it,
-    in a line or half a cosine, or falls as the root of the steps; only these two read `end`. All but the name
-    of the schedule may be traced.
+    After a linear warm-up over the share `warmup` of the steps, it falls from the peak to the share `end` of
+    it, linearly or as half a cosine, or with the inverse root of the steps, which does not read `end`. All
+    values but the name of the schedule may be traced.
 
     Raises:
-        ConfigError: no schedule of that name.
+        ConfigError: an unknown schedule.
 
     >>> rate = schedule({"learning_rate": 1.0, "schedule": "linear", "warmup": 0.5}, 8)
     >>> [float(rate(step)) for step in range(8)]
@@ -48,7 +48,9 @@ def schedule(hparams: Mapping[str, Any], steps: int) -> Callable[[Any], Float[Ar
     given = {name: hparams.get(name, HYPERPARAMETERS[name].default) for name in ("schedule", "warmup", "end")}
     kind, warmup, end = given["schedule"], given["warmup"], given["end"]
     if kind not in SCHEDULES:
-        raise ConfigError(f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {kind!r}.")
+        raise ConfigError(
+            where="schedule", expected=f"one of {', '.join(map(repr, SCHEDULES))}", got=repr(kind)
+        )
 
     def rate(step: Any) -> Float[Array, ""]:
         risen = warmup * steps
@@ -79,7 +81,7 @@ def optimizer_from(name: str, steps: int) -> Optimizer:
         steps: of the whole run; the schedule depends on it.
 
     Raises:
-        ConfigError: no optimizer of that name; once it is called, a hyperparameter that it does not take.
+        ConfigError: an unknown optimizer; when called, a hyperparameter that it does not take.
     """
     make = optimizer_by_name(name)
 
@@ -93,7 +95,7 @@ def optimizer_from(name: str, steps: int) -> Optimizer:
 
 
 def _own_arguments(name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that are an optimizer's own arguments.
+    """The hyperparameters that are arguments of the optimizer.
 
     Raises:
         ConfigError: it does not take one of them.
@@ -102,9 +104,10 @@ def _own_arguments(name: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     for keyword in _OWN:
         if keyword in hparams and keyword not in takes:
             raise ConfigError(
-                f"{keyword}: expected a hyperparameter of {name}, which takes "
-                f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}; leave it out or "
-                "take another optimizer."
+                where=keyword,
+                expected=f"a hyperparameter of {name}, which takes "
+                f"{', '.join(key for key in _OWN if key in takes) or 'none of these'}",
+                remedy="leave it out or take another optimizer",
             )
     return {keyword: hparams[keyword] for keyword in _OWN if keyword in hparams}
 
@@ -117,7 +120,7 @@ ModelOf = Callable[[Mapping[str, Any], tuple[Any, ...]], MupModel]
 
 @dataclasses.dataclass(frozen=True)
 class _Built:
-    """What the static hyperparameters settle."""
+    """What depends on the static hyperparameters alone."""
 
     mup: MupModel
     batch: int
@@ -126,15 +129,15 @@ class _Built:
 
 @dataclasses.dataclass
 class Training:
-    """A job that trains a model; `training_run` makes one.
+    """A job that trains a model; made by `training_run`.
 
     Attributes:
         model: (static hyperparameters, abstract inputs) -> the model in µP.
-        batches: what to train on.
+        batches: the training data.
         optimizer: a name, or (hyperparameters, spec) -> optax transform.
         loss: (outputs, targets) -> scalar.
-        default_steps: steps of a run that has no hyperparameter `steps`.
-        default_batch: examples a step where there is no hyperparameter `batch`.
+        default_steps: steps of a run without the hyperparameter `steps`.
+        default_batch: examples a step without the hyperparameter `batch`.
         valid: held-out (inputs, targets), with leading axes (batches, batch); None for none.
         static: names of hyperparameters that are Python values.
     """
@@ -161,38 +164,46 @@ class Training:
         return not steps_in_python(first.mup.replay.program)
 
     def check(self, hparams: Mapping[str, Any], /) -> None:
-        """Refuses hyperparameters that do nothing here, or the lack of a learning rate.
+        """Raises an error for hyperparameters without effect, or if there is no learning rate.
 
         Args:
             hparams: some values.
 
         Raises:
-            ConfigError: there is one of these.
+            ConfigError: either of these.
         """
         static = {name: value for name, value in hparams.items() if name in self.static}
         built = self.built(static)
         for name, places in built.mup.replay.multiplier_sites.items():
             if name in hparams and not places:
                 raise ConfigError(
-                    f"{name}: expected a model with something for it to multiply, found none; leave it out."
+                    where=name,
+                    expected="a model with something for it to multiply",
+                    got="none",
+                    remedy="leave it out",
                 )
         if not isinstance(self.optimizer, str):
-            # A function of the user's own reads what it wants.
+            # The user's function may read any.
             return
         if "learning_rate" not in hparams:
             raise ConfigError(
-                "learning_rate: expected it among the hyperparameters, got none; tune or fix it."
+                where="learning_rate",
+                expected="it among the hyperparameters",
+                got="none",
+                remedy="tune or fix it",
             )
         names = {*HYPERPARAMETERS, *self.static} - {"dropout", "depth"} | self.static
         for name in hparams:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
-                meant = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(names))}."
-                raise ConfigError(f"{name}: expected a hyperparameter of the training or the model{meant}")
+                meant = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+                raise ConfigError(
+                    where=name, expected="a hyperparameter of the training or the model", remedy=meant
+                )
         _own_arguments(self.optimizer, hparams)
 
     def steps(self, static: Mapping[str, Any], /) -> int:
-        """How many optimizer steps a run has."""
+        """The number of optimizer steps of a run."""
         return self.built(static).steps
 
     def built(self, static: Mapping[str, Any]) -> _Built:
@@ -203,13 +214,17 @@ class Training:
             batch, steps = static.get("batch", self.default_batch), static.get("steps", self.default_steps)
             for name, value in (("batch", batch), ("steps", steps)):
                 if not isinstance(value, int) or value < 1:
-                    raise ConfigError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+                    raise ConfigError(where=name, expected="a whole number of at least 1", got=repr(value))
             limit = self.batches.limit
             if limit is not None and steps > limit:
-                raise ConfigError(f"steps: expected at most {limit}, the number of batches, got {steps}.")
+                raise ConfigError(
+                    where="steps", expected=f"at most {limit}, the number of batches", got=steps
+                )
             if "batch" in static and not self.batches.sized:
                 raise ConfigError(
-                    "batch: expected batches that can be of any size to tune it, got ready ones."
+                    where="batch",
+                    expected="batches that can be of any size to tune it",
+                    got="ready ones",
                 )
             inputs, _ = jax.eval_shape(
                 functools.partial(self._first, batch=batch, steps=steps), self.batches.data
@@ -222,7 +237,7 @@ class Training:
         return self.batches.fetch(data, jax.tree.map(lambda leaf: leaf[0], drawn))
 
     def init(self, hparams: Mapping[str, Any], key: Key[Array, ""], data: PyTree, /) -> PyTree:
-        """The state before the first step: of the training, the losses, and what batches there will be."""
+        """The state before the first step: training state, losses so far, and the batches of all steps."""
         built = self.built(hparams)
         init_key, draw_key, key = jax.random.split(key, 3)
         params, variables = built.mup.replay.init(init_key)
@@ -243,7 +258,7 @@ class Training:
     def advance(
         self, hparams: Mapping[str, Any], state: PyTree, steps: Int[Array, ""] | None, data: PyTree, /
     ) -> tuple[PyTree, Mapping[str, Any]]:
-        """Trains, and says what the loss is: `loss`, over the last tenth of a run, `mean_loss`, over all."""
+        """Trains; the metrics are `loss`, over the last tenth of a run, and `mean_loss`, over all steps."""
         built = self.built(hparams)
         objective = self._objective(hparams, built, data)
         step = train_step(objective, self._tx(hparams, built), donate=False)
@@ -260,10 +275,14 @@ class Training:
         return state, {"loss": _mean(losses, recent, taken), "mean_loss": _mean(losses, 0, taken)}
 
     def finish(self, hparams: Mapping[str, Any], state: PyTree, data: PyTree, /) -> Mapping[str, Any]:
-        """The `curve` of losses, whether the run `diverged` and, with held-out data, the `valid_loss`."""
+        """The `curve` of losses, `untrained`, whether it `diverged`, and `valid_loss` with held-out data."""
         built, losses = self.built(hparams), state["losses"]
         summary = Losses(losses.mean(), losses[-tail(built.steps) :].mean(), state["untrained"])
-        metrics: dict[str, Any] = {"curve": losses, "diverged": ~summary.healthy}
+        metrics: dict[str, Any] = {
+            "curve": losses,
+            "untrained": summary.untrained,
+            "diverged": ~summary.healthy,
+        }
         if self.valid is not None:
             replay = self._with_multipliers(hparams, built)
             train: TrainState = state["train"]
@@ -305,7 +324,7 @@ def _mean(losses: Float[Array, " steps"], start: Any, end: Any) -> Float[Array, 
 
 
 def _scaled(params: PyTree, spec: MupSpec, multiple: Any) -> PyTree:
-    """Initial values times σ, for all that is contracted or looked up: not for biases and gains."""
+    """Multiplies the initial values of weights by σ, but not those of biases and gains."""
     if isinstance(multiple, int | float) and multiple == 1.0:
         return params
 
@@ -337,7 +356,7 @@ def model_of(
 
     def make(static: Mapping[str, Any], inputs: tuple[Any, ...]) -> MupModel:
         given = {name: value for name, value in static.items() if name in takes}
-        # The model itself can't tell which axes are infinite where it has the base's own widths.
+        # A model of the base's own widths does not show which axes are infinite.
         delta = factory(2 * base_width, **given) if width == base_width else None
         return mup_init(
             factory(width, **given),
@@ -352,7 +371,7 @@ def model_of(
 
 
 def _keywords(factory: Callable[..., Any]) -> frozenset[str]:
-    """What a factory takes besides the width."""
+    """The keyword arguments of a factory besides the width."""
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
@@ -371,12 +390,12 @@ def training_run(
     valid: Iterable[tuple[Any, Any]] | None = None,
     **mup_kwargs: Any,
 ) -> Training:
-    """What `mujax.sweep` runs: a training of a model in µP, as a pure function of its hyperparameters.
+    """A training run of a model in µP, as a pure function of its hyperparameters, for `mujax.sweep`.
 
     It needs the hyperparameter `learning_rate`, and knows `lr_mult_input`, `lr_mult_hidden`,
     `lr_mult_output`, `schedule`, `warmup`, `end`, `momentum`, `b1`, `b2`, `eps`, `weight_decay`,
-    `init_scale`, `output_mult`, `attention_mult`, `input_mult`, `batch`, `steps`, and whatever `model` takes
-    by keyword.
+    `init_scale`, `output_mult`, `attention_mult`, `input_mult`, `batch`, `steps`, and the keyword arguments
+    of `model`.
 
     Args:
         model: width -> a Linen module, an NNX factory `rngs -> nnx.Module`, or a `Functional`, perhaps with
@@ -395,7 +414,7 @@ def training_run(
 
     Returns:
         A job; its metrics are `loss`, the mean over the last tenth of the steps, `mean_loss`, over all steps,
-        and `valid_loss`.
+        `untrained`, the initial model's loss on the batches of the last tenth, and `valid_loss`.
 
     Raises:
         ConfigError: arguments that make no sense together.
@@ -412,15 +431,17 @@ def training_run(
     if isinstance(model, MupModel):
         if width is not None or base_width is not None or mup_kwargs:
             raise ConfigError(
-                "training_run: expected a ready MupModel alone, got arguments of mup_init beside it; pass "
-                "the factory of the modules instead."
+                where="training_run",
+                expected="a ready MupModel alone",
+                got="arguments of mup_init beside it",
+                remedy="pass the factory of the modules instead",
             )
         ready = model
         make: ModelOf = lambda _, __: ready  # noqa: E731
         static: frozenset[str] = frozenset()
     else:
         if width is None:
-            raise ConfigError("width: expected the width of the model, got none.")
+            raise ConfigError(where="width", expected="the width of the model", got="none")
         make = model_of(
             model, width=width, base_width=width if base_width is None else base_width, **mup_kwargs
         )

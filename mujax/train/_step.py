@@ -1,4 +1,4 @@
-"""The training loop's inside: a jitted step and a jitted scan over many steps.
+"""A jitted training step, and a jitted scan over many steps.
 
 Both work on plain pytrees, so the variables of a Linen module, the state of an NNX module and the
 parameters of a pure function train alike. Both donate the state: its buffers are updated in place. Both
@@ -27,9 +27,9 @@ from mujax.spec import leaf_path
 class Loss(Protocol):
     """What to minimise: (params, model_state, batch, key) -> (loss, (model_state, metrics)).
 
-    `model_state` is handed in and must come back with the same structure, shapes and dtypes, updated or as
-    it was. `metrics` is a mapping of whatever else to report, by any name but `"loss"`. `key` is another
-    one at every step.
+    `model_state` must be returned with the same structure, shapes and dtypes, updated or unchanged.
+    `metrics` is a mapping of anything else to report, under any name but `"loss"`. `key` differs at every
+    step.
     """
 
     def __call__(
@@ -45,14 +45,14 @@ class Loss(Protocol):
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes.
+    """Everything that a step reads and writes.
 
     Attributes:
-        params: what the gradient is taken of.
+        params: the parameters to differentiate with respect to.
         opt_state: state of the optimizer.
         model_state: the model's other collections (batch statistics, an NNX module's rng counts); may be
             empty.
-        key: the key that each step's own is derived from; stays as it is.
+        key: the key that each step's key is derived from; does not change.
         step: number of steps taken.
     """
 
@@ -73,8 +73,8 @@ def init_state(
     """The state before the first step.
 
     All arrays are copied, so that `params` and `model_state` outlive the donation of the state; drop
-    them to have their memory back. What is not yet placed on particular devices (the step count, the key,
-    a count of the optimizer's) is replicated over the parameters' mesh, if they have one.
+    them to free their memory. Arrays that are not yet placed on particular devices (the step count, the key,
+    a count of the optimizer) are replicated over the parameters' mesh, if they have one.
 
     Args:
         params: parameters, on the devices and with the shardings to train in.
@@ -137,10 +137,10 @@ Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]
 class JittedStep:
     """A jitted (state, batch) -> (state, metrics) whose state comes out where it went in.
 
-    Left to itself the compiler may put an updated parameter elsewhere than the parameter was (a replicated
-    bias next to a sharded kernel comes back sharded): the buffer could then not be reused and the next
-    call would compile again. So the shardings of the state that comes in are asked of the state that goes
-    out, and there is one compiled function for each set of them.
+    By default the compiler may place an updated parameter elsewhere (a replicated bias next to a sharded
+    kernel comes back sharded): its buffer could not be reused and the next call would compile again. So the
+    state is returned with the shardings that it came with, with one compiled function for each set of
+    them.
     """
 
     _compiled: Callable[[Any, tuple[Sharding | None, ...]], Any]
@@ -155,7 +155,7 @@ class JittedStep:
         return self._jit(state)(state, batch)
 
     def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
-        """What `jax.jit(...).lower` gives, for arrays or `jax.ShapeDtypeStruct`s with shardings."""
+        """Lowers it as `jax.jit(...).lower` does, for arrays or `jax.ShapeDtypeStruct`s with shardings."""
         return self._jit(state).lower(state, batch)
 
     def _jit(self, state: TrainState) -> Any:
@@ -181,18 +181,22 @@ def _check_unchanged(before: PyTree, after: PyTree) -> None:
         return {leaf_path(path): f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for path, leaf in leaves}
 
     old, new = described(before), described(after)
-    remedy = "return the collections that the loss was handed, updated or as they were"
+    remedy = "return the collections that the loss was passed, updated or unchanged"
     for path in (*old, *new):
         if old.get(path) != new.get(path):
             raise MujaxError(
-                f"model_state at {path}: expected {old.get(path, 'nothing')} back from the loss, "
-                f"got {new.get(path, 'nothing')}; {remedy}."
+                where=f"model_state at {path}",
+                expected=f"{old.get(path, 'nothing')} back from the loss",
+                got=new.get(path, "nothing"),
+                remedy=remedy,
             )
     structures = jax.tree.structure(before), jax.tree.structure(after)
     if structures[0] != structures[1]:
         raise MujaxError(
-            f"model_state: expected the structure {structures[0]} back from the loss, "
-            f"got {structures[1]}; {remedy}."
+            where="model_state",
+            expected=f"the structure {structures[0]} back from the loss",
+            got=structures[1],
+            remedy=remedy,
         )
 
 
@@ -225,9 +229,9 @@ def _pure_step(loss: Loss, tx: optax.GradientTransformation) -> Step:
 def train_step(loss: Loss, tx: optax.GradientTransformation, *, donate: bool = True) -> JittedStep:
     """One optimizer step, jitted.
 
-    The loss and its gradient are taken at the parameters that come in. A loss that is not finite comes
-    back as it is and so do the parameters that follow from it: wrap `tx` in `optax.apply_if_finite` to
-    skip such steps. The loss is passed to `tx` as `value=`, for transforms that want it.
+    The loss and its gradient are taken before the update. A loss that is not finite is returned as it is,
+    with the parameters that follow from it: wrap `tx` in `optax.apply_if_finite` to skip such steps. The loss
+    is passed to `tx` as `value=`, for transforms that use it.
 
     Args:
         loss: what to minimise; see `Loss`.
@@ -238,7 +242,7 @@ def train_step(loss: Loss, tx: optax.GradientTransformation, *, donate: bool = T
         (state, batch) -> (state, metrics), where metrics are the loss's own and `"loss"`.
 
     Raises:
-        MujaxError: at the first call, if `loss` returns a model state unlike the one it got.
+        MujaxError: at the first call, if `loss` returns a model state of another structure, shape or dtype.
 
     >>> def loss(params, model_state, batch, key):
     ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
@@ -269,7 +273,7 @@ def train_scan(
         (state, batches) -> (state, metrics), where batches and metrics have a leading step axis.
 
     Raises:
-        MujaxError: at the first call, if `loss` returns a model state unlike the one it got.
+        MujaxError: at the first call, if `loss` returns a model state of another structure, shape or dtype.
 
     >>> def loss(params, model_state, batch, key):
     ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})

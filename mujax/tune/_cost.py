@@ -1,4 +1,4 @@
-"""Operations that tuning on a proxy saves, compared with the same search at the target, and the front.
+"""The front of a random search: the loss of its best trial against the cost of the search.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Figure 5 and Section 7.1: random search, resampled.
@@ -20,14 +20,14 @@ RESAMPLES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Front:
-    """How good the best of a random search is, against what the search costs.
+    """The loss of a random search's best trial, against the cost of the search.
 
     Attributes:
         trials: sizes of the search.
-        flops: what a search of each size costs, the mean over resamplings.
-        loss: of its best trial, the median over resamplings.
-        low: the tenth percentile of that.
-        high: the ninetieth.
+        flops: operations of a search of each size, the mean over resamplings.
+        loss: loss of its best trial, the median over resamplings.
+        low: the tenth percentile of that loss.
+        high: the ninetieth percentile.
     """
 
     trials: tuple[int, ...]
@@ -40,15 +40,9 @@ class Front:
         """As strict JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
 
-    def cost_of(self, loss: float) -> float | None:
-        """Operations of the smallest search whose median reaches a loss; None where none does."""
-        return next(
-            (flops for flops, reached in zip(self.flops, self.loss, strict=True) if reached <= loss), None
-        )
-
 
 def sizes(count: int) -> tuple[int, ...]:
-    """Sizes of a search to look at: powers of two, and all there is.
+    """The sizes of a search that a front shows: powers of two, and all trials.
 
     >>> sizes(24)
     (1, 2, 4, 8, 16, 24)
@@ -58,7 +52,7 @@ def sizes(count: int) -> tuple[int, ...]:
 
 
 def resampled(count: int, size: int, resamples: int, seed: int = 0) -> list[np.ndarray]:
-    """Which trials make up each of several searches of some size: subsets, drawn without replacement."""
+    """The trials of each resampled search of one size: subsets, drawn without replacement."""
     random = np.random.default_rng([seed, size])
     return [random.choice(count, size, replace=False) for _ in range(resamples)]
 
@@ -74,12 +68,12 @@ def front(
     """The front of a random search, resampled from its own trials.
 
     Args:
-        losses: of each trial, by which the best is chosen; None where it diverged.
-        flops: of each trial.
-        quality: what the choice is worth: of each trial's hyperparameters, the target's loss; `losses`
-            themselves by default. A choice that diverges there counts as the worst there is.
+        losses: loss of each trial, by which the best is chosen; None where it diverged.
+        flops: operations of each trial.
+        quality: the target's loss with each trial's hyperparameters; `losses` by default. None, where the
+            target diverged, counts as the worst loss of all.
         resamples: searches of each size.
-        seed: what the subsets depend on.
+        seed: determines the subsets.
 
     Raises:
         ConfigError: no trial has a loss.
@@ -87,7 +81,7 @@ def front(
     chosen_by = np.array([np.inf if loss is None else loss for loss in losses])
     worth = chosen_by if quality is None else np.array([np.inf if one is None else one for one in quality])
     if not np.isfinite(worth).any():
-        raise ConfigError("front: expected at least one trial that came to its end, found none.")
+        raise ConfigError(where="front", expected="at least one trial that reached its end", got="none")
     worst = worth[np.isfinite(worth)].max()
     worth, cost = np.where(np.isfinite(worth), worth, worst), np.asarray(flops)
     found: list[Float[np.ndarray, " resamples"]] = []

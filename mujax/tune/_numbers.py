@@ -1,10 +1,13 @@
-"""Numbers as people write them in settings and on command lines, powers included."""
+"""Numbers: as people write them in settings and on command lines, powers included; and counts."""
 
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from typing import Any, Final
+
+from mujax.errors import ConfigError
 
 _NUMBER: Final = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
 _TEXT: Final = re.compile(
@@ -17,7 +20,7 @@ def number(text: str) -> int | float | None:
     """Parses a finite number, also written as a power; None if there is none.
 
     Nothing is evaluated. Whole numbers are ints, and so are their powers where these are whole. The base of a
-    power has no sign: what it would belong to is not clear.
+    power has no sign: it would be unclear whether it belongs to the base or to the power.
 
     >>> number("16"), number("2**-8"), number("2^10"), number("1e-3"), number("2 apples")
     (16, 0.00390625, 1024, 0.001, None)
@@ -37,3 +40,18 @@ def number(text: str) -> int | float | None:
 
 def _plain(text: str) -> int | float:
     return float(text) if re.search(r"[.e]", text, re.IGNORECASE) else int(text)
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuses a count, by its option's name, that is not a whole number of at least 1; None is not given.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, count in counts.items():
+        if count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+            raise ConfigError(where=name, expected="a whole number of at least 1", got=repr(count))
+        if count < 1:
+            raise ConfigError(where=name, expected="at least 1", got=count)

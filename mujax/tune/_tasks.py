@@ -31,7 +31,8 @@ class Task:
         valid: held-out data -> batches of them, along a leading axis.
         takes_text: the data can be the user's own text.
         width_step: what every width must be a multiple of.
-        widths: default widths.
+        widths: default widths of a sweep over widths; the first is the proxy.
+        target: default width of the model that hyperparameters are tuned for.
         log2_lrs: default learning rates for each optimizer, as powers of two.
         seeds: default number of seeds.
         steps: default number of steps.
@@ -48,6 +49,7 @@ class Task:
     takes_text: bool
     width_step: int
     widths: tuple[int, ...]
+    target: int
     log2_lrs: Mapping[str, tuple[float, ...]]
     seeds: int
     steps: int
@@ -58,11 +60,6 @@ class Task:
     def proxy(self) -> int:
         """Where hyperparameters are tuned."""
         return self.widths[0]
-
-    @property
-    def target(self) -> int:
-        """What they are for."""
-        return self.widths[-1]
 
 
 def _build_mlp(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
@@ -75,8 +72,8 @@ def _build_transformer(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...
     return models.Transformer(config), (jax.ShapeDtypeStruct((1, _TEXT_LENGTH), jnp.int32),)
 
 
-def _octaves(low: int, high: int) -> tuple[float, ...]:
-    return tuple(float(exponent) for exponent in range(low, high + 1))
+def _octaves(low: int, high: int, step: int = 1) -> tuple[float, ...]:
+    return tuple(float(exponent) for exponent in range(low, high + 1, step))
 
 
 def powers(low: float, high: float) -> dict[str, Any]:
@@ -128,6 +125,7 @@ TASKS: Final[Mapping[str, Task]] = {
         takes_text=False,
         width_step=1,
         widths=(64, 128, 256, 512, 1024),
+        target=1024,
         log2_lrs={"adam": _octaves(-12, -5), "adamw": _octaves(-12, -5), "sgd": _octaves(-8, 1)},
         seeds=3,
         steps=80,
@@ -145,8 +143,11 @@ TASKS: Final[Mapping[str, Task]] = {
         valid=lambda valid: data.text_windows(valid, length=_TEXT_LENGTH),
         takes_text=True,
         width_step=_HEAD,
-        widths=(32, 64, 128, 256),
-        log2_lrs={"adam": _octaves(-11, -4), "adamw": _octaves(-11, -4), "sgd": _octaves(-7, 3)},
+        # Up to 128 the standard parametrization's optimum moved by 1.9 only in one of three sweeps.
+        widths=(32, 96, 192),
+        target=256,
+        # A factor of 4 apart: with seed 0 the fitted optima are within 0.05 of those a factor of 2 apart.
+        log2_lrs={"adam": _octaves(-12, -4, 2), "adamw": _octaves(-12, -4, 2), "sgd": _octaves(-7, 3)},
         seeds=1,
         steps=80,
         batch=8,

@@ -10,21 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from mujax.errors import ConfigError
-from mujax.tune._sweep import Trial
+from mujax.tune._results import Trial
 
 
 def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
-    """What `mujax.sweep` and `mujax.tune` take as `finished`: writes each trial into a folder of its own.
+    """Writes each trial into a folder of its own: for `finished` of `mujax.sweep` and `mujax.tune`.
 
     A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each look
     before the end, and `final/...`, all metrics of the end, with its hyperparameters for the tab HParams. Its
-    files are whole when the function returns: there is nothing to close.
+    files are complete when the function returns: there is nothing to close.
 
     Args:
-        folder: for `tensorboard --logdir`; it is made.
+        folder: for `tensorboard --logdir`; created if it does not exist.
 
     Raises:
-        ConfigError: the package tensorboardX is missing, or the folder can't be made.
+        ConfigError: the package tensorboardX is missing, or the folder cannot be created.
 
     Example:
         >>> tune(config, finished=writer("logs"))  # doctest: +SKIP
@@ -33,24 +33,29 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None
         import tensorboardX
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"tensorboard: expected the package tensorboardX, but {error.name} is not installed; "
-            'pip install "mujax-mup[tensorboard]".'
+            where="tensorboard",
+            expected="the package tensorboardX",
+            got=f"no {error.name} installed",
+            remedy='pip install "mujax-mup[tensorboard]"',
         ) from error
     path = pathlib.Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"tensorboard: expected a folder to write to, found that {path} is not ({error}); take another."
+            where="tensorboard",
+            expected="a folder to write to",
+            got=f"{path} ({error})",
+            remedy="take another",
         ) from error
-    # A loss that is no number is what diverging means, and worth no line on stderr.
+    # A loss that is not a number means divergence, which is not worth a line on stderr.
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
     def write(trial: Trial) -> None:
         run = str(path / f"trial-{trial.number:04d}")
-        # The hyperparameters are in a file beside, which may be made in the same second.
+        # The hyperparameters are in a second file, which may be created in the same second.
         with tensorboardX.SummaryWriter(run, filename_suffix=".curve") as events:
-            # Here, and not in a folder within, which would be a run of its own.
+            # In this folder: a folder within it would be a run of its own.
             events.add_hparams(_hparams(trial), _metrics(trial), name=".")
             for step, loss in enumerate(() if trial.curve is None else trial.curve):
                 events.add_scalar("loss", float(loss), step)
@@ -66,7 +71,7 @@ def _hparams(trial: Trial) -> dict[str, bool | int | float | str]:
 
 
 def _metrics(trial: Trial) -> dict[str, float]:
-    """The objective first, of every trial: TensorBoard takes the columns from one of them."""
+    """All metrics, the objective first and for every trial: TensorBoard reads the columns from one trial."""
     loss = math.nan if trial.loss is None else trial.loss
     return {"final/objective": loss, **{f"final/{name}": value for name, value in _finite(trial).items()}}
 

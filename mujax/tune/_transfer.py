@@ -16,12 +16,13 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from mujax.check import Progress
 from mujax.errors import ConfigError
-from mujax.train import Group, refuse_untransferable, run_one, transfers
+from mujax.train import CompiledRuns, refuse_untransferable, run_one, transfers
 from mujax.tune._cost import Front, front
-from mujax.tune._sweep import Sweep, Trial
+from mujax.tune._results import Sweep, Trial
 from mujax.tune._tune import TuneConfig, read_study
-from mujax.tune._width_sweep import Progress, Report, TransferConfig, sweep_widths
+from mujax.tune._width_sweep import Report, TransferConfig, sweep_widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +52,17 @@ class Transferred:
         width: the target's.
         proxy: the proxy's.
         trial: the study's best trial.
-        hparams: what the target was trained with.
+        hparams: the hyperparameters of the target.
         not_transferred: hyperparameters that do not transfer by the paper's Table 1, and what was done:
             `"set"` by the user, or `"taken"` from the proxy all the same, as asked.
         objective: the metric.
         runs: one for each seed.
         steps: of each run.
-        tuning_flops: operations of all trials of the study; None where they can't be told.
+        tuning_flops: operations of all trials of the study; None if they are not known.
         run_flops: operations of one run of the target.
         direct_flops: operations of the same search at the target.
-        proxy_front: what the search would have found with fewer trials, at the proxy; None where nothing was
-            found or operations can't be told.
+        proxy_front: the best of the search with fewer trials, at the proxy; None if nothing was found or
+            operations are not known.
         params: the parameters of the first seed after training, a tree of dicts by path.
     """
 
@@ -83,7 +84,7 @@ class Transferred:
 
     @property
     def loss(self) -> float | None:
-        """The objective, the mean over seeds; None where one diverged."""
+        """The objective, the mean over seeds; None if one diverged."""
         losses = [run.loss for run in self.runs]
         known = [loss for loss in losses if loss is not None]
         return statistics.fmean(known) if len(known) == len(losses) else None
@@ -98,7 +99,7 @@ class Transferred:
 
     @property
     def saved(self) -> float | None:
-        """How many times less the tuning has cost than at the target."""
+        """The cost of the same tuning at the target over its cost at the proxy."""
         if not self.tuning_flops or self.direct_flops is None:
             return None
         return self.direct_flops / self.tuning_flops
@@ -186,7 +187,7 @@ def transfer(
     Args:
         config: what was tuned, with the study's name and storage.
         width: of the target; the task's own by default.
-        seeds: trainings of the target, to tell how much chance is in it.
+        seeds: number of trainings of the target, which give the standard error.
         steps: of a training; the proxy's by default.
         batch: examples a step; the proxy's by default.
         also: hyperparameters that do not transfer and are to be taken from the proxy all the same.
@@ -195,7 +196,7 @@ def transfer(
 
     Raises:
         ConfigError: no such study, a study with other settings, or a hyperparameter that does not transfer.
-        StudyError: a database that can't be used.
+        StudyError: a database that cannot be used.
         MujaxError: as `mup_init` does.
 
     Reference:
@@ -220,20 +221,27 @@ def _train_target(
 ) -> Transferred:
     target = config.target if width is None else width
     if target is None or target < 1:
-        raise ConfigError(f"width: expected the target's width, got {target}; pass --width, or width=.")
+        raise ConfigError(
+            where="width",
+            expected="the target's width",
+            got=repr(target),
+            remedy="pass --width, or width=",
+        )
     if seeds < 1:
-        raise ConfigError(f"seeds: expected at least 1, got {seeds}.")
+        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     study = read_study(config)
     best = study.best
     if best is None:
         raise ConfigError(
-            f"study: expected a trial in {config.study!r} that came to its end, found {len(study.trials)} "
-            "that did not; run mujax tune with lower learning rates."
+            where="study",
+            expected=f"a trial in {config.study_name!r} that came to its end",
+            got=f"{len(study.trials)} that did not",
+            remedy="run mujax tune with lower learning rates",
         )
     tuned = set(best.hparams)
     for name in also:
         if name not in tuned:
-            raise ConfigError(f"also: expected hyperparameters that the study tuned, got {name!r}.")
+            raise ConfigError(where="also", expected="hyperparameters that the study tuned", got=repr(name))
     refuse_untransferable(best.hparams, (*also, *fixed))
     settled = {name: "set" if name in fixed else "taken" for name in best.hparams if not transfers(name)}
     hparams = {**config.all_fixed, **best.hparams, **fixed}
@@ -241,7 +249,7 @@ def _train_target(
     floats = {name for name, value in hparams.items() if isinstance(value, float) and name not in job.static}
     static = {name: value for name, value in hparams.items() if name not in floats}
     # A single lane is a loop of one.
-    group = Group(job, static, mode="loop", devices=jax.local_devices()[:1])
+    group = CompiledRuns(job, static, mode="loop", devices=jax.local_devices()[:1])
     traced = {name: hparams[name] for name in sorted(floats)}
     runs: list[TargetRun] = []
     params: Any = None
@@ -261,11 +269,11 @@ def _train_target(
             params = jax.tree.map(np.asarray, state["train"].params)
     direct = None
     if group.flops is not None and study.flops is not None and best.flops:
-        # Trials that were given up half way, or were smaller than the best, would be so at the target.
+        # Trials that were stopped early, or were smaller than the best, would be so at the target.
         direct = study.flops / (best.flops / study.seeds) * group.flops
     return Transferred(
         task=config.name,
-        study=config.study,
+        study=config.study_name,
         width=target,
         proxy=config.proxy,
         trial=best,

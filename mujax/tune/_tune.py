@@ -1,6 +1,6 @@
-"""Tuning on a proxy: what is trained, on which data, and which hyperparameters are searched for.
+"""Tuning on a proxy: `TuneConfig` names the model, the data and the searched hyperparameters.
 
-`TuneConfig` says all of it, for `tune` at the proxy's width and for `mujax.transfer` at the target's.
+`tune` reads it at the proxy's width, `mujax.transfer` at the target's.
 """
 
 from __future__ import annotations
@@ -18,44 +18,47 @@ from mujax import data, rules
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
 from mujax.train import Batches, Mode, Training, as_batches, as_its_kind, default_loss, training_run
-from mujax.tune._sweep import RUNGS, Sweep, SweepProgress, Trial, read_trials, study_module, sweep
-from mujax.tune._tasks import TASKS, in_batches, powers
+from mujax.tune._numbers import check_counts
+from mujax.tune._results import Sweep, SweepProgress, Trial, read_trials
+from mujax.tune._sweep import RUNGS, Study, study_module, sweep
+from mujax.tune._tasks import TASKS, Task, in_batches, powers
 from mujax.tune._user_code import build, imported
 
 _VALID_SHARE: Final = 8
+_OBJECTIVES: Final = ("loss", "mean_loss", "valid_loss")
 
 OWN_SPACE: Final[Mapping[str, Any]] = {
     "learning_rate": powers(-14, -2),
     "init_scale": powers(-1.5, 1.5),
     "output_mult": powers(-3, 3),
 }
-"""What is tuned by default in a user's own model."""
+"""The default space of a user's own model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TuneConfig:
     """A search for hyperparameters on a proxy.
 
-    A YAML, JSON or Python file given to `mujax tune` may hold the same.
+    A YAML, JSON or Python file given to `mujax tune` may hold the same fields.
 
     Attributes:
-        task: a name out of `mnist-mlp` and `text-transformer`; or a model of your own: a factory
-            `width -> module`, or where to find one, `"package.module:factory"`. What the factory takes by
-            keyword besides the width (`depth`, `dropout`) can be tuned or fixed, too.
+        task: `mnist-mlp` or `text-transformer`; or your own model: a factory `width -> module`, or its place,
+            `"package.module:factory"`. Keyword arguments of the factory besides the width (`depth`,
+            `dropout`) can be tuned or fixed, too.
         width: of the proxy; the task's own by default.
         data: file or folder of data: text, `.npz`, `.npy` or IDX (see `mujax.data.load`).
         batches: for your own model in place of `data`: see `mujax.training_run`.
         valid: held-out batches beside `batches`.
         length: tokens of a sequence, for data that is a text.
-        loss: `(outputs, targets) -> scalar`, or where to find it; cross-entropy or squared error by default.
+        loss: `(outputs, targets) -> scalar`, or its place; cross-entropy or squared error by default.
         optimizer: optax's name.
-        parametrization: a rule table; `"sp"` for the model as it is.
+        parametrization: a rule table; `"sp"` leaves the model as it is.
         base_width: µP's base; the proxy's width by default.
         zero_init: what starts at zero: `"readout"`, `"query"`.
-        space: what is tuned: see `mujax.sweep`; a default for each task.
+        space: the tuned hyperparameters: see `mujax.sweep`; each task has a default.
         fixed: hyperparameters that are not tuned.
         objective: the metric to minimise: `loss` (over the last tenth of the steps), `mean_loss` (over all of
-            them) or `valid_loss`.
+            them) or `valid_loss`, which needs held-out data.
         seeds: runs of each trial.
         seed: the first of them.
         steps: of a run.
@@ -63,16 +66,19 @@ class TuneConfig:
         trials: how many the study is to hold.
         sampler: `"random"`, `"grid"`, or one of Optuna's by name.
         pruner: `"asha"` or another of Optuna's by name; None for none.
-        rungs: looks at a run before its end.
-        study: the name of the study.
+        rungs: looks at a run, its end included.
+        study: the name of the study; or a `mujax.Study`, in place of `storage`, `heartbeat` and `patience`.
         storage: a database URL or the path of an SQLite file; `mujax.db` by default.
-        mode: `"loop"`, `"map"`, `"vmap"`; None finds out which is fastest.
+        mode: `"loop"`, `"map"`, `"vmap"`; None measures which is fastest.
         lanes: runs at a time.
-        heartbeat: seconds between a worker's signs of life.
-        patience: seconds for which to wait for a database that can't be reached.
+        heartbeat: seconds between two signs of life of a worker.
+        patience: seconds to wait for a database that cannot be reached.
 
     Raises:
         ConfigError: a value that makes no sense, alone or with the others.
+
+    >>> TuneConfig("mnist-mlp", trials=32, objective="valid_loss").proxy
+    64
     """
 
     task: Any = "mnist-mlp"
@@ -97,7 +103,7 @@ class TuneConfig:
     sampler: str = "random"
     pruner: str | None = None
     rungs: int = RUNGS
-    study: str | None = None
+    study: str | Study | None = None
     storage: str | None = None
     mode: Mode | None = None
     lanes: int | None = None
@@ -105,45 +111,81 @@ class TuneConfig:
     patience: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "trials", "rungs", "steps", "batch", "width", "base_width", "lanes", "length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}: expected at least 1, got {value}.")
+        counts = ("seeds", "trials", "rungs", "steps", "batch", "width", "base_width", "lanes", "length")
+        check_counts(**{name: getattr(self, name) for name in counts})
         if not callable(self.task) and self.task not in TASKS and ":" not in str(self.task):
             raise ConfigError(
-                f"task: expected one of {', '.join(TASKS)}, package.module:factory or a function of the "
-                f"width, got {self.task!r}."
+                where="task",
+                expected=f"one of {', '.join(TASKS)}, package.module:factory or a function of the width",
+                got=repr(self.task),
             )
-        known = TASKS.get(self.task) if isinstance(self.task, str) else None
         optimizer_by_name(self.optimizer)
         rules.parametrization(self.parametrization)
-        if known is None and self.width is None:
-            raise ConfigError("width: expected the proxy's width for a model of your own, got none.")
-        if known is None and (self.data is None) == (self.batches is None):
-            what = "neither" if self.data is None else "both"
+        known = TASKS.get(self.task) if isinstance(self.task, str) else None
+        if known is None:
+            self._check_own()
+        else:
+            self._check_known(known)
+        if self.objective not in _OBJECTIVES:
             raise ConfigError(
-                f"data: expected either a file of data or batches for a model of your own, got {what}; "
-                "pass --data FILE, or define batches in a Python --config FILE."
+                where="objective", expected=f"one of {', '.join(_OBJECTIVES)}", got=repr(self.objective)
             )
-        if known is not None and (self.batches is not None or self.loss is not None):
+        if self.objective == "valid_loss" and self.batches is not None and self.valid is None:
             raise ConfigError(
-                f"batches, loss: expected none for the task {self.task!r}, which brings its own; give your "
-                "own factory as the task."
+                where="objective",
+                expected="held-out batches for 'valid_loss'",
+                got="none",
+                remedy="pass valid, or minimise loss or mean_loss",
             )
-        if known is not None and self.data is not None and not known.takes_text:
+        if unknown := sorted({*(self.zero_init or ())} - {"readout", "query"}):
+            raise ConfigError(where="zero_init", expected="'readout' or 'query'", got=repr(unknown[0]))
+        if isinstance(self.study, Study):
+            default = Study()
+            for name in ("storage", "heartbeat", "patience"):
+                if getattr(self, name) != getattr(default, name):
+                    raise ConfigError(
+                        where=name,
+                        expected="it as a field of the Study",
+                        got="it beside one",
+                        remedy=f"pass study=mujax.Study(..., {name}=...)",
+                    )
+
+    def _check_own(self) -> None:
+        """Checks the fields of a model of the user's own."""
+        if self.width is None:
+            raise ConfigError(where="width", expected="the proxy's width for a model of your own", got="none")
+        if (self.data is None) == (self.batches is None):
             raise ConfigError(
-                f"data: expected none for the task {self.task!r}, which brings its own, got {self.data}; "
-                "take text-transformer or your own factory as the task."
+                where="data",
+                expected="either a file of data or batches for a model of your own",
+                got="neither" if self.data is None else "both",
+                remedy="pass --data FILE, or define batches in a Python --config FILE",
             )
         if self.batches is not None and self.steps is None:
-            raise ConfigError("steps: expected the number of steps beside batches, got none.")
-        unknown = {"readout", "query"}.symmetric_difference({*(self.zero_init or ()), "readout", "query"})
-        if unknown:
-            raise ConfigError(f"zero_init: expected 'readout' or 'query', got {unknown.pop()!r}.")
-        widths = [width for width in (self.width, self.base_width) if width is not None]
-        if known is not None and any(width % known.width_step for width in widths):
+            raise ConfigError(where="steps", expected="the number of steps beside batches", got="none")
+
+    def _check_known(self, task: Task) -> None:
+        """Checks the fields of a built-in task."""
+        if self.batches is not None or self.loss is not None:
             raise ConfigError(
-                f"width: expected multiples of {known.width_step} for the task {self.task!r}, got {widths}."
+                where="batches, loss",
+                expected=f"none for the task {self.task!r}, which has its own",
+                got="one",
+                remedy="pass your own factory as the task",
+            )
+        if self.data is not None and not task.takes_text:
+            raise ConfigError(
+                where="data",
+                expected=f"none for the task {self.task!r}, which has its own",
+                got=self.data,
+                remedy="take text-transformer or your own factory as the task",
+            )
+        widths = [width for width in (self.width, self.base_width) if width is not None]
+        if any(width % task.width_step for width in widths):
+            raise ConfigError(
+                where="width",
+                expected=f"multiples of {task.width_step} for the task {self.task!r}",
+                got=widths,
             )
 
     @property
@@ -173,7 +215,7 @@ class TuneConfig:
 
     @property
     def whole_space(self) -> Mapping[str, Any]:
-        """What is tuned."""
+        """The tuned hyperparameters: `space`, or the default without what is fixed."""
         if self.space is not None:
             return {name: _of_kind(name, values) for name, values in self.space.items()}
         own = OWN_SPACE if self.name not in TASKS else TASKS[self.name].space
@@ -181,7 +223,7 @@ class TuneConfig:
 
     @property
     def all_fixed(self) -> dict[str, Any]:
-        """What is not tuned; the schedule falls in a line where its end or warm-up is tuned."""
+        """The hyperparameters that are not tuned; the schedule is linear if its end or warm-up is given."""
         shaped = {"warmup", "end"} & {*self.whole_space, *self.fixed}
         default = {"schedule": "linear"} if shaped and "schedule" not in self.whole_space else {}
         return {**default, **{name: as_its_kind(name, value) for name, value in self.fixed.items()}}
@@ -203,44 +245,72 @@ class TuneConfig:
             "mujax": importlib.metadata.version("mujax-mup"),
         }
 
-    def notes(self) -> dict[str, Any]:
-        """What a study needs beside its name to be resumed on this machine."""
-        return {"data": None if self.data is None else str(self.data.absolute())}
+    def stored(self) -> Study:
+        """The study, with the settings that the runs depend on and the place of the data on this machine."""
+        study = self.study
+        if not isinstance(study, Study):
+            study = Study(study, self.storage, heartbeat=self.heartbeat, patience=self.patience)
+        data = None if self.data is None else str(self.data.absolute())
+        return dataclasses.replace(
+            study,
+            settings={**self.settings(), **study.settings},
+            attributes={"data": data, **study.attributes},
+        )
+
+    @property
+    def study_name(self) -> str | None:
+        """The name of the study; None if it is not stored."""
+        return self.study.name if isinstance(self.study, Study) else self.study
+
+    @property
+    def study_storage(self) -> str | pathlib.Path | None:
+        """Where the study is stored; None for the default."""
+        return self.study.storage if isinstance(self.study, Study) else self.storage
 
     @classmethod
-    def of_study(cls, study: str, storage: str | None = None, **given: Any) -> TuneConfig:
+    def of_study(
+        cls, study: str | Study, storage: str | pathlib.Path | None = None, **given: Any
+    ) -> TuneConfig:
         """The configuration that a study was tuned with.
 
         Args:
-            study: its name.
-            storage: where it is.
-            **given: fields in place of what the study remembers, where they are not None: batches, a loss and
-                a factory that is no `"package.module:factory"` are not stored.
+            study: the study, or its name.
+            storage: where it is stored.
+            **given: fields that replace the stored ones, unless they are None: batches, a loss and a factory
+                that is not a `"package.module:factory"` are not stored.
 
         Raises:
-            ConfigError: no such study, or one that `mujax tune` has not made.
-            StudyError: a database that can't be used.
+            ConfigError: there is no such study, or `mujax tune` has not made it.
+            StudyError: the database cannot be used.
         """
-        with study_module().SharedStudy.load(study, storage) as shared:
-            stored, notes = shared.settings, shared.attributes
-        if "task" not in stored:
+        place = study if isinstance(study, Study) else Study(study, storage)
+        with study_module().SharedStudy.load(place.name, place.storage) as shared:
+            settings, attributes = shared.settings, shared.attributes
+        if "task" not in settings:
             raise ConfigError(
-                f"study: expected one that mujax tune has made, got {study!r}, which has no settings of its."
+                where="study",
+                expected="one that mujax tune has made",
+                got=f"{place.name!r}, which has no settings of its",
             )
         names = {field.name for field in dataclasses.fields(cls)} - {"data"}
-        known = {name: value for name, value in stored.items() if name in names}
+        known = {name: value for name, value in settings.items() if name in names}
         known["zero_init"] = tuple(known.get("zero_init", ()))
-        if notes.get("data") is not None:
-            known["data"] = pathlib.Path(notes["data"])
+        if attributes.get("data") is not None:
+            known["data"] = pathlib.Path(attributes["data"])
         known |= {name: value for name, value in given.items() if value is not None}
         return cls(**{**known, "study": study, "storage": storage})
 
     def training(self, width: int, *, steps: int | None = None, batch: int | None = None) -> Training:
-        """The job at some width, with the proxy as its base.
+        """The job at a width, with the proxy as its base.
+
+        Args:
+            width: of the model.
+            steps: of a run; the configuration's by default.
+            batch: examples a step; the configuration's by default.
 
         Raises:
-            DataError: data that can't be read.
-            MujaxError: a factory that raises, or a model that `mup_init` refuses.
+            DataError: the data cannot be read.
+            MujaxError: the factory raises, or `mup_init` refuses the model.
         """
         source = self._source
         loss = default_loss if self.loss is None else self.loss
@@ -276,17 +346,17 @@ class TuneConfig:
 
 
 def _of_kind(name: str, values: Any) -> Any:
-    """Choices that were written as whole numbers, where the hyperparameter is not one."""
+    """Choices as floats where they were written as whole numbers and the hyperparameter is a float."""
     return [as_its_kind(name, value) for value in values] if isinstance(values, list | tuple) else values
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A model of any width and what it is trained on.
+    """A model of any width and its data.
 
     Attributes:
-        factory: width, and perhaps keyword arguments -> module.
-        batches: to train on.
+        factory: width, and keyword arguments if it takes any -> module.
+        batches: training data.
         valid: (batch size, steps) -> held-out batches, or None.
         digest: of the data.
     """
@@ -298,7 +368,7 @@ class _Source:
 
 
 def _held_out(examples: data.Examples, batch: int, steps: int) -> list[tuple[Any, Any]]:
-    """As many batches as cost a small part of the training."""
+    """As many held-out batches as cost a small part of the training."""
     found = in_batches(examples, batch, max(1, steps // _VALID_SHARE))
     return list(zip(found.inputs, found.targets, strict=True))
 
@@ -363,15 +433,19 @@ def tune(
     """Searches for hyperparameters on the proxy.
 
     Args:
-        config: what to search, and the study to store it in.
+        config: the search, and the study to store it in.
         progress: called at each rung.
-        finished: called with each trial that this worker has finished.
-        say: called with what a person should know.
+        finished: called with each trial that this worker has stored.
+        say: called with a sentence for the user, such as that the connection was lost.
+
+    Returns:
+        All finished trials of the study.
 
     Raises:
-        ConfigError: a study with other settings, or hyperparameters that the model does not have.
-        DataError: data that can't be read.
-        StudyError: a database that can't be used.
+        ConfigError: a study with other settings or another space, or hyperparameters that the model does not
+            have.
+        DataError: the data cannot be read.
+        StudyError: the database cannot be used.
         MujaxError: as `mup_init` does.
     """
     return sweep(
@@ -382,17 +456,12 @@ def tune(
         seed=config.seed,
         fixed=config.all_fixed,
         objective=config.objective,
-        study=config.study,
-        storage=config.storage,
+        study=config.stored(),
         sampler=config.sampler,
         pruner=config.pruner,
         rungs=config.rungs,
         mode=config.mode,
         lanes=config.lanes,
-        settings=config.settings(),
-        notes=config.notes(),
-        heartbeat=config.heartbeat,
-        patience=config.patience,
         progress=progress,
         finished=finished,
         say=say,
@@ -400,25 +469,28 @@ def tune(
 
 
 def read_study(config: TuneConfig) -> Sweep:
-    """What a study holds, without running anything.
+    """The trials of a study; runs nothing.
 
     Raises:
-        ConfigError: no such study, or one with other settings than the configuration's.
-        StudyError: a database that can't be used.
+        ConfigError: there is no such study, or it has other settings than the configuration.
+        StudyError: the database cannot be used.
     """
-    if config.study is None:
-        raise ConfigError("study: expected the name of a study that mujax tune has made, got none.")
-    with study_module().SharedStudy.load(config.study, config.storage) as shared:
+    name = config.study_name
+    if name is None:
+        raise ConfigError(where="study", expected="the name of a study that mujax tune has made", got="none")
+    with study_module().SharedStudy.load(name, config.study_storage) as shared:
         stored = dict(shared.settings)
-        for name, value in config.settings().items():
-            # A newer mujax, or other looks at a run, read an old study all the same.
-            if name not in ("mujax", "rungs") and name in stored and stored[name] != value:
+        for key, value in config.settings().items():
+            # An old study can be read by a newer mujax, and with another number of rungs.
+            if key not in ("mujax", "rungs") and key in stored and stored[key] != value:
                 raise ConfigError(
-                    f"study: expected {config.study!r} to have been tuned with {name} {value!r}, found "
-                    f"{stored[name]!r}; give the same settings as to mujax tune."
+                    where="study",
+                    expected=f"{name!r} to have been tuned with {key} {value!r}",
+                    got=repr(stored[key]),
+                    remedy="give the same settings as to mujax tune",
                 )
         return Sweep(
-            study=config.study,
+            study=name,
             trials=read_trials(shared),
             objective=stored.get("objective", config.objective),
             seeds=stored.get("seeds", config.seeds),

@@ -11,22 +11,22 @@ from typing import Any
 from mujax.errors import ConfigError, MujaxError
 
 
-def said(error: BaseException) -> str:
+def summary_of(error: BaseException) -> str:
     """The kind of an error and the first line of its text."""
     first = str(error).strip().partition("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def imported(name: str, what: str, kind: str) -> Callable[..., Any]:
-    """A function of the user's.
+def imported(name: str, where: str, kind: str) -> Callable[..., Any]:
+    """Imports a function of the user's.
 
     Args:
-        name: `package.module:attribute`, where the current folder is on the path.
-        what: the option that gave it, for errors.
+        name: `package.module:attribute`; the current folder is on the path.
+        where: the option that gave it, for errors.
         kind: what it should be, for errors.
 
     Raises:
-        ConfigError: there is no such module or attribute, importing it fails, or it can't be called.
+        ConfigError: there is no such module or attribute, importing it fails, or it is not callable.
     """
     module_name, _, attribute = name.partition(":")
     # The console script's folder is first on the path, not the user's; `python -m` has it already.
@@ -36,35 +36,54 @@ def imported(name: str, what: str, kind: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"{what}: expected a module {module_name!r} that can be imported from here, got {said(error)}."
+            where=where,
+            expected=f"a module {module_name!r} that can be imported from here",
+            got=summary_of(error),
         ) from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        instead = "no such name" if found is None else f"an object of type {type(found).__name__}"
-        raise ConfigError(f"{what}: expected {attribute!r} in {module_name!r} to be {kind}, found {instead}.")
+        raise ConfigError(
+            where=where,
+            expected=f"{attribute!r} in {module_name!r} to be {kind}",
+            got="no such name" if found is None else f"an object of type {type(found).__name__}",
+        )
     return found
 
 
 def build(
-    name: str, factory: Callable[..., Any], width: int, what: str, **given: Any
+    name: str, factory: Callable[..., Any], width: int, where: str, **hparams: Any
 ) -> tuple[Any, tuple[Any, ...] | None]:
-    """What a factory makes of a width: the model and its inputs, if it gives any.
+    """Builds the model of a width with a factory of the user's.
+
+    Args:
+        name: of the factory, for errors.
+        factory: width -> the module, or the module and its inputs.
+        width: of the model.
+        where: the option that gave the factory, for errors.
+        **hparams: passed to the factory.
+
+    Returns:
+        The model, and its inputs if the factory returns any.
 
     Raises:
-        ConfigError: it raises, or returns more than that.
-        MujaxError: its own.
+        ConfigError: the factory raises, or returns something else.
+        MujaxError: raised by the factory.
     """
     try:
-        made = factory(width, **given)
+        made = factory(width, **hparams)
     except MujaxError:
         raise
     except Exception as error:
-        raise ConfigError(f"{what}: expected {name} to build width {width}, got {said(error)}.") from error
+        raise ConfigError(
+            where=where, expected=f"{name} to build width {width}", got=summary_of(error)
+        ) from error
     if not isinstance(made, tuple):
         return made, None
     if len(made) != 2:
         raise ConfigError(
-            f"{what}: expected {name} to return the module or (module, inputs), got {len(made)} values."
+            where=where,
+            expected=f"{name} to return the module or (module, inputs)",
+            got=f"{len(made)} values",
         )
     model, inputs = made
     return model, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)

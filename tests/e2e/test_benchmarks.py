@@ -144,6 +144,43 @@ def test_pareto_compares_two_ways_of_tuning(report, tmp_path):
         assert curve["flops"] == sorted(curve["flops"])
 
 
+def test_transfer_default_judges_the_claims_and_resumes(report, tmp_path):
+    out = tmp_path / "transfer_default.json"
+    (row,) = report("transfer_default.py", out, "--tasks", "mnist-mlp")["rows"]
+    swept = row["report"]
+    assert (row["task"], row["seed"], swept["steps"]) == ("mnist-mlp", 0, 3)
+    widest = str(swept["widths"][-1])
+    at = swept["log2_lrs"].index(row["transferred_log2_lr"]["mup"])
+    assert row["transferred"] == swept["loss"]["mup"][widest][at]
+    assert row["sp_tuned"] == min(loss for loss in swept["loss"]["sp"][widest] if loss is not None)
+    assert row["cpu_seconds"] > 0
+    # Nothing is run again, and the times are those of the run.
+    assert report("transfer_default.py", out, "--tasks", "mnist-mlp")["rows"] == [row]
+
+
+def test_transfer_default_names_each_claim_that_fails(scripts):
+    good = {
+        "task": "t",
+        "seed": 0,
+        "drift_log2": {"mup": 0.75, "sp": 2.0},
+        "wider_is_better": {"mup": True, "sp": False},
+        "transferred": 1.0,
+        "sp_tuned": 1.0,
+    }
+    missed = scripts["transfer_default.py"].missed
+    assert missed(good) == []
+    changes = (
+        ({"drift_log2": {"mup": 0.8, "sp": 2.0}}, "drift in µP: 0.8, the goal is at most 0.75"),
+        ({"drift_log2": {"mup": 0.0, "sp": 1.9}}, "parametrization: 1.9, the goal is at least 2"),
+        ({"wider_is_better": {"mup": False, "sp": True}}, "wider is not always better in µP"),
+        ({"transferred": 1.5}, "SP tuned at the widest: 0.5, the goal is at most 0"),
+        ({"transferred": None}, "diverges at the widest"),
+    )
+    for change, text in changes:
+        (line,) = missed(good | change)
+        assert text in line
+
+
 @pytest.mark.parametrize(
     ("script", "option"),
     [
@@ -153,6 +190,7 @@ def test_pareto_compares_two_ways_of_tuning(report, tmp_path):
         ("coord_check.py", "--runs"),
         ("sweep.py", "--rounds"),
         ("pareto.py", "--trials"),
+        ("transfer_default.py", "--seeds"),
     ],
 )
 def test_bad_options_are_one_line(scripts, capsys, script, option):

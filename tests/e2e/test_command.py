@@ -25,14 +25,27 @@ import pytest
 from mujax import cli
 
 PROCESS = (sys.executable, "-m", "mujax.cli")
-SWEEP = ("transfer", "--quick", "--widths", "16", "32", "--steps", "30", "--out", "results")
+SWEEP = (
+    "transfer-check",
+    "mnist-mlp",
+    "--quick",
+    "--widths",
+    "16",
+    "32",
+    "--steps",
+    "30",
+    "--out",
+    "results",
+)
 RUNS = 2 * 2 * 4  # parametrizations, widths, learning rates
 
 Done = subprocess.CompletedProcess[str]
 
 
-def run_process(*command: str, cwd: pathlib.Path) -> Done:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+def run_process(*command: str, cwd: pathlib.Path, **env: str) -> Done:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def run(*arguments: str, cwd: pathlib.Path) -> Done:
@@ -87,7 +100,7 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     assert 3 <= len(stored) < RUNS
     assert sweep.stderr.splitlines()[-1] == (
         f"mujax: interrupted; {len(stored)} runs are stored in results/runs.csv, "
-        "the same command goes on there."
+        "the same command resumes there."
     )
     assert "Traceback" not in sweep.stderr
     assert not (results / "report.json").exists()
@@ -120,7 +133,7 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     other = run(*SWEEP, "--batch", "32", cwd=tmp_path)
     assert other.returncode == 2
     assert other.stderr.startswith(
-        "mujax: out: expected runs with batch 32 in results/runs.csv, found runs with"
+        "mujax: out: expected runs with batch 32 in results/runs.csv, got runs with"
     )
     assert other.stderr.count("\n") == 1
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
@@ -136,8 +149,10 @@ def test_explain_reads_a_model_from_the_current_directory(tmp_path: pathlib.Path
     )
     script = pathlib.Path(sys.executable).with_name("mujax")
     command = (str(script),) if os.access(script, os.X_OK) else PROCESS
-    done = run_process(*command, "explain", "mine:net", "--width", "64", "--base-width", "16", cwd=tmp_path)
+    words = ("explain", "mine:net", "--width", "64", "--base-width", "16")
+    done = run_process(*command, *words, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
     (readout,) = [line for line in done.stdout.splitlines() if line.startswith("layers_2/kernel")]
     assert readout.split()[1:4] == ["64x3", "16x3", "output"]
 
@@ -161,7 +176,7 @@ def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib
 
 
 def test_nonsense_is_a_sentence_and_exit_code_2(tmp_path: pathlib.Path) -> None:
-    done = run_process(*PROCESS, "transfer", "--steps", "many", cwd=tmp_path)
+    done = run_process(*PROCESS, "transfer-check", "--steps", "many", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
@@ -234,7 +249,8 @@ def test_an_interrupted_search_goes_on_and_has_every_trial_once(tmp_path: pathli
         while "2 of 12 trials" not in log.read_text() and search.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        search.send_signal(signal.SIGINT)
+        # As for a job that is preempted; Ctrl-C is the same, and tried above.
+        search.send_signal(signal.SIGTERM)
         assert search.wait(timeout=120) == 130, log.read_text()
     stored = tuned(stopped)
     assert 2 <= len(stored) < 12
@@ -266,7 +282,7 @@ def test_what_does_not_transfer_is_refused_until_it_is_settled(tmp_path: pathlib
     refused = run(*OF_STUDY, cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith(
-        "mujax: transfer: expected hyperparameters that transfer across width, found weight_decay tuned"
+        "mujax: transfer: expected hyperparameters that transfer across width, got weight_decay tuned"
     )
     assert not (tmp_path / "transfer-s" / "target.json").exists()
     done = run(*OF_STUDY, "--set", "weight_decay=0.05", cwd=tmp_path)
@@ -309,6 +325,29 @@ space:
 fixed:
   depth: 2
 """
+
+
+def test_a_model_and_data_of_the_users_own_are_checked_and_the_check_resumes(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 5)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=x, y=x[:, :3].argmax(axis=1))
+    line = "transfer-check mine:net --data data.npz --widths 8,16 --log2-lrs -9,-6,-3 --seeds 1 --steps 20"
+    results = tmp_path / "transfer-mine.net"
+    with interrupted_when(lambda: len(finished(results)) >= 2):
+        stopped = run(*line.split(), cwd=tmp_path)
+    assert stopped.returncode == 130, stopped.stderr
+    stored = finished(results)
+    assert 2 <= len(stored) < 12
+    done = run(*line.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(finished(results)) == 12
+    assert finished(results)[: len(stored)] == stored
+    report = json.loads((results / "report.json").read_text())
+    assert (report["task"], set(report["verdict"].values())) == ("mine:net", {"undecided"})
+    # Guessing among three costs 1.10.
+    assert min(report["loss"]["mup"]["16"]) < 1.1
+    assert "3. At width 16 a loss of " in done.stdout
 
 
 def test_a_model_and_data_of_the_users_own_are_tuned_and_transferred(tmp_path: pathlib.Path) -> None:

@@ -263,8 +263,8 @@ def test_a_worker_killed_on_postgresql(database: str, tmp_path: pathlib.Path, ex
         group.join(killed=1)
         records = group.records()
         check_all_present_once(records, expected)
-        begun, ended = group.did("begin"), group.did("end")
-        lost = {number for number, pid in begun if pid == victim} - {number for number, _ in ended}
+        started, ended = group.did("begin"), group.did("end")
+        lost = {number for number, pid in started if pid == victim} - {number for number, _ in ended}
         assert lost
         # Only what it was running was run again; a kill between storing and noting may hide one.
         failed = {record.number for record in records if record.state == "failed"}

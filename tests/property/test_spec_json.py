@@ -87,10 +87,9 @@ def test_a_changed_character_is_refused_or_gives_a_spec_that_survives_the_round_
     text = TEXT[:position] + character + TEXT[position + 1 :]
     try:
         spec = MupSpec.from_json(text)
-    except mujax.MujaxError as error:
-        assert "\n" not in str(error)
-    else:
-        assert MupSpec.from_json(spec.to_json()) == spec
+    except mujax.MujaxError:
+        return
+    assert MupSpec.from_json(spec.to_json()) == spec
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,15 +1,20 @@
-"""Made up for the tests: finished sweeps, trained targets, and the clock of a study."""
+"""Made up for the tests: a job, finished sweeps, trained targets, and the clock of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+import dataclasses
+from collections.abc import Container, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mujax.check import Finished, Run
 from mujax.tune._cost import front
-from mujax.tune._sweep import Sweep, Trial
+from mujax.tune._results import Sweep, Trial
 from mujax.tune._transfer import TargetRun, Transferred
+from mujax.tune._width_sweep import Report, TransferConfig, summarise
 
 SPACE = {
     "learning_rate": {"low": 2.0**-9, "high": 2.0**-6, "log": True},
@@ -29,6 +34,38 @@ class FakeClock:
 
     def sleep(self, seconds: float) -> None:
         self.time += seconds
+
+
+@dataclasses.dataclass
+class Decay:
+    """x <- rate x, `length` times from a random start; `seen` has the steps that are really computed."""
+
+    length: int = 8
+    in_loop: bool = True
+    data: Any = dataclasses.field(default_factory=lambda: jnp.float32(1.0))
+    static: frozenset[str] = frozenset()
+    seen: list[float] = dataclasses.field(default_factory=list)
+    sizes: list[str] = dataclasses.field(default_factory=list)
+
+    def check(self, hparams: Mapping[str, Any]) -> None:
+        pass
+
+    def steps(self, static: Mapping[str, Any]) -> int:
+        return static.get("length", self.length)
+
+    def init(self, hparams: Mapping[str, Any], key: Any, data: Any) -> Any:
+        return {"x": data * jax.random.normal(key, (3,)), "at": jnp.int32(0)}
+
+    def advance(self, hparams: Mapping[str, Any], state: Any, steps: Any, data: Any) -> Any:
+        def one(_: Any, state: Any) -> Any:
+            jax.debug.callback(lambda rate: self.seen.append(float(rate)), hparams["rate"])
+            return {"x": state["x"] * hparams["rate"], "at": state["at"] + 1}
+
+        state = one(None, state) if steps is None else jax.lax.fori_loop(0, steps, one, state)
+        return state, {"loss": jnp.abs(state["x"]).sum(), "at": state["at"]}
+
+    def finish(self, hparams: Mapping[str, Any], state: Any, data: Any) -> Any:
+        return {"vector": state["x"]}
 
 
 def make_trial(number: int, loss: float | None, *, pruned: bool = False, **hparams: Any) -> Trial:
@@ -102,3 +139,8 @@ def make_transferred(
         "params": {"first": {"kernel": np.ones((2, 3), np.float32)}, "bias": np.zeros(3, np.float32)},
     }
     return Transferred(**{**default, **fields})
+
+
+def report_of(config: TransferConfig, losses: Mapping[Run, float | None], untrained: float = 5.0) -> Report:
+    """The report of a sweep over widths whose runs have these losses."""
+    return summarise(config, {run: Finished(loss, loss, untrained) for run, loss in losses.items()})

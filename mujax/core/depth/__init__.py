@@ -1,9 +1,8 @@
 """Depth: the residual branches of a program, and what multiplies them already.
 
 `_nodes.py` numbers the values that the interpreter recorded, `_branches.py` finds the branches among them,
-`_own_factors.py` refuses models
-that have factors for depth of their own, `_plan.py` puts together what `mup_init` needs. The factors
-themselves are rules, in `mujax.rules`.
+`_own_factors.py` refuses models that have factors for depth of their own, `_plan.py` serves
+`mup_init`. The factors themselves are rules, in `mujax.rules`.
 
 References:
     Yang, Yu, Zhu and Hayou, Tensor Programs VI, arXiv 2310.02244.

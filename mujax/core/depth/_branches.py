@@ -33,11 +33,11 @@ _REMEDY: Final = (
 def residual_branch(y: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Marks a value as the output of a residual branch; returns it unchanged.
 
-    Only needed where `mup_init(..., depth=...)` can't tell the branches of a model by itself. With one mark
-    in a program only what is marked counts as a branch. It costs nothing when the program runs.
+    Only needed where `mup_init(..., depth=...)` cannot find the branches of a model by itself. Once a program
+    has a mark, only marked values count as branches. It costs nothing when the program runs.
 
     Args:
-        y: what is then added to the stream, maybe after a norm or a dropout.
+        y: the value that is added to the stream, possibly after a norm or a dropout.
 
     >>> import jax, jax.numpy as jnp
     >>> print(jax.make_jaxpr(lambda x: x + residual_branch(2 * x))(1.0).eqns[1].params["name"])
@@ -100,7 +100,7 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Branches:
-    """What a program says of its depth.
+    """The residual branches of a program, and what goes with them.
 
     Attributes:
         found: the residual branches, in program order.
@@ -132,7 +132,7 @@ def find_branches(flow: Flow, residual: Sequence[str] = (), *, part: bool = Fals
 
     Args:
         flow: what the interpreter recorded of the traced call.
-        residual: globs of module scopes or of parameters that make up the branches; all others are none then.
+        residual: globs of module scopes or of parameters that make up the branches; there are no others then.
         part: whether the program may be a part of the model, which some globs do not match.
 
     Raises:
@@ -253,7 +253,7 @@ class _Search:
             return self._refuse_sum_by_index(number, node)
         sides = [self._region(total, side) for side in (0, 1)]
         if self.explicit:
-            # A sum inside of what is named is its own.
+            # A sum inside of a named scope belongs to that scope.
             if self.marked >> number & 1:
                 return None
             inside = [bool(region & self.marked) for region in sides]
@@ -348,7 +348,7 @@ class _Search:
                 inside |= 1 << number
         return inside
 
-    # ---- what is left over -------------------------------------------------------------------------
+    # ---- ambiguous sums --------------------------------------------------------------------------
 
     def _settle_open(self) -> None:
         """Sums that are inside of a branch are that branch's own; of the others none may be left."""
@@ -461,7 +461,7 @@ class _Search:
                     remedy=f"use separate parameters, or {_REMEDY}",
                 )
 
-    # ---- what is said of them ----------------------------------------------------------------------
+    # ---- the result ------------------------------------------------------------------------------
 
     def _equation(self, number: int) -> JaxprEqn:
         """The equation of a node that is no input and no carry."""
@@ -478,7 +478,7 @@ class _Search:
         constants = []
         for constant in self.constants(node.inputs[operand], past):
             if constant in stream:
-                # Both terms of a weighted sum: that is no matter of depth.
+                # Both terms of a weighted sum: it has nothing to do with depth.
                 stream.remove(constant)
             else:
                 constants.append(constant)

@@ -31,10 +31,10 @@ def refuse_own_factors(
         branches: the residual branches.
         depth: how deep the two are.
         fixes: constants that scale from base to target.
-        spec: the parameters; what scales as their widths do is no matter of depth.
+        spec: the parameters; a constant that scales as their widths do has nothing to do with depth.
 
     Raises:
-        DepthError: there is one.
+        DepthError: there is such a factor.
     """
     if depth.ratio == 1:
         return
@@ -120,29 +120,29 @@ def refuse_scaled_init(
     spec: Mapping[str, ParamSpec],
     branches: Branches,
     depth: Depth,
-    own: Mapping[str, float],
+    init_ratios: Mapping[str, float],
     program: ClosedJaxpr,
     outputs: Mapping[int, str],
 ) -> None:
-    """Refuses a model that initialises what is inside of its branches by the depth.
+    """Refuses a model whose initial values inside of branches depend on depth.
 
     Args:
         spec: the parameters.
         branches: the target's branches.
         depth: how deep base and target are.
-        own: std of the model's own initial values at the target over that at the base, by path.
+        init_ratios: std of the model's own initial values at the target over that at the base, by path.
         program: the target's traced initialiser.
         outputs: which of its outputs are parameters: position -> path.
 
     Raises:
-        DepthError: it does.
+        DepthError: they do.
     """
     if depth.ratio == 1:
         return
     for path in sorted(branches.params):
         param = spec[path]
         laws = _width_laws(param)
-        ratio = own.get(path, 0.0)
+        ratio = init_ratios.get(path, 0.0)
         if not param.layers or not ratio or any(math.isclose(ratio, law, rel_tol=1e-4) for law in laws):
             continue
         power = next((p for law in laws if (p := _power(ratio / law, depth.ratio, 1e-4)) is not None), None)

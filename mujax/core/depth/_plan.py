@@ -1,4 +1,4 @@
-"""Plans depth: how deep base and target are, and which parameters are inside of residual branches."""
+"""The plan for depth: how deep base and target are, and which parameters are inside of residual branches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from mujax.errors import ConfigError, DepthError
 from mujax.spec import MupSpec, Parametrization
 
 
-def with_depth(chosen: Parametrization, depth: Any, alpha: float, residual: Sequence[str]) -> Parametrization:
+def with_depth(
+    parametrization: Parametrization, depth: Any, alpha: float, residual: Sequence[str]
+) -> Parametrization:
     """The parametrization with the exponent of depth, if that is asked for.
 
     Raises:
@@ -26,7 +28,7 @@ def with_depth(chosen: Parametrization, depth: Any, alpha: float, residual: Sequ
                 got="them without it",
                 remedy="pass depth=(layers of the base, layers of the target)",
             )
-        return chosen
+        return parametrization
     if isinstance(residual, str):
         raise ConfigError(
             where="residual",
@@ -36,15 +38,15 @@ def with_depth(chosen: Parametrization, depth: Any, alpha: float, residual: Sequ
         )
     if not 0.5 <= alpha <= 1:
         raise ConfigError(where="depth_alpha", expected="an exponent from 0.5 to 1", got=repr(alpha))
-    return dataclasses.replace(chosen, depth_alpha=float(alpha))
+    return dataclasses.replace(parametrization, depth_alpha=float(alpha))
 
 
 def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
-    """How deep base and target are: as given, as the scans say, or both if they agree.
+    """How deep base and target are: as given, as the scans show, or both if they agree.
 
     Raises:
         ConfigError: `given` is neither `"scan"` nor two numbers of layers.
-        DepthError: the scans say otherwise, or nothing.
+        DepthError: the scans show other numbers, or none.
     """
     scanned = {
         (param.base_shape[axis], param.shape[axis]): path
@@ -75,7 +77,7 @@ def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
         if base * depth.target != target * depth.base:
             raise DepthError(
                 where=path,
-                expected=f"its layers to grow as depth={tuple(given)} says",
+                expected=f"its layers to grow as in depth={tuple(given)}",
                 got=f"{base} in the base and {target} in the target",
                 remedy="give both the same numbers",
             )
@@ -83,7 +85,7 @@ def plan_depth(given: Any, residual: Sequence[str], spec: MupSpec) -> Depth:
 
 
 def plan_branches(depth: Depth, flow: Flow) -> Branches:
-    """The residual branches of base and target.
+    """The residual branches that base and target have in common.
 
     Raises:
         DepthError: they cannot be determined, or there is none.
@@ -100,7 +102,7 @@ def plan_branches(depth: Depth, flow: Flow) -> Branches:
 
 
 def with_depth_of_branches(spec: MupSpec, branches: Branches, depth: Depth) -> MupSpec:
-    """The spec with what is inside of residual branches as deep as it is."""
+    """The spec with the depth and the layers of the parameters inside of residual branches."""
     if depth.ratio == 1:
         return spec
     params = dict(spec)
@@ -112,7 +114,7 @@ def with_depth_of_branches(spec: MupSpec, branches: Branches, depth: Depth) -> M
 
 
 def findings_of_depth(branches: Branches) -> tuple[Finding, ...]:
-    """What the sources have no rule for."""
+    """Findings on what the sources have no rule for."""
     findings = []
     if branches.stream:
         path, where = next(iter(branches.stream.items()))

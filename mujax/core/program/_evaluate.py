@@ -5,8 +5,6 @@ that name stacks, source lines, effects and every parameter of a primitive stay 
 equation that has an insertion inside (a scan, a remat) is built again, through its public function.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

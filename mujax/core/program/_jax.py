@@ -26,12 +26,12 @@ Atom: TypeAlias = jex.Var | jex.Literal
 
 
 def shape_of(atom: Atom) -> tuple[int, ...]:
-    """The shape of a value; empty for what is no array."""
+    """The shape of a value; empty if it is not an array."""
     return tuple(getattr(atom.aval, "shape", ()))
 
 
 def dtype_of(atom: Atom) -> Any:
-    """The dtype of a value; None for what is no array."""
+    """The dtype of a value; None if it is not an array."""
     return getattr(atom.aval, "dtype", None)
 
 
@@ -43,7 +43,7 @@ def is_float(atom: Atom) -> bool:
 
 def under_named_axes() -> bool:
     """Whether what is traced here may depend on named axes of a `vmap` or `shard_map` around it."""
-    # The name warns that JAX may change it: where it is gone, nothing is taken for granted.
+    # The name warns that JAX may change it: without it, assume that there are such axes.
     nonempty = getattr(jex, "nonempty_axis_env_DO_NOT_USE", None)
     return nonempty is None or nonempty()
 
@@ -171,7 +171,7 @@ Control: TypeAlias = Call | Scan | While | Cond
 def control(eqn: JaxprEqn) -> Control | None:
     """What an equation that holds programs does with them; None for any other equation.
 
-    A primitive that holds programs and is not listed here is as any unknown one: it can't be looked into.
+    A primitive that holds programs and is not listed here is like any unknown one: it cannot be looked into.
 
     Raises:
         MujaxError: this JAX release represents the primitive in a way that is not known here.
@@ -277,7 +277,7 @@ def _cond(eqn: JaxprEqn) -> Cond:
 
 @functools.lru_cache(maxsize=1024)
 def _hi_primitive(eqn: JaxprEqn) -> Call:
-    """A primitive of JAX's newer kind: a class that says what it does in terms of other functions."""
+    """A primitive of JAX's newer kind: a class that defines itself in terms of other functions."""
     held = _parameter(eqn, "_prim")
 
     def expanded(*operands: Any) -> Any:

@@ -1,12 +1,12 @@
 """Reads a model's parametrization off the programs of its base and target.
 
 `analyse` walks two traced programs and returns how each parameter is used; `read_initial_values` and
-`read_constants` tell how the outputs of an initialiser scale; `resolve` turns uses into axis roles.
+`read_constants` return how the outputs of an initialiser scale; `resolve` turns uses into axis roles.
 Nothing is run.
 
 `_values.py` is the abstract domain, `_align.py` pairs the equations of the two programs, `_interpreter.py` is
-the walk, `_uses.py` what it notes, `primitives/` the table of what each primitive does, `_roles.py` the
-verdict.
+the walk, `_uses.py` its record, `primitives/` the table of what each primitive does, and `_roles.py` turns
+uses into roles.
 """
 
 from mujax.core.trace._analyse import (

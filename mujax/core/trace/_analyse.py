@@ -1,4 +1,4 @@
-"""The two questions asked of a pair of programs."""
+"""Analysis of a pair of programs: of two calls, and of two initialisers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mujax.errors import TraceMismatchError
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a pair of programs says.
+    """What is read off a pair of programs.
 
     Attributes:
         uses: per parameter path, its uses in program order.
@@ -27,9 +27,9 @@ class Analysis:
         output_params: parameters whose product is an output of the program.
         activations: per product, which of its operands is an activation.
         flow: which value is computed from which.
-        fixes: what scales with width through constants in the program, and what would put it right.
+        fixes: what scales with width through constants in the program, and what would correct it.
         unscaled: products of readouts that must not get a factor of their own.
-        findings: what was seen and can't be put right.
+        findings: what was found and cannot be corrected.
     """
 
     uses: Mapping[str, Sequence[Use]]

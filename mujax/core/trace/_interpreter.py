@@ -1,8 +1,8 @@
 """The abstract interpreter: walks the programs of base and target side by side.
 
 Two programs that differ in widths only have the same equations in the same order. The interpreter pairs
-them up, carries a `Value` per intermediate array and logs each use of a parameter. What a primitive does
-to a value is a rule in `primitives/`; this module owns the walk, the log and the control flow.
+them up, carries a `Value` per intermediate array and records each use of a parameter. What a primitive does
+to a value is a rule in `primitives/`; this module owns the walk, the record and the control flow.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ Rule = Callable[["Interpreter", Pair, Sequence[Value]], Sequence[Value]]
 
 
 class Interpreter:
-    """Walks a pair of programs and logs the uses of parameters.
+    """Walks a pair of programs and records the uses of parameters.
 
     Args:
         rules: what each primitive does, by name.
@@ -85,14 +85,14 @@ class Interpreter:
         prescribed: how the entries of each parameter scale, target over base, as the program gets them;
             1 where left out.
         exact: whether sizes must be exact, as for the program of an initialiser: there a nonlinear
-            function of what scales is unknown, and nothing is put right.
+            function of what scales is unknown, and nothing is corrected.
         sums: where an earlier walk found that a sum is a product with a parameter.
-        fixed: what an earlier walk put right and is put right from the start in this one.
+        fixed: what an earlier walk corrected, and this one corrects from the start.
 
     Attributes:
         exact: as given.
-        scales_are_known: whether the parameters' sizes are those that the parametrization prescribes.
-        record: what was noted.
+        scales_are_known: whether the parameters' scales are those that the parametrization prescribes.
+        record: what was found.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Interpreter:
         self._caller: tuple[JaxprEqn, Jaxpr] | None = None
         self.record = Record(fixes=dict(self._fixed))
 
-    # ---- the log -----------------------------------------------------------------------------------
+    # ---- the record -------------------------------------------------------------------------------
 
     def _log(self, use: Use, decided: bool) -> int:
         self.record.uses.append(use)
@@ -133,7 +133,7 @@ class Interpreter:
         contracted: tuple[int, int] = (1, 1),
         decided: bool = True,
     ) -> int:
-        """Logs a use of the parameter that `view` shows.
+        """Records a use of the parameter that `view` shows.
 
         Args:
             pair: the equation.
@@ -143,7 +143,7 @@ class Interpreter:
             stack: axes of the operand that are batch axes of the product.
             picked: role of the axes from which one entry was picked by index.
             contracted: (base, target) size of what the product contracts.
-            decided: whether nothing that follows can change the verdict.
+            decided: whether nothing that follows can change its kind.
 
         Returns:
             The number of the use, for `decide` and `contract_later`.
@@ -151,7 +151,7 @@ class Interpreter:
         return self._log(
             Use(
                 view.path,
-                # A norm or a mean of a parameter tells nothing of the axis that it is over.
+                # A norm or a mean of a parameter shows nothing of the axis that it is over.
                 "opaque" if view.reduced else "statistic" if view.thinned else kind,
                 tuple(self._axes(view, fan_in, stack, picked)),
                 pair.site,
@@ -192,7 +192,7 @@ class Interpreter:
             self.record.decided[pending.use] = True
 
     def contract_later(self, pair: Pair, value: Value, axes: Sequence[int]) -> bool:
-        """Tells the undecided uses in `value` that these axes of it are now contracted.
+        """Records that these axes of `value` are now contracted, for the undecided uses in it.
 
         Returns:
             Whether the contraction touches an axis of such a parameter.
@@ -229,7 +229,7 @@ class Interpreter:
                 self.record.copies[pending.use] = known | axes
 
     def is_kernel(self, use: int) -> None:
-        """Notes that an undecided use was contracted as a kernel, whatever else is computed from it."""
+        """Records that an undecided use was contracted as a kernel, whatever else is computed from it."""
         self.record.kernels.add(use)
 
     def becomes_data(self, pair: Pair, value: Value) -> None:
@@ -240,22 +240,22 @@ class Interpreter:
         self.decide(value)
 
     def opaque(self, pair: Pair, value: Value) -> None:
-        """Something that can't be followed consumes the value."""
+        """Something that cannot be followed consumes the value."""
         if value.kind == "param":
             for view in value.views:
                 self.use(pair, view, "opaque")
         self.decide(value)
 
     def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
-        """Logs a product of two activations."""
+        """Records a product of two activations."""
         self.record.products[pair.site] = Product(pair.site, contracted, left.linear_in, pair.place)
 
     def logits(self, value: Value) -> None:
-        """Notes that a value goes into an exponential."""
+        """Records that a value goes into an exponential."""
         for site in value.products:
             self.record.products[site] = dataclasses.replace(self.record.products[site], logits=True)
 
-    # ---- sizes -------------------------------------------------------------------------------------
+    # ---- scales ------------------------------------------------------------------------------------
 
     def scale_at(self, pair: Pair, scale: Scale, *operands: Scale) -> Scale:
         """The scale of an equation's result, with the place where its scale left 1."""
@@ -303,7 +303,7 @@ class Interpreter:
         Args:
             place: the equation that consumes it; None at the end of a program without equations.
             value: the value.
-            report: whether to record what can't be corrected; else it may still cancel further on.
+            report: whether to record what cannot be corrected; else it may still cancel later.
 
         Returns:
             Its scale from here on.
@@ -334,7 +334,7 @@ class Interpreter:
                     site,
                     eqn,
                     f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {scale.total:.4g} "
-                    f"times from base to target where it is used at "
+                    "times from base to target where it is used at "
                     f"{source_line(place) if place else 'the end'}, and its factor fits no known pattern "
                     "(a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with "
                     "width (for attention logits with_multipliers(attention_mult=...) will do)",
@@ -356,7 +356,7 @@ class Interpreter:
             )
 
     def find(self, kind: str, site: EqnPath, eqn: JaxprEqn, message: str) -> None:
-        """Logs something that can't be put right."""
+        """Records something that cannot be corrected."""
         self.record.findings[kind, site] = Finding(kind, message, source_line(eqn))
 
     # ---- the walk ----------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ class Interpreter:
             if value.kind == "param" and value.raw:
                 self.becomes_data(Pair(base.jaxpr.eqns[-1], target.jaxpr.eqns[-1], ()), value)
             self.decide(value)
-            # Who asks for vectors of unit norm gets them: what is computed from them is not in this program.
+            # Vectors of unit norm may be outputs: what is computed from them is not in this program.
             if not value.scale.normalised:
                 self.require_order_one(last_equation(target), value)
             self.record.output_params.update(dict.fromkeys(sorted(value.linear_in)))
@@ -564,8 +564,7 @@ class Interpreter:
         ]
 
     def _layers(self, value: Value) -> list[tuple[str, int]]:
-        """The parameters that a value which is scanned over is made of, and the axis of each that is whole
-        in front."""
+        """The parameters in a value that a loop scans over, and the axis of each that comes first, whole."""
         found = []
         for view in value.views if value.kind == "param" else ():
             shape, base = self._param_shapes[view.path]
@@ -583,8 +582,8 @@ class Interpreter:
     ) -> list[Value]:
         """Runs the body of a loop until the facts about its carry no longer change.
 
-        A carry may have a scale of its own if the body keeps it; where it does not, the carry is put right
-        when it enters and after each step.
+        A carry may have a scale of its own if the body keeps it; where it does not, the carry is
+        corrected when it enters and after each step.
         """
         settled: set[int] = set()
         for value in state:
@@ -621,7 +620,7 @@ class Interpreter:
             entered = joined
 
     def _entering(self, pair: Pair, state: Sequence[Value], settled: Collection[int]) -> list[Value]:
-        """The carry of a loop as it enters; the numbers of those parts that are put right."""
+        """The carry of a loop as it enters, with the parts in `settled` corrected."""
         entered: list[Value] = []
         for number, value in enumerate(state):
             # A counter that starts at a known number does not keep it.
@@ -652,7 +651,7 @@ class Interpreter:
 
     @staticmethod
     def _join(values: Sequence[Value]) -> Value:
-        """What is known of a value that is one of several."""
+        """The facts that hold for each of several values."""
         first = values[0]
         kind = widest(value.kind for value in values)
         views = tuple(dict.fromkeys(view for value in values for view in value.views))

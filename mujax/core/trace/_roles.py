@@ -17,7 +17,7 @@ _REMEDY = 'say what it is with roles={{"{path}": ...}}: a role\'s name or a muja
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """What one use says of the parameter as a whole."""
+    """The parameter as one use of it shows it."""
 
     use: Use
     spec: ParamSpec
@@ -28,12 +28,12 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
 
     Args:
         path: the parameter.
-        shape: the target's shape (or the delta's, where that says what is infinite).
+        shape: the target's shape (or the delta's, where that determines the infinite axes).
         base: the base's shape.
         uses: all uses of the parameter in the traced call.
 
     Raises:
-        RoleError: it has an infinite axis and its uses do not tell its role, or contradict each other.
+        RoleError: it has an infinite axis and its uses do not show its role, or contradict each other.
     """
     infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     readings = []
@@ -62,7 +62,7 @@ def _refuse_axes_cut_in_two(path: str, shape: Sequence[int], use: Use) -> None:
 
 
 def informative_uses(uses: Sequence[Use]) -> list[Use]:
-    """The uses that tell a role: products with stored state only where there is nothing better.
+    """The uses that show a role: products with stored state only where there is nothing better.
 
     A power iteration multiplies the kernel from both sides to find its norm; the kernel's role is what it
     does to the data.
@@ -74,7 +74,7 @@ def informative_uses(uses: Sequence[Use]) -> list[Use]:
 def axes_of_use(
     use: Use, shape: Sequence[int], base: Sequence[int], infinite: tuple[int, ...] | None = None
 ) -> ParamSpec:
-    """What a single use says of the parameter; its growing axes are infinite unless said otherwise."""
+    """The parameter as a single use shows it; its growing axes are infinite unless `infinite` is given."""
     if infinite is None:
         infinite = tuple(axis for axis, (n, m) in enumerate(zip(shape, base, strict=True)) if n != m)
     roles = _axis_roles(use, len(shape))

@@ -1,4 +1,4 @@
-"""What the interpreter records of a pair of programs: uses of parameters, products, fixes, findings."""
+"""What the interpreter records of a pair of programs: flow, uses of parameters, products, fixes, findings."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Fix:
     """A value that scales with width through constants of the user's program.
 
     Attributes:
-        site: the equation whose output a factor would put right.
+        site: the equation whose output a factor would correct.
         factor: that factor.
         attention: whether the value is a product of two activations divided by the root of its length.
         eqn: the target's equation at the site.
@@ -103,7 +103,7 @@ class Fix:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that the interpreter saw and can't put right.
+    """Something that the interpreter found and cannot correct.
 
     Attributes:
         kind: a short name, stable across versions.
@@ -254,7 +254,7 @@ def _as_copies(part: Part, copies: frozenset[int]) -> Part:
 
 @dataclasses.dataclass
 class Record:
-    """Everything that a walk notes.
+    """Everything that a walk records.
 
     Attributes:
         uses: the uses of parameters, in program order.
@@ -272,7 +272,7 @@ class Record:
         unfixed: values whose size was used as if they had no fix.
         misfits: fixes of an earlier walk that do not bring their value to order one.
         unscaled: products of readouts that must not get a factor of their own.
-        findings: what was seen and can't be corrected.
+        findings: what was found and cannot be corrected.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
@@ -295,8 +295,8 @@ class Record:
     def copy(self) -> Record:
         """A record to go back to: the body of a loop is walked again until its facts no longer change.
 
-        What is known of one equation is written again on each walk, and is shared: a value that enters the
-        next walk may have left order one at an equation of the last.
+        Fields that are keyed by equation are overwritten by each walk, and are shared: a value that enters
+        the next walk may have left order one at an equation of the last.
         """
         shared: dict[str, Any] = {
             "activations": self.activations,

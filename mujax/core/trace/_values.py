@@ -32,7 +32,7 @@ class Factor(NamedTuple):
 
 
 Axis = tuple[Factor, ...]
-"""One axis of a value as its factors, major to minor; `()` for an axis of size 1 that is nobody's."""
+"""One axis of a value as its factors, major to minor; `()` for an axis of size 1 that comes from none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Pending:
     that was looked up is an embedding, unless it is then contracted as a kernel.
 
     Attributes:
-        use: number of the use in the interpreter's log.
+        use: number of the use in the interpreter's record.
         view: the parameter's layout in the value at hand.
         entrywise: whether the value is any entrywise function of the parameter and not linear in it.
         product: whether the value is a function of the parameter's product, whose axes the view shows. The
@@ -96,8 +96,8 @@ class Scale:
     to products of correlated activations and to means, and a sum divided by its length comes out at 1.
 
     Attributes:
-        total: entries in the target over entries in the base; 0 for identically zero, None if it can't
-            be told.
+        total: entries in the target over entries in the base; 0 for identically zero, None if it
+            cannot be determined.
         summed: the part of `total` that sums over growing axes account for; constants are the rest.
         degree: how many such sums are in it: 1 for a sum, -1/2 for a division by a norm.
         origins: the equations where the scale left 1; a factor there is a factor here.

@@ -119,7 +119,7 @@ class Connection:
         url = url_of(storage)
         shown = shown_as(url)
         if url.get_backend_name() == "sqlite" and not check_file(url, shown):
-            raise ConfigError(f"study: expected {name!r} in {shown}, found no such file.")
+            raise ConfigError(where="study", expected=f"{name!r} in {shown}", got="no such file")
         return cls(name, connect(url, shown), shown, owned=True)
 
     def close(self) -> None:
@@ -169,8 +169,10 @@ class Connection:
                 if inner is None:
                     if isinstance(error, KeyError) and self._is_deleted():
                         raise StudyError(
-                            f"study {self.name!r}: expected it in {self.shown}, found that somebody deleted "
-                            "it; run the same command again to start it anew."
+                            where=f"study {self.name!r}",
+                            expected=f"it in {self.shown}",
+                            got="none: somebody deleted it",
+                            remedy="run the same command again to start it anew",
                         ) from error
                     raise
                 fault, line = fault_of(inner), first_line(inner)

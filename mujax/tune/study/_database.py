@@ -131,8 +131,10 @@ def url_of(storage: str | pathlib.Path | None) -> sqlalchemy.URL:
     except (sqlalchemy.exc.ArgumentError, ValueError):
         # Without the text: it may hold a password.
         raise ConfigError(
-            "storage: expected a file or an address such as postgresql://user:password@host:5432/database, "
-            "got an address that can't be read; write special characters in the password as %40."
+            where="storage",
+            expected="a file or an address such as postgresql://user:password@host:5432/database",
+            got="an address that can't be read",
+            remedy="write special characters in the password as %40",
         ) from None
     kind = "postgresql" if url.drivername == "postgres" else url.drivername
     if kind in _OTHER_DRIVERS:
@@ -141,7 +143,10 @@ def url_of(storage: str | pathlib.Path | None) -> sqlalchemy.URL:
         url = url.set(drivername=f"{kind}+{other}" if changes else kind)
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise ConfigError(
-            "storage: expected a database that other processes can open, got SQLite's in memory; name a file."
+            where="storage",
+            expected="a database that other processes can open",
+            got="SQLite's in memory",
+            remedy="name a file",
         )
     return url
 
@@ -157,10 +162,10 @@ def shown_as(url: sqlalchemy.URL) -> str:
 def check_file(url: sqlalchemy.URL, shown: str) -> bool:
     """Whether the file of a SQLite database is there.
 
-    Looked at without writing: Optuna adds its tables to any database that it opens.
+    Opened read-only: Optuna adds its tables to any database that it opens.
 
     Raises:
-        StudyError: it is no database, a damaged one, or one of something else.
+        StudyError: it is not a database, is damaged, or holds other tables than Optuna's.
     """
     path = pathlib.Path(str(url.database))
     if not path.is_file() or path.stat().st_size == 0:
@@ -177,8 +182,10 @@ def check_file(url: sqlalchemy.URL, shown: str) -> bool:
         raise StudyError(f"storage: {shown} {fault.means} ({error}); {fault.remedy}.") from error
     if tables and not tables & {"studies", "version_info"}:
         raise StudyError(
-            f"storage: expected a database of Optuna's, got {shown} with the tables "
-            f"{', '.join(sorted(tables)[:5])}; name another file."
+            where="storage",
+            expected="a database of Optuna's",
+            got=f"{shown} with the tables {', '.join(sorted(tables)[:5])}",
+            remedy="name another file",
         )
     return True
 
@@ -214,7 +221,7 @@ def connect(url: sqlalchemy.URL, shown: str, **heartbeat: Any) -> RDBStorage:
 
     Raises:
         ConfigError: no driver for it is installed.
-        StudyError: it can't be opened.
+        StudyError: it cannot be opened.
     """
     if url.get_backend_name() == "sqlite":
         check_file(url, shown)
@@ -226,13 +233,12 @@ def connect(url: sqlalchemy.URL, shown: str, **heartbeat: Any) -> RDBStorage:
                 return RDBStorage(address, _engine_options(url), **heartbeat)
         except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
             backend = url.get_backend_name()
+            driver = _DRIVERS.get(backend)
             raise ConfigError(
-                f"storage: expected a driver for {url.drivername} to be installed, found none; "
-                + (
-                    f"pip install '{_DRIVERS[backend]}'."
-                    if backend in _DRIVERS
-                    else "use SQLite or PostgreSQL."
-                )
+                where="storage",
+                expected=f"a driver for {url.drivername} to be installed",
+                got="none",
+                remedy="use SQLite or PostgreSQL" if driver is None else f"pip install '{driver}'",
             ) from error
         except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, RuntimeError) as error:
             inner = database_error(error) or error
@@ -245,6 +251,9 @@ def connect(url: sqlalchemy.URL, shown: str, **heartbeat: Any) -> RDBStorage:
             fault = fault_of(inner)
             means, remedy = fault.means, fault.remedy
             if isinstance(inner, RuntimeError):
-                means, remedy = "can't be used", "install the version of Optuna that made it, or another file"
+                means, remedy = (
+                    "can't be used",
+                    "install the version of Optuna that made it, or another file",
+                )
             raise StudyError(f"storage: {shown} {means} ({first_line(inner)}); {remedy}.") from error
     raise AssertionError

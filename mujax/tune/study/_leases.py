@@ -68,7 +68,9 @@ class Leases:
     def take(self, total: int, at_most: int) -> list[Lease]:
         """Takes trials to run; see `SharedStudy.lease`."""
         if self._trials.sampling is None:
-            raise ConfigError("lease: expected a study opened with its space, got one opened to read.")
+            raise ConfigError(
+                where="lease", expected="a study opened with its space", got="one opened to read"
+            )
         queue = self._connection.persist(lambda: self.queue(total))
         if at_most < 1 or (queue.free < 1 and not self._is_sweep_due()):
             return []
@@ -123,7 +125,9 @@ class Leases:
         """
         if lease.number not in self._held:
             raise ConfigError(
-                f"lease: expected a trial that this worker leased and has not finished, got {lease.number}."
+                where="lease",
+                expected="a trial that this worker leased and has not finished",
+                got=lease.number,
             )
         return self._held[lease.number]
 

@@ -83,7 +83,7 @@ def open_to_work(
     """See `SharedStudy.open`."""
     space = distributions(space)
     sampling = Sampling(space, check_sampler(sampler), seed)
-    chosen = make_pruner(pruner)
+    made = make_pruner(pruner)
     given, stored = as_json(settings or {}, "settings"), as_json(attributes or {}, "attributes")
     check_name(name)
     timeout = check_seconds(heartbeat, heartbeat_timeout, patience)
@@ -91,10 +91,10 @@ def open_to_work(
         name, storage, say=say, heartbeat=heartbeat, heartbeat_timeout=timeout, on_stale=run_again
     )
     with connection.closed_on_error():
-        study = _create_study(connection, sampling.initial, chosen)
+        study = _create_study(connection, sampling.initial, made)
         opened = _composed(connection, study, sampling, heartbeat, timeout)
-        there = settle(connection, study, opened.lock, given, stored)
-        check_space(connection, opened.trials, space)
+        there = settle(connection, study, opened.lock, given, stored, space)
+        check_space(connection, study, opened.trials, space)
     connection.patience = patience
     return dataclasses.replace(opened, settings=there)
 
@@ -142,8 +142,10 @@ def _create_study(connection: Connection, sampler: BaseSampler, pruner: BasePrun
     )
     if connection.persist(lambda: study.directions) != [StudyDirection.MINIMIZE]:
         raise ConfigError(
-            f"study: expected one that minimizes one value, got {connection.name!r}, which does not; "
-            "take another study name."
+            where="study",
+            expected="one that minimizes one value",
+            got=f"{connection.name!r}, which does not",
+            remedy="take another study name",
         )
     return study
 
@@ -159,6 +161,8 @@ def _load_study(connection: Connection) -> optuna.Study:
     if name not in names:
         there = [repr(known) for known in names if not known.endswith(SUFFIX)]
         raise ConfigError(
-            f"study: expected one of {', '.join(there) or 'none yet'} in {connection.shown}, got {name!r}."
+            where="study",
+            expected=f"one of {', '.join(there) or 'none yet'} in {connection.shown}",
+            got=repr(name),
         )
     return connection.persist(lambda: optuna.load_study(study_name=name, storage=storage))

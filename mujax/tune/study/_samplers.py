@@ -51,12 +51,16 @@ def check_sampler(sampler: str | BaseSampler) -> str | BaseSampler:
     short = str(sampler).lower().replace("_", "").replace("-", "")
     known = sorted({"grid", *samplers()})
     if short not in known:
-        raise ConfigError(f"sampler: expected one of {', '.join(map(repr, known))}, got {sampler!r}.")
+        raise ConfigError(
+            where="sampler", expected=f"one of {', '.join(map(repr, known))}", got=repr(sampler)
+        )
     missing = [package for package in _NEEDS.get(short, ()) if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigError(
-            f"sampler: expected {' and '.join(missing)} to be installed for {sampler!r}, found it is not; "
-            f"pip install {' '.join(missing)}, or take another sampler."
+            where="sampler",
+            expected=f"{' and '.join(missing)} to be installed for {sampler!r}",
+            got="none",
+            remedy=f"pip install {' '.join(missing)}, or take another sampler",
         )
     return short
 
@@ -66,7 +70,9 @@ def make_pruner(pruner: str | BasePruner | None) -> BasePruner:
         return pruner
     name = "none" if pruner is None else str(pruner).lower().replace("-", "_")
     if name not in _PRUNERS:
-        raise ConfigError(f"pruner: expected one of {', '.join(map(repr, _PRUNERS))}, got {pruner!r}.")
+        raise ConfigError(
+            where="pruner", expected=f"one of {', '.join(map(repr, _PRUNERS))}", got=repr(pruner)
+        )
     return _PRUNERS[name]()
 
 

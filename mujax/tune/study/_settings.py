@@ -1,4 +1,4 @@
-"""What a study is started with: its name, its settings and its space, compared on resume."""
+"""What a study is started with: its name, settings and space; stored, and compared on resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+    json_to_distribution,
+)
 
 from mujax.errors import ConfigError
 from mujax.tune.study._connection import Connection
@@ -19,13 +26,16 @@ from mujax.tune.study._trials import Trials
 SETTINGS: Final = "mujax"
 # Older workers of a study use this name.
 ATTRIBUTES: Final = "mujax:notes"
+_SPACE: Final = "mujax:space"
 
 
 def check_name(name: str) -> None:
     """Refuses a name that no study can have, or that a lock has."""
     if not isinstance(name, str) or not name.strip() or len(name) > 400 or name.endswith(SUFFIX):
         raise ConfigError(
-            f"study: expected a name of 1 to 400 characters that does not end in {SUFFIX!r}, got {name!r}."
+            where="study",
+            expected=f"a name of 1 to 400 characters that does not end in {SUFFIX!r}",
+            got=repr(name),
         )
 
 
@@ -33,27 +43,32 @@ def check_seconds(heartbeat: float, heartbeat_timeout: float | None, patience: f
     """Refuses times that make no sense; returns the heartbeat timeout."""
     given = {"heartbeat": heartbeat, "heartbeat_timeout": heartbeat_timeout, "patience": patience}
     for option, seconds in given.items():
-        if seconds is not None and not (math.isfinite(seconds) and seconds >= 0):
-            raise ConfigError(f"{option}: expected a number of seconds, got {seconds!r}.")
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if seconds is not None and not (is_number and math.isfinite(seconds) and seconds >= 0):
+            raise ConfigError(where=option, expected="a number of seconds", got=repr(seconds))
     timeout = 3 * heartbeat if heartbeat_timeout is None else heartbeat_timeout
     if not 0 < heartbeat < timeout:
         raise ConfigError(
-            f"heartbeat_timeout: expected more than the heartbeat of {heartbeat:g} s, got {timeout:g} s; "
-            "take 3 heartbeats."
+            where="heartbeat_timeout",
+            expected=f"more than the heartbeat of {heartbeat:g} s",
+            got=f"{timeout:g} s",
+            remedy="take 3 heartbeats",
         )
     return timeout
 
 
-def as_json(values: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """What is read back when this is stored: tuples become lists."""
+def as_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values as they are read back once they are stored: tuples become lists."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         try:
             found[str(key)] = json.loads(json.dumps(value))
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"{what}: expected what JSON can hold, got {type(value).__name__} at {key!r}; "
-                "make it a number, a text, a list or a mapping."
+                where=where,
+                expected="what JSON can hold",
+                got=f"{type(value).__name__} at {key!r}",
+                remedy="make it a number, a text, a list or a mapping",
             ) from error
     return found
 
@@ -64,11 +79,12 @@ def settle(
     lock: Lock,
     settings: Mapping[str, Any],
     attributes: Mapping[str, Any],
+    space: Mapping[str, BaseDistribution],
 ) -> dict[str, Any]:
-    """Stores the settings, or compares them with the stored ones.
+    """Stores settings and space with a new study, or compares the settings with the stored ones.
 
     Returns:
-        The stored ones.
+        The stored settings.
 
     Raises:
         ConfigError: a setting differs from the stored one.
@@ -80,6 +96,9 @@ def settle(
     def store() -> None:
         if stored() is None:
             study.set_user_attr(ATTRIBUTES, attributes)
+            # A study that has trials already was started without mujax: its space is theirs.
+            if not study.get_trials(deepcopy=False):
+                study.set_user_attr(_SPACE, {name: distribution_to_json(at) for name, at in space.items()})
             study.set_user_attr(SETTINGS, settings)
 
     if connection.persist(stored) is None:
@@ -91,23 +110,51 @@ def settle(
         old, new = (json.dumps(each[key]) if key in each else "nothing" for each in (there, settings))
         if old != new:
             raise ConfigError(
-                f"{key}: expected {old}, with which study {connection.name!r} was started, got {new}; "
-                "take another study name, or that setting."
+                where=key,
+                expected=f"{old}, with which study {connection.name!r} was started",
+                got=new,
+                remedy="take another study name, or that setting",
             )
     return there
 
 
-def check_space(connection: Connection, trials: Trials, space: Mapping[str, BaseDistribution]) -> None:
-    """Refuses a space under which stored trials cannot be compared with new ones."""
-    first: dict[str, BaseDistribution] = {}
-    for trial in reversed(connection.persist(trials.stored)):
-        first |= trial.distributions
-    for name, new in space.items():
-        old = first.get(name, new)
-        try:
-            optuna.distributions.check_distribution_compatibility(old, new)
-        except ValueError:
-            raise ConfigError(
-                f"{name}: expected {old}, with which study {connection.name!r} was started, got {new}; "
-                "take another study name, or that space."
-            ) from None
+def check_space(
+    connection: Connection, study: optuna.Study, trials: Trials, space: Mapping[str, BaseDistribution]
+) -> None:
+    """Refuses a space other than the one that the study was started with.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    stored = connection.persist(lambda: study.user_attrs).get(_SPACE)
+    if stored is not None:
+        old = {name: json_to_distribution(text) for name, text in stored.items()}
+    else:
+        # Started by mujax 0.3, or by Optuna itself: the space is that of its trials, as far as they have one.
+        old = dict(space)
+        for trial in reversed(connection.persist(trials.stored)):
+            old |= trial.distributions
+    if old != dict(space):
+        raise ConfigError(
+            where="space",
+            expected=f"{_shown(old)}, with which study {connection.name!r} was started",
+            got=_shown(space),
+            remedy="take another study name, or that space",
+        )
+
+
+def _shown(space: Mapping[str, BaseDistribution]) -> str:
+    """A space as one writes it: `lr=0.001:1:log, act=relu|tanh`."""
+    return ", ".join(f"{name}={_range(distribution)}" for name, distribution in space.items())
+
+
+def _range(distribution: BaseDistribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return "|".join(map(str, distribution.choices))
+    if not isinstance(distribution, FloatDistribution | IntDistribution):
+        return str(distribution)
+    step = distribution.step
+    ends = f"{distribution.low:.6g}:{distribution.high:.6g}"
+    return (
+        f"{ends}{':log' if distribution.log else ''}{'' if step in (None, 1) else f' in steps of {step:g}'}"
+    )

@@ -11,7 +11,7 @@ from typing import Any, Final
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from mujax.errors import ConfigError
-from mujax.tune import _numbers as numerals
+from mujax.tune._numbers import number as parsed_number
 
 _RANGE_KEYS: Final = ("low", "high", "log", "step")
 
@@ -29,14 +29,16 @@ def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
         A distribution for each hyperparameter, in the same order.
 
     Raises:
-        ConfigError: no hyperparameter, or a value that is none of these.
+        ConfigError: no hyperparameter, or another kind of value.
 
     >>> distributions({"lr": {"low": "2**-8", "high": 1.0, "log": True}, "layers": {"low": 1, "high": 4}})
     {'lr': FloatDistribution(high=1.0, log=True, low=0.00390625, step=None), \
 'layers': IntDistribution(high=4, log=False, low=1, step=1)}
     """
+    if not isinstance(space, Mapping):
+        raise ConfigError(where="space", expected="a mapping of hyperparameters", got=repr(space))
     if not space:
-        raise ConfigError("space: expected at least one hyperparameter, got none.")
+        raise ConfigError(where="space", expected="at least one hyperparameter", got="none")
     return {name: _distribution(str(name), value) for name, value in space.items()}
 
 
@@ -48,33 +50,40 @@ def _distribution(name: str, value: Any) -> BaseDistribution:
     if isinstance(value, (list, tuple)):
         return _choices(name, value)
     raise ConfigError(
-        f"{name}: expected a list of values or a range, got {value!r}; "
-        'write [1, 2, 4] or {"low": 0.1, "high": 1.0}.'
+        where=name,
+        expected="a list of values or a range",
+        got=repr(value),
+        remedy='write [1, 2, 4] or {"low": 0.1, "high": 1.0}',
     )
 
 
 def _choices(name: str, values: Sequence[Any]) -> CategoricalDistribution:
     if not values:
-        raise ConfigError(f"{name}: expected at least one value to choose from, got none.")
+        raise ConfigError(where=name, expected="at least one value to choose from", got="none")
     for value in values:
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise ConfigError(
-                f"{name}: expected numbers, texts, true, false or null to choose from, got {value!r}; "
-                "give each choice a name and look it up in your own code."
+                where=name,
+                expected="numbers, texts, true, false or null to choose from",
+                got=repr(value),
+                remedy="give each choice a name and look it up in your own code",
             )
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{name}: expected finite values to choose from, got {value!r}.")
+            raise ConfigError(where=name, expected="finite values to choose from", got=repr(value))
     # Optuna finds a choice by equality: 1 and True, or 1 and 1.0, would be the same.
     if len(set(values)) < len(values):
-        raise ConfigError(f"{name}: expected different values to choose from, got {list(values)!r}.")
+        raise ConfigError(where=name, expected="different values to choose from", got=list(values))
     return CategoricalDistribution(values)
 
 
 def _number(name: str, key: str, value: Any) -> int | float:
-    number = numerals.number(value) if isinstance(value, str) else value
+    number = parsed_number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not -1e300 < number < 1e300:
         raise ConfigError(
-            f"{name}: expected a finite number as {key}, got {value!r}; write it as 0.001, 1e-3 or 2**-10."
+            where=name,
+            expected=f"a finite number as {key}",
+            got=repr(value),
+            remedy="write it as 0.001, 1e-3 or 2**-10",
         )
     return number
 
@@ -82,25 +91,32 @@ def _number(name: str, key: str, value: Any) -> int | float:
 def _range(name: str, value: Mapping[str, Any]) -> FloatDistribution | IntDistribution:
     for key in value:
         if key not in _RANGE_KEYS:
-            raise ConfigError(f"{name}: expected the keys {', '.join(_RANGE_KEYS)} of a range, got {key!r}.")
+            raise ConfigError(
+                where=name, expected=f"the keys {', '.join(_RANGE_KEYS)} of a range", got=repr(key)
+            )
     for key in ("low", "high"):
         if value.get(key) is None:
-            raise ConfigError(f"{name}: expected low and high of a range, got no {key}.")
+            raise ConfigError(where=name, expected="low and high of a range", got=f"no {key}")
     low, high = (_number(name, key, value[key]) for key in ("low", "high"))
     log = value.get("log", False)
     step = None if value.get("step") is None else _number(name, "step", value["step"])
     if not isinstance(log, bool):
-        raise ConfigError(f"{name}: expected true or false as log, got {log!r}.")
+        raise ConfigError(where=name, expected="true or false as log", got=repr(log))
     if low >= high:
         raise ConfigError(
-            f"{name}: expected low < high, got {low!r} and {high!r}; write a list for a single value."
+            where=name,
+            expected="low < high",
+            got=f"{low!r} and {high!r}",
+            remedy="write a list for a single value",
         )
     if log and low <= 0:
-        raise ConfigError(f"{name}: expected low > 0 on a log scale, got {low!r}; raise low.")
+        raise ConfigError(where=name, expected="low > 0 on a log scale", got=repr(low), remedy="raise low")
     if step is not None and (log or step <= 0):
         raise ConfigError(
-            f"{name}: expected a positive step and no log scale with it, got step {step!r} and log {log!r}; "
-            "write the values as a list."
+            where=name,
+            expected="a positive step and no log scale with it",
+            got=f"step {step!r} and log {log!r}",
+            remedy="write the values as a list",
         )
     with warnings.catch_warnings():
         # A step that does not end at high ends before it, as in Python's range.
@@ -124,6 +140,8 @@ def axis_of(name: str, distribution: BaseDistribution) -> Sequence[Any]:
         )
         return [float(low + at * step) for at in range(int((high - low) / step) + 1)]
     raise ConfigError(
-        f"{name}: expected finitely many values for a grid, got {distribution}; "
-        "write a list, or a range with a step."
+        where=name,
+        expected="finitely many values for a grid",
+        got=distribution,
+        remedy="write a list, or a range with a step",
     )

@@ -134,6 +134,11 @@ class SharedStudy:
         """The database, to print: without its password."""
         return self._connection.shown
 
+    @property
+    def heartbeat(self) -> float:
+        """Seconds between two signs of life."""
+        return self._opened.heartbeat.interval
+
     # ---- work
 
     def lease(self, total: int, at_most: int) -> list[Lease]:

@@ -49,7 +49,7 @@ def functional(width):
     ],
 )
 def test_every_kind_of_model_at_every_width(factory, roles):
-    found = subject.subjects(factory, (32, 8, 16, 8), inputs=X)
+    found = subject.models_at(factory, (32, 8, 16, 8), inputs=X)
     assert list(found) == [8, 16, 32]
     for width, mup in found.items():
         assert [c.factor for c in mup.corrections] == [8 / width]
@@ -58,12 +58,12 @@ def test_every_kind_of_model_at_every_width(factory, roles):
 
 
 def test_base_width_need_not_be_among_the_widths():
-    found = subject.subjects(functional, (16, 32), base_width=4, inputs=(X,))
+    found = subject.models_at(functional, (16, 32), base_width=4, inputs=(X,))
     assert [found[width].corrections[0].factor for width in (16, 32)] == [1 / 4, 1 / 8]
 
 
 def test_base_of_each_width():
-    found = subject.subjects(
+    found = subject.models_at(
         functional, (8, 16, 32), base=lambda width: functional(max(width // 2, 8)), inputs=X
     )
     assert [found[width].spec["readout"].r_in for width in (8, 16, 32)] == [1, 2, 2]
@@ -72,7 +72,7 @@ def test_base_of_each_width():
 
 def test_a_ready_model_is_taken_as_it_is():
     ready = {width: mujax.mup_init(linen(width), linen(4), X) for width in (8, 16)}
-    assert subject.subjects(ready.__getitem__, (8, 16), inputs=X) == ready
+    assert subject.models_at(ready.__getitem__, (8, 16), inputs=X) == ready
 
 
 def test_keywords_go_to_mup_init_and_to_the_model():
@@ -84,19 +84,19 @@ def test_keywords_go_to_mup_init_and_to_the_model():
             y = nn.Dense(self.width)(x)
             return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(y))
 
-    found = subject.subjects(Net, (8, 16), inputs=X, kwargs={"train": True}, parametrization="sp")
+    found = subject.models_at(Net, (8, 16), inputs=X, kwargs={"train": True}, parametrization="sp")
     assert {str(mup.spec.parametrization) for mup in found.values()} == {"sp"}
 
 
 @pytest.mark.parametrize("widths", [(), (8,), (8, 8), (0, 8)])
 def test_too_few_widths(widths):
     with pytest.raises(ConfigError, match=re.escape(f"different positive numbers, got {widths}")):
-        subject.subjects(linen, widths, inputs=X)
+        subject.models_at(linen, widths, inputs=X)
 
 
 def test_base_and_base_width():
     with pytest.raises(ConfigError, match=r"expected none next to base=.*got 8"):
-        subject.subjects(linen, (8, 16), base=linen, base_width=8, inputs=X)
+        subject.models_at(linen, (8, 16), base=linen, base_width=8, inputs=X)
 
 
 def test_default_loss_follows_the_targets():

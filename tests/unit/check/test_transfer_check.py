@@ -101,7 +101,7 @@ def test_beyond_the_edge_of_a_wider_model_the_regret_still_tells():
 def test_a_single_seed_is_undecided():
     found = judged(synthetic(seeds=1))
     assert (found.verdict, found.interval) == ("undecided", None)
-    assert "One seed does not tell noise from drift" in found.reasons[0]
+    assert "One seed does not distinguish noise from drift" in found.reasons[0]
 
 
 def test_divergence_at_the_transferred_rate_fails_and_at_the_proxy_is_undecided():

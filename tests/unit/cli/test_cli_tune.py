@@ -16,7 +16,7 @@ import pytest
 from trials import make_sweep, make_transferred, make_trial
 
 from mujax import cli
-from mujax.cli import _arguments, _transfer, _tune, _widths
+from mujax.cli import _arguments, _transfer, _tune
 from mujax.errors import ConfigError, StudyError
 from mujax.tune._sweep import Sweep, SweepProgress
 from mujax.tune._transfer import TargetProgress, Transferred
@@ -245,7 +245,8 @@ def test_what_does_not_transfer_is_said_at_once(
     assert cli.main(["tune"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "Across width weight_decay and dropout can't be expected to transfer: say --set weight_decay=" in said
+        "Across width weight_decay and dropout can't be expected to transfer: pass --set weight_decay="
+        in said
     )
 
 
@@ -296,7 +297,7 @@ def test_interrupted_before_there_is_anything_writes_nothing(
     monkeypatch.setattr(_tune, "read_study", read_study)
     assert cli.main(["tune", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "mujax: interrupted; no trial is stored, the same command begins anew."
+    assert last == "mujax: interrupted; no trial is stored, the same command starts anew."
     assert list((folder / "here").iterdir()) == []
 
 
@@ -360,7 +361,6 @@ def asked(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
 
     monkeypatch.setattr(TuneConfig, "of_study", of_study, raising=False)
     monkeypatch.setattr(_transfer, "transfer", transfer)
-    monkeypatch.setattr(_widths, "sweep_widths", lambda *_, **__: pytest.fail("the demonstration was begun"))
     return asked
 
 
@@ -392,7 +392,7 @@ def test_a_target_ends_with_its_hyperparameters_loss_costs_and_files(
         assert row in said
     assert "Target, width 1024: loss 0.4500 ± 0.0500 (2 seeds). Proxy, width 64: 0.5000." in said
     assert (
-        "The tuning has cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
+        "The tuning cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
         "times as many. One run of the target costs 1e11 FLOPs."
     ) in said
     assert "transfer-mine/target.json, transfer-mine/target.png, transfer-mine/params.npz" in out
@@ -466,7 +466,7 @@ def test_costs_that_nobody_knows_are_not_made_up(asked: Asked, capsys: Captured)
     asked.found = dataclasses.replace(asked.found, tuning_flops=None, direct_flops=None)
     assert cli.main(["transfer", "--study", "mine"]) == 0
     out = capsys.readouterr().out
-    assert "What the tuning has cost can't be told" in out
+    assert "The cost of the tuning is not known" in out
     assert "times as many" not in out
 
 
@@ -508,6 +508,10 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune mine:net --width 8", "data: expected either a file of data or batches"),
         ("tune --trials 0", "trials: expected at least 1, got 0."),
         ("tune --trials many", "--trials: expected a whole number, got 'many'"),
+        (
+            "tune --objective accuracy",
+            "objective: expected one of loss, mean_loss, valid_loss, got 'accuracy'.",
+        ),
         ("tune --optimizer adamm", "optimizer: expected one of 'acprop', "),
         ("tune --zero-init head", "zero_init: expected 'readout' or 'query', got 'head'."),
         ("tune --data a.npz", "data: expected none for the task 'mnist-mlp'"),
@@ -522,16 +526,15 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune --set b1=", "set: expected NAME=VALUE, such as momentum=0.9, got 'b1='"),
         ("tune --set b1=0 b1=1", "set: expected each hyperparameter once, got 'b1' twice"),
         ("tune --config none.yaml", "none.yaml: expected a text file of settings"),
-        ("tune --config wrong.yaml", "trails: expected the name of a setting, found an unknown one"),
-        ("tune --out wrong.yaml", "out: expected a folder to write to, found that wrong.yaml is not"),
+        ("tune --config wrong.yaml", "trails: expected the name of a setting, got an unknown one"),
+        ("tune --out wrong.yaml", "out: expected a folder to write to, got wrong.yaml ("),
         ("tune --tensorboard wrong.yaml", "tensorboard: expected a folder to write to"),
-        ("transfer --study s --widths 8 16", "widths: expected it without a study, got it beside one"),
-        ("transfer --study s --quick", "quick: expected it without a study, got it beside one"),
-        ("transfer --study s --optimizer adam", "optimizer: expected it without a study"),
-        ("transfer --width 64", "width: expected it beside a study only, got it without"),
-        ("transfer --set b1=0.5", "set: expected it beside a study only, got it without"),
-        ("transfer --also dropout", "also: expected it beside a study only, got it without"),
-        ("transfer --storage a.db", "storage: expected it beside a study only, got it without"),
+        (
+            "transfer",
+            "transfer: expected the study to take hyperparameters from, --study NAME, got none; ",
+        ),
+        ("transfer --quick --widths 8 16", "run mujax transfer-check."),
+        ("transfer --study s --widths 8 16", "Unrecognized or misplaced options: --widths"),
         ("transfer --config empty.yaml", "study: expected the name of a study that mujax tune has made"),
         ("transfer --study s --set dropout", "set: expected NAME=VALUE, such as momentum=0.9"),
         ("transfer --study s --out wrong.yaml", "out: expected a folder to write to"),

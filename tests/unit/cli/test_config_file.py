@@ -6,8 +6,10 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -155,38 +157,38 @@ def test_names_stay_texts(write):
         (
             "tune.yaml",
             "steps: 3\nwidths: [64\nbatch: 3\n",
-            ": expected YAML, found at line 3: expected ',' or ']', but got ':'; mend it there.",
+            ": expected YAML, got at line 3: expected ',' or ']', but got ':'; correct it there.",
         ),
         (
             "tune.yaml",
             "steps: 3\n  batch: 3\n",
-            ": expected YAML, found at line 2: mapping values are not allowed here; mend it there.",
+            ": expected YAML, got at line 2: mapping values are not allowed here; correct it there.",
         ),
         (
             "tune.yaml",
             "a: !!python/object/apply:os.abort []\n",
-            ": expected YAML, found at line 1: could not determine a constructor for the tag "
-            "'tag:yaml.org,2002:python/object/apply:os.abort'; mend it there.",
+            ": expected YAML, got at line 1: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object/apply:os.abort'; correct it there.",
         ),
         (
             "tune.yaml",
             "a: 2024-02-31",
-            ": expected YAML, found at line 1: ValueError: day is out of range for month; mend it there.",
+            ": expected YAML, got at line 1: ValueError: day is out of range for month; correct it there.",
         ),
         (
             "tune.yaml",
             "- 1\n- 2\n",
-            ": expected names with their values, found list; write one `name: value` for each setting.",
+            ": expected names with their values, got list; write one `name: value` for each setting.",
         ),
         (
             "tune.yaml",
             "on: 3\n",
-            ": expected the name of a setting, found True; quote it if it is a name.",
+            ": expected the name of a setting, got True; quote it if it is a name.",
         ),
         (
             "tune.yaml",
             "a: &a [*a]\n",
-            ": expected a mapping, found one nested without end; flatten it.",
+            ": expected a mapping, got one nested without end; flatten it.",
         ),
         (
             "tune.json",
@@ -196,7 +198,7 @@ def test_names_stay_texts(write):
         (
             "tune.json",
             "3",
-            ": expected names with their values, found int; write one `name: value` for each setting.",
+            ": expected names with their values, got int; write one `name: value` for each setting.",
         ),
         (
             "tune.json",
@@ -206,13 +208,13 @@ def test_names_stay_texts(write):
         (
             "tune.toml",
             "",
-            ": expected one of the suffixes .yaml, .yml, .json, .py, found .toml; "
+            ": expected one of the suffixes .yaml, .yml, .json, .py, got .toml; "
             "give the file that of its kind.",
         ),
         (
             "tune",
             "",
-            ": expected one of the suffixes .yaml, .yml, .json, .py, found none; "
+            ": expected one of the suffixes .yaml, .yml, .json, .py, got none; "
             "give the file that of its kind.",
         ),
     ],
@@ -222,8 +224,8 @@ def test_files_that_are_refused(write, name, content, text):
     found = refusal(lambda: config.read(path), path)
     if text is None:
         # The words are those of Python's version.
-        assert found.startswith(": expected JSON, found at line ")
-        assert found.endswith("; mend it there.")
+        assert found.startswith(": expected JSON, got at line ")
+        assert found.endswith("; correct it there.")
     else:
         assert found == text
 
@@ -231,17 +233,47 @@ def test_files_that_are_refused(write, name, content, text):
 @pytest.mark.parametrize("content", ["a: !!int x", "a: !!bool x", "a: !!timestamp x", "a: !!int ''", "a: \0"])
 def test_yaml_whose_values_are_not_what_their_tags_say(write, content):
     path = write("tune.yaml", content)
-    assert refusal(lambda: config.read(path), path).startswith(": expected YAML, found at line 1: ")
+    assert refusal(lambda: config.read(path), path).startswith(": expected YAML, got at line 1: ")
 
 
 def test_files_that_cannot_be_read(tmp_path):
     for name in ("none.yaml", "none.json", "none.py"):
         assert refusal(lambda name=name: config.read(tmp_path / name), tmp_path / name) == (
-            ": expected a text file of settings, found that it can't be read (No such file or directory); "
+            ": expected a text file of settings, got one that can't be read (No such file or directory); "
             "give the path of one that can."
         )
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
     assert "can't be read ('utf-8' codec" in refusal(lambda: config.read(tmp_path / "bytes.yaml"))
+
+
+def bomb(levels: int) -> str:
+    """Ten aliases of ten aliases of ..."""
+    lines = (f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, levels))
+    return "\n".join(["a0: &a0 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [bomb(9), bomb(40), bomb(6) + "b: {<<: [{c: *a5}, {d: *a5}]}\n"],
+)
+def test_yaml_whose_aliases_are_without_end_is_refused_at_once(content: str, tmp_path: pathlib.Path):
+    path = tmp_path / "tune.yaml"
+    path.write_text(content)
+    started = time.process_time()
+    assert re.match(
+        r": expected at most 100,000 values, aliases written out, got .*; write the settings without aliases",
+        refusal(lambda: config.read(path), path),
+    )
+    assert time.process_time() - started < 1
+
+
+def test_yaml_may_have_aliases(tmp_path: pathlib.Path):
+    path = tmp_path / "tune.yaml"
+    path.write_text("a: &a {low: 2**-2, high: 1}\nspace: {x: *a, y: {<<: *a, high: 2}}\n")
+    low = {"low": 0.25, "high": 1}
+    assert config.read(path) == {"a": low, "space": {"x": low, "y": {"low": 0.25, "high": 2}}}
+    path.write_text(bomb(4))
+    assert len(config.read(path)["a3"]) == 10
 
 
 def test_yaml_without_its_package(write, monkeypatch):
@@ -255,8 +287,7 @@ def test_yaml_without_its_package(write, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert refusal(lambda: config.read(path), path) == (
-        ": expected the package pyyaml, which reads YAML, but it is not installed; "
-        'install it with `pip install "mujax-mup[cli]"`.'
+        ': expected the package pyyaml, which reads YAML, got none installed; pip install "mujax-mup[cli]".'
     )
     # Others do without.
     assert config.read(write("tune.json", '{"steps": 3}')) == {"steps": 3}
@@ -337,16 +368,16 @@ def test_python_with_a_model(write):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("a = 1\nb = a / 0\n", "got at line 2 ZeroDivisionError: division by zero; mend it there."),
+        ("a = 1\nb = a / 0\n", "got at line 2 ZeroDivisionError: division by zero; correct it there."),
         (
             "def f():\n    raise ValueError('first\\nsecond')\n\n\nf()\n",
-            "got at line 2 ValueError: first; mend it there.",
+            "got at line 2 ValueError: first; correct it there.",
         ),
         ("a = 1\nimport json\njson.loads('[')\n", "got at line 3 JSONDecodeError: Expecting value: line 1"),
         ("a = 1\nimport no_such_module_3141\n", "got at line 2 ModuleNotFoundError: No module named"),
         ("a = 1\n\nb = (\n", "got at line 3 SyntaxError: '(' was never closed"),
-        ("a = 1\nimport sys\nsys.exit(3)\n", "got at line 3 SystemExit: 3; mend it there."),
-        ("a = 1\nraise RecursionError\n", "got at line 2 RecursionError; mend it there."),
+        ("a = 1\nimport sys\nsys.exit(3)\n", "got at line 3 SystemExit: 3; correct it there."),
+        ("a = 1\nraise RecursionError\n", "got at line 2 RecursionError; correct it there."),
     ],
 )
 def test_python_that_fails(write, content, text):
@@ -505,7 +536,7 @@ def test_unknown_settings(write, name, remedy):
     path = write("tune.json", f'{{"steps": 3, "{name}": 1}}')
     fields = [field.name for field in dataclasses.fields(Config) if field.init]
     remedy = remedy or f"there are {', '.join(fields)}."
-    text = f"{name}: expected the name of a setting, found an unknown one"
+    text = f"{name}: expected the name of a setting, got an unknown one"
     assert refusal(lambda: config.filled(Config, config.read(path))) == f"{text} in {path}; {remedy}"
     assert refusal(lambda: config.filled(Config, {"steps": 3}, {name: 1})) == f"{text}; {remedy}"
 
@@ -547,7 +578,7 @@ def test_helpers_in_a_python_file(write):
 def test_mistakes_in_a_python_file_are_no_helpers(write, content, name):
     path = write("tune.py", f"steps = 3\n{content}\n")
     assert refusal(lambda: config.filled(Config, config.read(path))).startswith(
-        f"{name}: expected the name of a setting, found an unknown one in {path}; "
+        f"{name}: expected the name of a setting, got an unknown one in {path}; "
     )
 
 
@@ -561,10 +592,10 @@ def test_functions_of_a_python_file_are_settings(write):
 def test_missing_settings(write):
     path = write("tune.yaml", "rate: 1\n")
     assert refusal(lambda: config.filled(Config, config.read(path))) == (
-        f"steps: expected a value, found none in {path}; give one."
+        f"steps: expected a value, got none in {path}; give one."
     )
     assert refusal(lambda: config.filled(Config, {}, {"steps": None})) == (
-        "steps: expected a value, found none; give one."
+        "steps: expected a value, got none; give one."
     )
 
 

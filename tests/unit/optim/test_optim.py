@@ -426,31 +426,48 @@ class TestWrap:
 
     @pytest.mark.parametrize("name", ["adam", "nadam", "amsgrad", "lion", "sign"])
     def test_refuses_the_adam_family_as_sgd(self, name):
-        with pytest.raises(ParametrizationError, match=r"family 'sgd', .* Say family='adam'"):
+        with pytest.raises(ParametrizationError, match=r"family 'sgd', .* pass family='adam'"):
             mup_wrap(ADAM_FAMILY[name], make_spec(), "sgd")
 
     @pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "ema", "optimistic"])
     def test_refuses_the_sgd_family_as_adam(self, name):
-        with pytest.raises(ParametrizationError, match=r"family 'adam', .* Say family='sgd'"):
+        with pytest.raises(ParametrizationError, match=r"family 'adam', .* pass family='sgd'"):
             mup_wrap(SGD_FAMILY[name], make_spec(), "adam")
 
     @pytest.mark.parametrize("inner", [optax.adam(0.1), optax.scale_by_lion()], ids=["adam", "lion"])
     def test_refuses_clipping_of_rescaled_gradients(self, inner):
         tx = optax.chain(optax.clip_by_global_norm(1.0), inner)
-        with pytest.raises(MujaxError, match=r"clipping by the global norm.* Put it before"):
+        with pytest.raises(MujaxError, match=r"clipping by the global norm.* put it before"):
             mup_wrap(tx, make_spec(), "adam")
         mup_wrap(tx, make_spec(), "adam", scale_eps=False)
 
     @pytest.mark.parametrize("optimizer", [mup_adam, mup_sgd, mup_adamw])
     def test_refuses_factors_inside_of_factors(self, optimizer):
         spec = make_spec()
-        with pytest.raises(MujaxError, match=r"applies µP factors already\. Use it as it is"):
+        with pytest.raises(MujaxError, match=r"applies µP factors already; use it as it is"):
             mup_wrap(optimizer(0.1, spec), spec, "adam")
+
+
+@pytest.mark.parametrize("make", [mup_scale_by_adam, mup_scale_by_sgd, lambda spec: mup_adamw(0.1, spec)])
+def test_a_tree_is_matched_once_per_update(monkeypatch, make):
+    spec, matched = make_spec(), []
+    params, gradients, tx = random_tree(spec, 0), random_tree(spec, 1), make(spec)
+    state, match = tx.init(params), MupSpec.match
+
+    def counted(self, tree, *args, **kwargs):
+        matched.append(tree)
+        return match(self, tree, *args, **kwargs)
+
+    monkeypatch.setattr(MupSpec, "match", counted)
+    jax.eval_shape(tx.update, gradients, state, params)
+    assert len(matched) == 1
 
 
 class TestSpecArgument:
     def test_not_a_spec(self):
-        with pytest.raises(MujaxError, match=r"spec: expected a MupSpec, got float\. Pass the spec of what"):
+        with pytest.raises(
+            MujaxError, match=r"spec: expected a MupSpec, got float; pass the spec of the result"
+        ):
             mup_adam(make_spec(), 0.1)
 
     def test_unknown_parametrization(self):

@@ -173,7 +173,7 @@ class TestClip:
     def test_errors(self, make):
         with pytest.raises(MujaxError, match="spec: expected a MupSpec, got dict"):
             make(PARAMS)
-        with pytest.raises(SpecMismatchError, match=r"w1: expected shape \(6, 12\), found no such path"):
+        with pytest.raises(SpecMismatchError, match=r"w1: expected shape \(6, 12\), got no such path"):
             make(make_spec()).update({"w2": jnp.ones((12, 20))}, ())
 
 

@@ -1,4 +1,4 @@
-"""Muon: which matrices, which factors; optax's at the base; one training run in three tables."""
+"""Muon: which matrices, which factors; optax's at the base."""
 
 import dataclasses
 import functools
@@ -148,9 +148,6 @@ class TestFactors:
         (orthogonal,) = by_hand(spec[path], gradients[path])
         factor = np.linalg.norm(update) / np.linalg.norm(orthogonal)
         assert factor == pytest.approx(own(base_rows, base_columns) * math.sqrt(5 / 3), rel=1e-3)
-        # The twin: optax's factor at the target's sizes, with or without the rule on top of it.
-        for wrong in (own(rows, columns), own(rows, columns) * math.sqrt(5 / 3)):
-            assert consistent_rms is None or factor != pytest.approx(wrong, rel=0.05)
 
     def test_standard_parametrization_is_optax_at_the_target(self):
         spec = make_spec("sp")
@@ -382,12 +379,12 @@ class TestErrors:
     )
     def test_a_factor_around_muons_own_is_refused(self, tx):
         spec = make_spec(params={"tall": HIDDEN["tall"]})
-        message = "found Muon, whose shape factor at the target's sizes the µP rule would scale a second time"
+        message = "got Muon, whose shape factor at the target's sizes the µP rule would scale a second time"
         with pytest.raises(MujaxError, match=message):
             mujax.mup_wrap(tx, spec, family="spectral")
 
     def test_a_factor_around_ours_is_refused(self):
-        with pytest.raises(MujaxError, match="found one that applies µP factors already"):
+        with pytest.raises(MujaxError, match="got one that applies µP factors already"):
             mujax.mup_wrap(mup_muon(0.1, make_spec()), make_spec(), family="spectral")
 
     def test_unknown_preset(self):
@@ -426,71 +423,6 @@ def test_nnx_optimizer():
 
     losses = [float(step(model, optimizer)) for _ in range(10)]
     assert losses[-1] < 0.5 * losses[0]
-
-
-RUN = {
-    "w1": ParamSpec((6, 12), (6, 4), (0,), (1,), (), (1,)),
-    "b1": ParamSpec((12,), (4,), (), (0,), (), (0,)),
-    "w2": ParamSpec((12, 2, 10), (4, 2, 2), (0,), (1, 2), (), (0, 2)),
-    "w3": ParamSpec((2, 10, 3), (2, 2, 3), (0, 1), (2,), (), (1,)),
-    "b3": ParamSpec((3,), (3,), (), (0,)),
-}
-
-
-@functools.cache
-def curve(parametrization, **options):
-    spec = make_spec(parametrization, params=RUN)
-    chosen = spec.parametrization
-    rng = np.random.default_rng(0)
-    params = {
-        path: jnp.asarray(rng.normal(size=param.shape)) * 0.5 * rules.init_scale(param, chosen, 1.0)
-        for path, param in spec.items()
-    }
-    f = {path: rules.forward_factor(param, chosen) for path, param in spec.items()}
-    x, y = jnp.asarray(rng.normal(size=(16, 6))), jnp.asarray(rng.integers(3, size=16))
-
-    def loss(p):
-        h = jnp.tanh(x @ (f["w1"] * p["w1"]) + f["b1"] * p["b1"])
-        h = jnp.tanh(jnp.einsum("bi,ihk->bhk", h, p["w2"]))
-        logits = f["w3"] * jnp.einsum("bhk,hko->bo", h, p["w3"]) + p["b3"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    tx = mup_muon(0.03, spec, eps=1e-2, weight_decay=0.3, adam_weight_decay=0.3, **options)
-
-    def step(carry, _):
-        params, state = carry
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    run = jax.jit(
-        lambda carry: jax.lax.scan(step, carry, length=15)[1],
-    )
-    return np.asarray(run((params, tx.init(params))))
-
-
-class TestOneRunInThreeTables:
-    @pytest.fixture(autouse=True)
-    def float64(self):
-        with jax.enable_x64(True):
-            yield
-
-    @pytest.mark.parametrize(
-        "options", [{}, {"adaptive": True, "consistent_rms": 0.1}], ids=["plain", "adaptive"]
-    )
-    def test_same_run(self, options):
-        reference = curve("mup", **options)
-        assert reference[-1] < 0.95 * reference[0]
-        for table in ("table3", "table9"):
-            np.testing.assert_allclose(curve(table, **options), reference, rtol=1e-9)
-
-    def test_standard_parametrization_is_another_run(self):
-        reference, other = (curve(table) for table in ("mup", "sp"))
-        assert np.max(np.abs(other / reference - 1)) > 1e-5
-
-    def test_an_epsilon_that_is_not_scaled_shows(self):
-        reference, other = (curve(table, scale_eps=False) for table in ("mup", "table9"))
-        assert np.max(np.abs(other / reference - 1)) > 1e-6
 
 
 @pytest.mark.parametrize("consistent_rms", [None, 0.2])

@@ -92,7 +92,7 @@ def test_behaviour(family, tx):
 def test_another_family_is_refused(family):
     for other in rules.FAMILIES:
         if other != family:
-            message = rf"expected a transform of the family '{other}', .* Say family='{family}'"
+            message = rf"expected a transform of the family '{other}', .* pass family='{family}'"
             with pytest.raises(ParametrizationError, match=message):
                 mujax.mup_wrap(FIRST[family], SPEC, other)
 
@@ -100,7 +100,7 @@ def test_another_family_is_refused(family):
 @pytest.mark.parametrize("family", rules.FAMILIES)
 def test_a_missing_family_is_an_error_that_says_what_it_looks_like(family):
     message = (
-        rf"family to be one of 'sgd', .*'spectral', got none\. Say which tx is; it behaves like '{family}'"
+        rf"family to be one of 'sgd', .*'spectral', got none; pass that of tx; it behaves like '{family}'"
     )
     with pytest.raises(ParametrizationError, match=message):
         mujax.mup_wrap(FIRST[family], SPEC)
@@ -111,7 +111,7 @@ def test_what_behaves_like_none_is_taken_at_its_word():
     assert behaviour(tx, SPEC) is None
     for family in rules.FAMILIES:
         mujax.mup_wrap(tx, SPEC, family)
-    with pytest.raises(ParametrizationError, match=r"got none\. Say which tx is\.$"):
+    with pytest.raises(ParametrizationError, match=r"got none; pass that of tx\.$"):
         mujax.mup_wrap(tx, SPEC)
 
 
@@ -121,7 +121,7 @@ def test_what_behaves_like_none_is_taken_at_its_word():
 def test_in_mup_already(make):
     for family in (None, "adam"):
         with pytest.raises(
-            MujaxError, match=r"applies µP factors already\. Use it as it is, without mup_wrap"
+            MujaxError, match=r"applies µP factors already; use it as it is, without mup_wrap"
         ):
             mujax.mup_wrap(make(0.1, SPEC), SPEC, family)
 
@@ -144,7 +144,7 @@ def test_in_mup_already(make):
 def test_what_has_no_rule(name, tx):
     for family in (None, "adam"):
         with pytest.raises(
-            ConfigError, match=rf"mup_wrap: expected an optimizer with a µP rule, found {name}: "
+            ConfigError, match=rf"mup_wrap: expected an optimizer with a µP rule, got {name}: "
         ):
             mujax.mup_wrap(optax.chain(optax.clip_by_global_norm(1.0), tx), SPEC, family)
 

@@ -14,8 +14,9 @@ from checks import FAILING, RATES, WIDTHS as CHECKED_WIDTHS, check, tap
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
-from trials import SPACE, make_sweep, make_transferred
+from trials import SPACE, make_sweep, make_transferred, report_of
 
+from mujax.check import Run
 from mujax.errors import ConfigError
 from mujax.plot import (
     coord_check_figure,
@@ -28,7 +29,7 @@ from mujax.plot import (
     transfer_run_figure,
 )
 from mujax.tune._sweep import Sweep
-from mujax.tune._width_sweep import Report, Run, TransferConfig, summarise
+from mujax.tune._width_sweep import Report, TransferConfig
 
 WIDTHS = (32, 64, 128)
 GRID = (-11.0, -10.0, -9.0, -8.0, -7.0, -6.0)
@@ -46,7 +47,7 @@ def make_report(parametrizations: tuple[str, ...] = ("sp", "mup"), lost: tuple[R
                     loss = 1 + 0.1 * (rate - centre) ** 2 - width / 1000 + 0.01 * seed
                     run = Run(name, width, rate, seed)
                     runs[run] = None if run in lost else loss
-    return summarise(config, runs)
+    return report_of(config, runs)
 
 
 def lines(axes: Axes, marker: str) -> list[tuple[list[float], list[float]]]:
@@ -115,7 +116,7 @@ def test_a_target_that_all_but_diverged_does_not_flatten_the_valleys() -> None:
         for rate in config.log2_lrs
         for seed in config.all_seeds
     }
-    assert transfer_figure(summarise(config, runs)).axes[0].get_ylim()[1] < 3
+    assert transfer_figure(report_of(config, runs)).axes[0].get_ylim()[1] < 3
 
 
 def test_a_sweep_in_which_everything_diverged_still_gives_a_picture(tmp_path: pathlib.Path) -> None:

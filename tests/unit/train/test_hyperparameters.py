@@ -27,9 +27,9 @@ def test_what_does_not_transfer_is_refused_unless_it_is_settled():
     with pytest.raises(ConfigError) as caught:
         refuse_untransferable(["learning_rate", "weight_decay", "batch", "mine"], ["batch"])
     assert str(caught.value) == (
-        "transfer: expected hyperparameters that transfer across width, found weight_decay, mine tuned as "
+        "transfer: expected hyperparameters that transfer across width, got weight_decay, mine tuned as "
         "well (weight_decay: regularisation depends on the sizes of model and data (Tensor Programs V, Table "
-        "1); mine: nothing is known of it). Give the target's own value, --set weight_decay=..., or take the "
+        "1); mine: nothing is known of it); give the target's own value, --set weight_decay=..., or take the "
         "proxy's all the same, --also weight_decay; in Python fixed={'weight_decay': ...} or "
         "also=('weight_decay',)."
     )

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from trials import Decay
 
 from mujax.errors import ConfigError
 from mujax.train import _lanes as lanes
-from mujax.train._lanes import MODES, Group, OutOfMemoryError, Whole, run_lanes, run_one
+from mujax.train._lanes import MODES, CompiledRuns, FunctionJob, OutOfMemoryError, run_lanes, run_one
 
 KEYS = jax.random.split(jax.random.key(0), 5)
 RATES = {"rate": np.array([0.5, 0.25, 0.125, 1.0, 0.75])}
-
-
-@dataclasses.dataclass
-class Decay:
-    """x <- rate x, `length` times from a random start; `seen` has the steps that are really computed."""
-
-    length: int = 8
-    in_loop: bool = True
-    data: Any = dataclasses.field(default_factory=lambda: jnp.float32(1.0))
-    static: frozenset[str] = frozenset()
-    seen: list[float] = dataclasses.field(default_factory=list)
-    sizes: list[str] = dataclasses.field(default_factory=list)
-
-    def check(self, hparams: Mapping[str, Any]) -> None:
-        pass
-
-    def steps(self, static: Mapping[str, Any]) -> int:
-        return static.get("length", self.length)
-
-    def init(self, hparams: Mapping[str, Any], key: Any, data: Any) -> Any:
-        return {"x": data * jax.random.normal(key, (3,)), "at": jnp.int32(0)}
-
-    def advance(self, hparams: Mapping[str, Any], state: Any, steps: Any, data: Any) -> Any:
-        def one(_: Any, state: Any) -> Any:
-            jax.debug.callback(lambda rate: self.seen.append(float(rate)), hparams["rate"])
-            return {"x": state["x"] * hparams["rate"], "at": state["at"] + 1}
-
-        state = one(None, state) if steps is None else jax.lax.fori_loop(0, steps, one, state)
-        return state, {"loss": jnp.abs(state["x"]).sum(), "at": state["at"]}
-
-    def finish(self, hparams: Mapping[str, Any], state: Any, data: Any) -> Any:
-        return {"vector": state["x"]}
 
 
 def expected(rate: float, key: Any, steps: int = 8) -> float:
@@ -62,7 +28,7 @@ def expected(rate: float, key: Any, steps: int = 8) -> float:
 @pytest.mark.parametrize("in_loop", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_same_numbers(mode, in_loop):
-    group = Group(Decay(in_loop=in_loop), {}, mode=mode)
+    group = CompiledRuns(Decay(in_loop=in_loop), {}, mode=mode)
     found = run_lanes(group, RATES, KEYS, rungs=[3, 5])
     for rate, key, metrics in zip(RATES["rate"], KEYS, found, strict=True):
         assert metrics["loss"] == pytest.approx(expected(rate, key), rel=1e-6)
@@ -72,7 +38,7 @@ def test_every_mode_gives_the_same_numbers(mode, in_loop):
 
 
 def test_a_wrong_rate_would_be_seen():
-    (found, *_) = run_lanes(Group(Decay(), {}, mode="map"), RATES, KEYS)
+    (found, *_) = run_lanes(CompiledRuns(Decay(), {}, mode="map"), RATES, KEYS)
     assert found["loss"] != pytest.approx(expected(0.49, KEYS[0]), rel=1e-3)
 
 
@@ -85,7 +51,7 @@ def test_what_is_dropped_at_a_rung_costs_nothing_from_there(mode):
         calls.append((steps, sorted(metrics)))
         return [0, 3, 4] if steps == 2 else []
 
-    found = run_lanes(Group(job, {}, mode=mode), RATES, KEYS, rungs=[2, 4], watch=watch)
+    found = run_lanes(CompiledRuns(job, {}, mode=mode), RATES, KEYS, rungs=[2, 4], watch=watch)
     jax.effects_barrier()
     assert calls == [(2, [0, 1, 2, 3, 4]), (4, [1, 2]), (8, [1, 2])]
     assert [metrics["at"] for metrics in found] == [2, 8, 8, 2, 2]
@@ -100,7 +66,7 @@ def test_what_is_dropped_at_a_rung_costs_nothing_from_there(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_runs_when_all_are_dropped(mode):
     job = Decay()
-    found = run_lanes(Group(job, {}, mode=mode), RATES, KEYS, rungs=[1], watch=lambda _, __: range(5))
+    found = run_lanes(CompiledRuns(job, {}, mode=mode), RATES, KEYS, rungs=[1], watch=lambda _, __: range(5))
     jax.effects_barrier()
     assert [metrics["at"] for metrics in found] == [1] * 5
     assert len(job.seen) == (8 if mode == "vmap" else 5)
@@ -113,7 +79,7 @@ def test_static_hyperparameters_are_python_values():
         seen.append((type(hparams["depth"]), isinstance(hparams["rate"], jax.Array)))
         return {"loss": hparams["rate"] * hparams["depth"] + 0 * jax.random.uniform(key)}
 
-    found = run_lanes(Group(Whole(run), {"depth": 3}, mode="vmap"), RATES, KEYS)
+    found = run_lanes(CompiledRuns(FunctionJob(run), {"depth": 3}, mode="vmap"), RATES, KEYS)
     assert [float(metrics["loss"]) for metrics in found] == [1.5, 0.75, 0.375, 3.0, 2.25]
     assert set(seen) == {(int, True)}
 
@@ -122,7 +88,9 @@ def test_a_run_that_returns_no_mapping_is_refused():
     with pytest.raises(
         ConfigError, match=r"run: expected it to return a mapping of metrics .*, got .*Tracer"
     ):
-        run_lanes(Group(Whole(lambda hparams, key: hparams["rate"]), {}, mode="loop"), RATES, KEYS)
+        run_lanes(
+            CompiledRuns(FunctionJob(lambda hparams, key: hparams["rate"]), {}, mode="loop"), RATES, KEYS
+        )
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -151,7 +119,7 @@ def test_a_batch_that_does_not_fit_is_halved(mode, monkeypatch):
         seen.extend(sorted(metrics))
         return ()
 
-    found = run_lanes(Group(Decay(), {}, mode=mode), RATES, KEYS, watch=watch)
+    found = run_lanes(CompiledRuns(Decay(), {}, mode=mode), RATES, KEYS, watch=watch)
     assert [float(metrics["loss"]) for metrics in found] == pytest.approx(
         [expected(rate, key) for rate, key in zip(RATES["rate"], KEYS, strict=True)], rel=1e-6
     )
@@ -164,11 +132,11 @@ def test_a_single_lane_that_does_not_fit_is_one_sentence(monkeypatch):
     with pytest.raises(
         OutOfMemoryError, match=r"^a run with \{'length': 4\} does not fit into memory: as if; take a smaller"
     ):
-        run_lanes(Group(Decay(), {"length": 4}, mode="map"), RATES, KEYS)
+        run_lanes(CompiledRuns(Decay(), {"length": 4}, mode="map"), RATES, KEYS)
 
 
 def test_what_xla_says_of_memory_is_understood(monkeypatch):
-    group, most = Group(Decay(), {}, mode="vmap"), 4
+    group, most = CompiledRuns(Decay(), {}, mode="vmap"), 4
     plain = lanes._Program.prepare
 
     def prepare(self, *args, **options):
@@ -197,7 +165,7 @@ def test_other_errors_are_passed_on(monkeypatch):
 
     monkeypatch.setattr(lanes._Program, "prepare", prepare)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        run_lanes(Group(Decay(), {}, mode="vmap"), RATES, KEYS)
+        run_lanes(CompiledRuns(Decay(), {}, mode="vmap"), RATES, KEYS)
 
 
 def test_the_programs_own_estimate_is_held_against_what_is_free(monkeypatch):
@@ -207,7 +175,7 @@ def test_the_programs_own_estimate_is_held_against_what_is_free(monkeypatch):
     assert lanes.free_memory(jax.devices()[0]) > 1e6
     for free, fits in ((100_000, True), (1000, False), (None, True)):
         monkeypatch.setattr(lanes, "free_memory", lambda device, free=free: free)
-        group = Group(Whole(run), {}, mode="vmap")
+        group = CompiledRuns(FunctionJob(run), {}, mode="vmap")
         if fits:
             assert len(run_lanes(group, RATES, KEYS)) == 5
         else:
@@ -219,7 +187,7 @@ def test_the_programs_own_estimate_is_held_against_what_is_free(monkeypatch):
 
 
 def test_each_mode_is_measured_once_where_it_may_gain_more_than_it_costs():
-    group = Group(Decay(), {}, devices=jax.devices()[:1])
+    group = CompiledRuns(Decay(), {}, devices=jax.devices()[:1])
     assert group.modes == ("loop", "map", "vmap")
     assert group.choose(100) == "loop"
     run_lanes(group, RATES, KEYS)
@@ -239,13 +207,13 @@ def test_an_accelerator_is_given_all_lanes_at_once():
     class Chip:
         platform = "tpu"
 
-    assert Group(Decay(), {}, devices=[Chip()]).modes == ("vmap",)
-    assert Group(Decay(), {}, mode="loop", devices=[Chip()]).modes == ("loop",)
+    assert CompiledRuns(Decay(), {}, devices=[Chip()]).modes == ("vmap",)
+    assert CompiledRuns(Decay(), {}, mode="loop", devices=[Chip()]).modes == ("loop",)
 
 
 def test_operations_are_those_of_the_compiled_step():
     def flops(mode, length):
-        group = Group(Decay(length=length), {}, mode=mode)
+        group = CompiledRuns(Decay(length=length), {}, mode=mode)
         run_lanes(group, RATES, KEYS)
         return group.flops
 
@@ -254,13 +222,13 @@ def test_operations_are_those_of_the_compiled_step():
     assert flops("loop", 16) == 2 * loop
     for mode in ("map", "vmap"):
         assert flops(mode, 8) == pytest.approx(loop, rel=0.5)
-    whole = Group(Whole(lambda hparams, key: {"loss": hparams["rate"]}), {}, mode="loop")
+    whole = CompiledRuns(FunctionJob(lambda hparams, key: {"loss": hparams["rate"]}), {}, mode="loop")
     run_lanes(whole, RATES, KEYS)
     assert whole.flops is None
 
 
 def test_one_run_keeps_its_state_and_can_be_ended():
-    group = Group(Decay(), {}, mode="loop")
+    group = CompiledRuns(Decay(), {}, mode="loop")
     state, metrics = run_one(group, {"rate": 0.5}, KEYS[0], rungs=[2])
     assert (int(state["at"]), float(metrics["loss"])) == (8, pytest.approx(expected(0.5, KEYS[0]), rel=1e-6))
     np.testing.assert_array_equal(metrics["vector"], state["x"])
@@ -273,18 +241,18 @@ def test_one_run_keeps_its_state_and_can_be_ended():
 
 _SPLIT = """
 import sys, json
-sys.path[:0] = ["tests/unit/train"]
+sys.path[:0] = ["tests/unit", "tests/unit/train"]
 import jax, numpy as np
 from test_lanes import *
 found = {}
 for mode in ("map", "vmap"):
-    group = Group(Decay(), {}, mode=mode)
+    group = CompiledRuns(Decay(), {}, mode=mode)
     dropped = run_lanes(group, RATES, KEYS, rungs=[2], watch=lambda steps, _: [1] if steps == 2 else [])
     whole = run_lanes(group, RATES, KEYS)
     shards = {shard.device.id for shard in jax.tree.leaves(lanes._Stacked(group, mode, RATES, KEYS)._state)[0]
               .addressable_shards}
     found[mode] = [[float(m["loss"]) for m in whole], [int(m["at"]) for m in dropped], len(shards)]
-print(json.dumps([len(jax.devices()), Group(Decay(), {}).modes, found]))
+print(json.dumps([len(jax.devices()), CompiledRuns(Decay(), {}).modes, found]))
 """
 
 

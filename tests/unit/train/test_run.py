@@ -15,7 +15,7 @@ from flax import nnx
 import mujax
 from mujax.errors import ConfigError
 from mujax.train._batches import Batches, as_batches
-from mujax.train._lanes import Group, run_lanes
+from mujax.train._lanes import CompiledRuns, run_lanes
 from mujax.train._run import SCHEDULES, optimizer_from, schedule, training_run
 
 STEPS = 12
@@ -58,7 +58,7 @@ def trained(job, mode="loop", seeds=(0,), **hparams):
     static = {name: value for name, value in hparams.items() if not isinstance(value, float)}
     traced = {name: np.repeat(value, len(seeds)) for name, value in hparams.items() if name not in static}
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return run_lanes(Group(job, static, mode=mode), traced, keys)
+    return run_lanes(CompiledRuns(job, static, mode=mode), traced, keys)
 
 
 def run_of(model=net, width=16, base_width=8, **options):
@@ -112,7 +112,7 @@ def test_modes_agree_for_linen_nnx_and_functions(model):
     keys = jnp.stack([jax.random.key(seed) for seed in (0, 1, 0)])
     curves = {
         mode: np.stack(
-            [found["curve"] for found in run_lanes(Group(job, {}, mode=mode), rates, keys, rungs=[5])]
+            [found["curve"] for found in run_lanes(CompiledRuns(job, {}, mode=mode), rates, keys, rungs=[5])]
         )
         for mode in ("loop", "map", "vmap")
     }
@@ -176,7 +176,7 @@ def test_every_hyperparameter_does_something():
         traced[name] = np.full(1 + len(TURNED), plain)
         traced[name][place] = turned
     keys = jnp.stack([jax.random.key(0)] * (1 + len(TURNED)))
-    plain, *others = run_lanes(Group(run_of(optimizer="adamw"), {}, mode="map"), traced, keys)
+    plain, *others = run_lanes(CompiledRuns(run_of(optimizer="adamw"), {}, mode="map"), traced, keys)
     for name, turned in zip(TURNED, others, strict=True):
         assert np.abs(plain["curve"] / turned["curve"] - 1).max() > 1e-3, name
         starts = name in ("init_scale", "output_mult", "input_mult")

@@ -484,23 +484,23 @@ def test_sharded_state_is_donated(sharded_run):
         (
             {},
             "model_state at stats/mean: expected float32[3] back from the loss, got nothing; "
-            "return the collections that the loss was handed, updated or as they were.",
+            "return the collections that the loss was passed, updated or unchanged.",
         ),
         (
             {"stats": {"mean": jnp.zeros(4)}},
             "model_state at stats/mean: expected float32[3] back from the loss, got float32[4]; "
-            "return the collections that the loss was handed, updated or as they were.",
+            "return the collections that the loss was passed, updated or unchanged.",
         ),
         (
             {"stats": {"mean": jnp.zeros(3)}, "more": jnp.zeros((), jnp.int32)},
             "model_state at more: expected nothing back from the loss, got int32[]; "
-            "return the collections that the loss was handed, updated or as they were.",
+            "return the collections that the loss was passed, updated or unchanged.",
         ),
         (
             {"stats": {"mean": jnp.zeros(3)}, "more": {}},
             "model_state: expected the structure PyTreeDef({'stats': {'mean': *}}) back from the loss, "
             "got PyTreeDef({'more': {}, 'stats': {'mean': *}}); "
-            "return the collections that the loss was handed, updated or as they were.",
+            "return the collections that the loss was passed, updated or unchanged.",
         ),
     ],
 )

@@ -34,8 +34,6 @@ def test_more_trials_cost_more_and_end_lower():
     assert all(low <= loss <= high for low, loss, high in zip(found.low, found.loss, found.high, strict=True))
     # Half of all best of four lie below this quantile.
     assert found.loss[2] == pytest.approx(np.quantile(losses, 1 - 0.5 ** (1 / 4)), abs=0.1)
-    assert found.cost_of(min(losses)) == 96.0
-    assert found.cost_of(0.5) is None
     assert json.loads(found.to_json())["trials"] == [1, 2, 4, 8, 16, 32]
 
 
@@ -52,5 +50,5 @@ def test_what_diverged_is_never_chosen_and_counts_as_the_worst_where_it_must_be(
     assert found.high[0] == 2.0
     # Chosen by the proxy, diverged at the target.
     assert front([1.0, 2.0], [1.0, 1.0], [None, 3.0]).loss[-1] == 3.0
-    with pytest.raises(ConfigError, match="expected at least one trial that came to its end"):
+    with pytest.raises(ConfigError, match="expected at least one trial that reached its end, got none"):
         front([None, None], [1.0, 1.0])

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
-from test_lanes import Decay
+from trials import Decay
 
 import mujax
 from mujax.errors import ConfigError, MujaxError
-from mujax.tune._sweep import Sweep, Trial, sweep
+from mujax.tune._results import Sweep, Trial
+from mujax.tune._sweep import Study, sweep
 
 RANGE = {"x": {"low": 0.0, "high": 4.0}}
 
@@ -152,14 +153,14 @@ def test_a_pruner_stops_what_is_behind_at_a_rung():
 # ---- the study -------------------------------------------------------------------------------------------
 
 
-def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp_path: pathlib.Path):
+def test_a_study_is_resumed_and_holds_what_a_trial_needs_to_be_repeated(tmp_path: pathlib.Path):
     ran = []
 
     def run(hparams, key):
         jax.debug.callback(lambda x: ran.append(round(float(x), 5)), hparams["x"])
         return bowl(hparams, key)
 
-    options = {"study": "s", "storage": tmp_path / "a.db", "mode": "loop", "settings": {"width": 8}}
+    options = {"study": Study("s", tmp_path / "a.db", settings={"width": 8}), "mode": "loop"}
     first = sweep(run, RANGE, trials=3, **options)
     second = sweep(run, RANGE, trials=5, **options)
     third = sweep(run, RANGE, trials=5, **options)
@@ -176,7 +177,71 @@ def test_a_study_is_gone_on_with_and_holds_what_a_trial_needs_to_be_repeated(tmp
     assert (attrs["seed"], attrs["seeds"], attrs["mode"], attrs["steps"]) == (0, 1, "loop", 1)
     assert attrs["metrics"]["other"] == pytest.approx(-first.trials[0].hparams["x"])
     with pytest.raises(ConfigError, match="width: expected 8, with which study 's' was started, got 9"):
-        sweep(run, RANGE, trials=5, **{**options, "settings": {"width": 9}})
+        sweep(run, RANGE, trials=5, study=Study("s", tmp_path / "a.db", settings={"width": 9}))
+    with pytest.raises(
+        ConfigError, match=r"space: expected x=0:4, with which study 's' was started, got x=0:5;"
+    ):
+        sweep(run, {"x": {"low": 0.0, "high": 5.0}}, trials=6, **options)
+
+
+def test_a_study_can_be_given_by_its_name_and_by_the_arguments_of_0_3(tmp_path: pathlib.Path):
+    place = Study(
+        "s", tmp_path / "a.db", settings={"width": 8}, attributes={"by": "me"}, heartbeat=5, patience=1
+    )
+    found = sweep(bowl, RANGE, trials=2, study=place)
+    with pytest.warns(
+        DeprecationWarning, match=r"sweep\(settings=\.\.\., notes=.* pass study=mujax\.Study\(.*attr"
+    ):
+        again = sweep(
+            bowl, RANGE, trials=2, study="s", storage=tmp_path / "a.db", settings={"width": 8}, notes={},
+            heartbeat=5, patience=1,
+        )  # fmt: skip
+    assert again.trials == found.trials
+    assert again.settings == found.settings
+    with stored_study(tmp_path / "a.db") as stored:
+        assert stored.user_attrs["mujax:notes"] == {"by": "me"}
+    with pytest.raises(ConfigError, match="width: expected 8, with which study 's' was started, got nothing"):
+        sweep(bowl, RANGE, trials=2, study="s", storage=tmp_path / "a.db")
+
+
+@pytest.mark.parametrize(
+    ("beside", "field"),
+    [({"storage": "a.db"}, "storage"), ({"notes": {}}, "attributes"), ({"patience": 3}, "patience")],
+)
+def test_what_belongs_in_a_study_is_refused_beside_it(beside, field):
+    (name,) = beside
+    text = rf"{name}: expected it as a field of the Study, got it beside one; pass .*Study\(\.\.\., {field}="
+    with pytest.raises(ConfigError, match=text):
+        sweep(bowl, RANGE, trials=1, study=Study("s"), **beside)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'devices'"):
+        sweep(bowl, RANGE, trials=1, devices=None)
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "valid_loss"])
+def test_an_objective_that_a_run_does_not_return_stops_it_before_anything_is_run_or_stored(
+    objective, tmp_path: pathlib.Path
+):
+    job = Decay(length=4)
+    options = {"sampler": "grid", "study": "s", "storage": tmp_path / "a.db"}
+    text = rf"run: expected the metric '{objective}' to minimise, got \['at', 'loss', 'vector'\]; return it"
+    with pytest.raises(ConfigError, match=text):
+        sweep(job, {"rate": [0.5, 0.25]}, trials=2, objective=objective, **options)
+    jax.effects_barrier()
+    assert job.seen == []
+    assert not (tmp_path / "a.db").exists()
+    # So the study can be started with another one.
+    assert sweep(job, {"rate": [0.5, 0.25]}, trials=2, **options).best is not None
+
+
+def test_an_objective_may_be_known_at_the_end_only():
+    class Scored(Decay):
+        def finish(self, hparams, state, data):
+            return {"score": -hparams["rate"]}
+
+    found = sweep(Scored(length=4), {"rate": [0.5, 0.25]}, trials=2, objective="score", sampler="grid")
+    assert [trial.loss for trial in found.trials] == [-0.5, -0.25]
+    # The loss takes its place before.
+    assert found.trials[0].rungs[1] == found.trials[0].metrics["loss"] * 2**3
 
 
 def test_a_run_that_raises_is_one_sentence_and_its_trials_are_put_back(tmp_path: pathlib.Path):
@@ -216,7 +281,7 @@ def test_an_interrupt_puts_back_what_is_under_way(tmp_path: pathlib.Path):
     )
 
 
-def test_progress_and_finished_trials_are_told():
+def test_progress_and_finished_trials_are_reported():
     seen, ends = [], []
     sweep(Decay(length=4), {"rate": [0.5, 0.25, 0.125]}, trials=3, sampler="grid", lanes=2, rungs=2,
           progress=seen.append, finished=ends.append)  # fmt: skip
@@ -233,25 +298,23 @@ def test_progress_and_finished_trials_are_told():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "text"),
     [
         ({"trials": 0}, "trials: expected at least 1, got 0"),
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
         ({"mode": "pmap"}, "mode: expected one of 'loop', 'map', 'vmap' or None, got 'pmap'"),
-        ({"fixed": {"x": 1.0}}, "x: expected it in the space or fixed, found it in both"),
-        (
-            {"objective": "accuracy"},
-            r"run: expected the metric 'accuracy' to minimise, got \['other'\]",
-        ),
+        ({"fixed": {"x": 1.0}}, "x: expected it in the space or fixed, got it in both"),
         ({"sampler": "best"}, "sampler: expected one of"),
+        ({"trials": 1.5}, "trials: expected a whole number of at least 1, got 1.5"),
+        ({"seeds": True}, "seeds: expected a whole number of at least 1, got True"),
+        ({"space": ["x"]}, r"space: expected a mapping of hyperparameters, got \['x'\]"),
+        ({"study": Study("s", heartbeat="long")}, "heartbeat: expected a number of seconds, got 'long'"),
+        ({"study": Study("")}, "study: expected a name of 1 to 400 characters"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(options, said):
-    def run(hparams, key):
-        return {"other": hparams["x"]} if "objective" in options else bowl(hparams, key)
-
-    with pytest.raises(ConfigError, match=said):
-        sweep(run, RANGE, **{"trials": 2, **options})
+def test_what_makes_no_sense_is_one_sentence(options, text):
+    with pytest.raises(ConfigError, match=text):
+        sweep(**{"run": bowl, "space": RANGE, "trials": 2, **options})
 
 
 def test_an_objective_that_is_an_array_is_refused():
@@ -262,3 +325,4 @@ def test_an_objective_that_is_an_array_is_refused():
 def test_it_is_what_the_package_exports():
     assert mujax.sweep is sweep
     assert mujax.Sweep is Sweep
+    assert mujax.Study is Study

@@ -50,7 +50,7 @@ def test_a_trial_is_a_run_with_its_curve_rungs_and_hyperparameters(tmp_path: pat
     }
 
 
-def test_what_diverged_has_hyperparameters_and_no_loss_and_nothing_is_said_of_it(
+def test_what_diverged_has_hyperparameters_and_no_loss_and_no_warning(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write = tensorboard_writer(tmp_path)
@@ -71,7 +71,7 @@ def test_tensorflow_is_not_needed() -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_a_missing_package_is_said_before_anything_is_made(
+def test_a_missing_package_is_named_before_anything_is_made(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 
@@ -17,9 +16,11 @@ import pytest
 import mujax
 from mujax.errors import ConfigError, MujaxError
 from mujax.train import transfers
+from mujax.tune._sweep import Study
 from mujax.tune._tasks import TASKS
 from mujax.tune._transfer import TargetProgress
 from mujax.tune._tune import TuneConfig, read_study
+from mujax.tune.study import SharedStudy
 
 SPACE = {"learning_rate": {"low": 2.0**-9, "high": 2.0**-5, "log": True}, "output_mult": [0.5, 1.0, 2.0]}
 
@@ -46,7 +47,17 @@ def config(file: pathlib.Path) -> TuneConfig:
     )  # fmt: skip
 
 
+def store(config: TuneConfig, *losses: float | None) -> None:
+    """A study as `mujax.tune` leaves it, without training anything."""
+    place, count = config.stored(), len(losses)
+    options = {"settings": place.settings, "attributes": place.attributes, "sampler": config.sampler}
+    with SharedStudy.open("s", config.whole_space, storage=place.storage, **options) as study:
+        for lease, loss in zip(study.lease(count, count), losses, strict=True):
+            study.finish(lease, loss, {})
+
+
 def test_the_target_is_trained_with_the_best_of_the_study(config: TuneConfig) -> None:
+    config = dataclasses.replace(config, study=Study("s", config.storage), storage=None)
     study = mujax.tune(config)
     assert len(study.trials) == 3
     assert study.best is not None
@@ -71,7 +82,7 @@ def test_the_target_is_trained_with_the_best_of_the_study(config: TuneConfig) ->
     # Kernels of 6x8, 8x8 and 8x3 against 6x32, 32x32 and 32x3, and what does not grow.
     assert 3 < found.saved < (6 * 32 + 32 * 32 + 32 * 3) / (6 * 8 + 8 * 8 + 8 * 3)
     text = json.loads(found.to_json())
-    assert text["hparams"] == found.hparams
+    assert (text["study"], text["hparams"]) == ("s", found.hparams)
     assert len(text["runs"][0]["curve"]) == 12
 
     # It is the run that one would make by hand.
@@ -94,8 +105,8 @@ def test_the_target_is_in_the_proxys_mup(config: TuneConfig) -> None:
 def test_what_does_not_transfer_is_settled_or_refused(config: TuneConfig) -> None:
     space = {**SPACE, "weight_decay": [0.0, 0.1], "depth": [1, 2]}
     config = dataclasses.replace(config, space=space, optimizer="adamw", trials=2, fixed={})
-    mujax.tune(config)
-    with pytest.raises(ConfigError, match="found weight_decay, depth tuned as well"):
+    store(config, 0.5, 0.7)
+    with pytest.raises(ConfigError, match="got weight_decay, depth tuned as well"):
         mujax.transfer(config, width=16)
     with pytest.raises(ConfigError, match="found depth tuned as well"):
         mujax.transfer(config, width=16, also=("weight_decay",))
@@ -107,7 +118,7 @@ def test_what_does_not_transfer_is_settled_or_refused(config: TuneConfig) -> Non
     assert "layers_6" in found.params
 
 
-def test_a_study_is_gone_on_with_from_its_name(config: TuneConfig, monkeypatch, tmp_path) -> None:
+def test_a_study_is_resumed_from_its_name(config: TuneConfig, monkeypatch, tmp_path) -> None:
     (tmp_path / "mine_tuned.py").write_text(
         "from flax import linen as nn\n"
         "def net(width):\n"
@@ -122,10 +133,21 @@ def test_a_study_is_gone_on_with_from_its_name(config: TuneConfig, monkeypatch, 
         assert getattr(again, name) == getattr(config, name), name
     assert read_study(again).trials == tuned.trials
     assert mujax.transfer(again, width=16).loss is not None
-    with pytest.raises(ConfigError, match="expected 's' to have been tuned with batch 8, found 16"):
+    with pytest.raises(ConfigError, match="expected 's' to have been tuned with batch 8, got 16"):
         mujax.transfer(dataclasses.replace(again, batch=8), width=16)
     with pytest.raises(ConfigError, match=r"study: expected one of 's' in .*a\.db, got 'other'"):
         TuneConfig.of_study("other", config.storage)
+
+
+def test_a_study_with_settings_of_its_own(config: TuneConfig, file: pathlib.Path) -> None:
+    named = config.stored()
+    assert (named.name, named.storage, named.attributes) == ("s", config.storage, {"data": str(file)})
+    assert named.settings == config.settings()
+    place = Study("s", "b.db", settings={"note": "first"}, attributes={"by": "me"}, heartbeat_timeout=600)
+    found = dataclasses.replace(config, study=place, storage=None).stored()
+    assert found.settings == {**named.settings, "note": "first"}
+    assert found.attributes == {**named.attributes, "by": "me"}
+    assert (found.name, found.storage, found.heartbeat_timeout) == ("s", "b.db", 600)
 
 
 def test_batches_and_a_loss_of_ones_own() -> None:
@@ -169,7 +191,7 @@ def test_a_text_of_ones_own_and_sequences_of_ones_own_length(tmp_path: pathlib.P
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "text"),
     [
         ({"task": "mnist"}, "task: expected one of mnist-mlp, text-transformer, package.module:factory or"),
         ({"task": net}, "width: expected the proxy's width for a model of your own, got none"),
@@ -182,10 +204,20 @@ def test_a_text_of_ones_own_and_sequences_of_ones_own_length(tmp_path: pathlib.P
         ({"parametrization": "mupp"}, "parametrization"),
         ({"zero_init": ("bias",)}, "zero_init: expected 'readout' or 'query', got 'bias'"),
         ({"task": net, "width": 8, "batches": []}, "steps: expected the number of steps beside batches"),
+        ({"steps": 1.5}, "steps: expected a whole number of at least 1, got 1.5"),
+        ({"objective": "accuracy"}, "objective: expected one of loss, mean_loss, valid_loss, got 'accuracy'"),
+        (
+            {"task": net, "width": 8, "batches": [], "steps": 3, "objective": "valid_loss"},
+            "objective: expected held-out batches for 'valid_loss', got none; pass valid",
+        ),
+        (
+            {"study": Study("s"), "patience": 1},
+            "patience: expected it as a field of the Study, got it beside",
+        ),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(options, said) -> None:
-    with pytest.raises(MujaxError, match=said):
+def test_what_makes_no_sense_is_one_sentence(options, text) -> None:
+    with pytest.raises(MujaxError, match=text):
         TuneConfig(**options)
 
 
@@ -194,20 +226,17 @@ def test_transferring_what_is_not_there(config: TuneConfig) -> None:
         mujax.transfer(dataclasses.replace(config, study=None), width=16)
     with pytest.raises(ConfigError, match="width: expected the target's width, got None"):
         mujax.transfer(config)
-    with pytest.raises(ConfigError, match="found no such file"):
+    with pytest.raises(ConfigError, match="got no such file"):
         mujax.transfer(config, width=16)
     lost = dataclasses.replace(config, space={"learning_rate": [2.0**100]}, trials=1, sampler="grid")
-    mujax.tune(lost)
-    with pytest.raises(
-        ConfigError, match="expected a trial in 's' that came to its end, found 1 that did not"
-    ):
+    store(lost, None)
+    with pytest.raises(ConfigError, match="expected a trial in 's' that came to its end, got 1 that did not"):
         mujax.transfer(lost, width=16)
 
 
-def test_a_target_that_diverges_is_told(config: TuneConfig) -> None:
-    mujax.tune(config)
+def test_a_target_that_diverges_has_no_loss(config: TuneConfig) -> None:
+    store(config, 0.5)
     found = mujax.transfer(config, width=16, fixed={"learning_rate": 2.0**100})
     assert found.loss is None
     assert found.runs[0].loss is None
     assert json.loads(found.to_json())["loss"] is None
-    assert not any(math.isnan(loss) for loss in found.runs[0].metrics.values() if loss is None)

@@ -31,10 +31,10 @@ ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scal
 
 
 def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    """A sum or a choice: terms of one scale, or each is put right first.
+    """A sum or a choice: terms of one scale, or each is corrected first.
 
-    A constant term (a mask, an epsilon) has no say, but for an initialiser, where it is all there is; neither
-    has stored state beside a parameter (the frozen kernel that a low-rank pair is added to).
+    A constant term (a mask, an epsilon) does not count, except in an initialiser; neither does stored state
+    beside a parameter (the frozen kernel that a low-rank pair is added to).
     """
     weights = any(value.kind == "param" for value in ins)
     moving = [
@@ -155,7 +155,7 @@ def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: S
 
 
 def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    """Zeros and ones. How many of each there are tells only on entries of the same scale at every width."""
+    """Zeros and ones. Their shares are the same at every width if the scale of the entries is."""
     if interp.exact and not all(scale.is_one for scale in scales):
         return UNKNOWN
     return ONE
@@ -251,7 +251,7 @@ class Elementwise:
         scale: the scale of the result.
         linear: operands that the result is linear in, with the others fixed.
         terms: operands that the result is a sum of, or a choice from.
-        logits: whether logits that go in are logits still: linear steps, choices, a soft cap.
+        logits: whether logits remain logits: linear steps, choices, a soft cap.
         sign: the parity of the result.
         bends: whether it is a function that does not become linear as its argument shrinks.
     """

@@ -1,4 +1,4 @@
-"""Sums and products: who is the weight, and who the activation."""
+"""Sums and products, and which operand of a product is the weight."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _scale_of_product(
     if "param" in kinds:
         if left.state or right.state:
             return UNKNOWN
-        # Put right what can be before the product, so that each layer's own entries keep their scale.
+        # Corrected before the product where possible, so that each layer's own entries keep their scale.
         settled = [
             interp.require_order_one(pair.place, value, report=False) if value.kind == "data" else scale
             for value, scale in zip((left, right), scales, strict=True)
@@ -188,10 +188,10 @@ class _Side:
 def _multiply(
     interp: Interpreter, pair: Pair, left: _Side, right: _Side, place: Callable[[View, bool], View]
 ) -> list[Value]:
-    """The product of two values over some axes: who is the weight, who is the activation.
+    """The product of two values over some axes, one of which may be a weight.
 
     Args:
-        interp: the interpreter, for its log.
+        interp: the interpreter, for its record.
         pair: the equation.
         left: the first operand.
         right: the second operand.

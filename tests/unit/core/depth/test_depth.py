@@ -1063,7 +1063,7 @@ def test_options_that_make_no_sense(options, error, text):
 
 
 def test_depth_that_contradicts_the_scan_is_an_error():
-    text = r"block/.*: expected its layers to grow as depth=\(2, 16\) says"
+    text = r"block/.*: expected its layers to grow as in depth=\(2, 16\), got"
     with pytest.raises(mujax.DepthError, match=text):
         wrap("functional", depth=(2, 16))
     assert [c.factor for c in wrap("functional", depth=(1, 4)).corrections if c.kind == "residual"] == [1 / M]

@@ -389,11 +389,36 @@ def test_a_study_that_does_not_minimize_one_value(directions: list[str], memory:
 
 def test_another_space(memory: InMemoryStorage) -> None:
     run_all([SharedStudy.open("s", SPACE, storage=memory)], 1)
-    for other in ({"lr": [0.1]}, {"lr": {"low": 0.1, "high": 1.0}}, {"act": ["relu"]}):
-        with pytest.raises(ConfigError, match=r"expected .*, with which study 's' was started, got .*; take"):
-            SharedStudy.open("s", {**SPACE, **other}, storage=memory)
     wider = {"lr": {"low": "2**-12", "high": 1.0, "log": True}}
-    assert SharedStudy.open("s", {**SPACE, **wider}, storage=memory).pending(2) == 1
+    fewer = {"lr": SPACE["lr"]}
+    for other in (
+        *({**SPACE, **part} for part in ({"lr": [0.1]}, {"lr": {"low": 0.1, "high": 1.0}}, wider)),
+        *({**SPACE, **part} for part in ({"act": ["relu"]}, {"depth": {"low": 1, "high": 3}})),
+        fewer,
+    ):
+        text = r"space: expected lr=0.000976562:1:log, act=relu\|tanh, with which study 's' was started, got "
+        with pytest.raises(ConfigError, match=text):
+            SharedStudy.open("s", other, storage=memory)
+    with pytest.raises(
+        ConfigError, match=r"got lr=0.000976562:1:log; take another study name, or that space"
+    ):
+        SharedStudy.open("s", fewer, storage=memory)
+    # The order is no difference, nor is another way of writing it.
+    same = {"act": ("relu", "tanh"), "lr": optuna.distributions.FloatDistribution(2.0**-10, 1.0, log=True)}
+    assert SharedStudy.open("s", same, storage=memory).pending(2) == 1
+
+
+def test_another_space_than_that_of_the_trials_of_a_study_of_0_3(memory: InMemoryStorage) -> None:
+    """Its space is not stored, but each of its trials has it."""
+    plain = optuna.create_study(study_name="s", storage=memory)
+    plain.set_user_attr("mujax", {})
+    plain.add_trial(
+        optuna.create_trial(value=1.0, params={"x": 2.0}, distributions={"x": FloatDistribution(1.0, 4.0)})
+    )
+    assert SharedStudy.open("s", {"x": {"low": 1.0, "high": 4.0}}, storage=memory).pending(2) == 1
+    text = "space: expected x=1:4, with which study 's' was started, got x=1:5; take another study name"
+    with pytest.raises(ConfigError, match=text):
+        SharedStudy.open("s", {"x": {"low": 1.0, "high": 5.0}}, storage=memory)
 
 
 @pytest.mark.parametrize("name", ["", "  ", "s (claiming)", "s" * 500])
@@ -429,7 +454,7 @@ def test_reading_a_study_that_is_not_there(tmp_path: pathlib.Path, memory: InMem
     SharedStudy.open("b", SPACE, storage=memory)
     with pytest.raises(ConfigError, match="study: expected one of 'a', 'b' in InMemoryStorage, got 's'"):
         SharedStudy.load("s", memory)
-    with pytest.raises(ConfigError, match=r"study: expected 's' in .*none\.db, found no such file"):
+    with pytest.raises(ConfigError, match=r"study: expected 's' in .*none\.db, got no such file"):
         SharedStudy.load("s", tmp_path / "none.db")
     assert not (tmp_path / "none.db").exists()
 
@@ -769,7 +794,7 @@ def test_a_study_that_somebody_deleted(memory: InMemoryStorage) -> None:
     study = SharedStudy.open("s", SPACE, storage=memory)
     optuna.delete_study(study_name="s", storage=memory)
     with pytest.raises(
-        StudyError, match="study 's': expected it in InMemoryStorage, found that somebody deleted"
+        StudyError, match="study 's': expected it in InMemoryStorage, got none: somebody deleted"
     ):
         study.records()
 

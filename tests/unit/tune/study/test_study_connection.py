@@ -151,7 +151,7 @@ def test_a_study_that_somebody_deleted(connection: Connection) -> None:
         connection.persist(missing)
     optuna.delete_study(study_name="s", storage=connection.storage)
     text = (
-        r"^study 's': expected it in the database's address, found that somebody deleted it; run the same "
+        r"^study 's': expected it in the database's address, got none: somebody deleted it; run the same "
         r"command again to start it anew\.$"
     )
     with pytest.raises(StudyError, match=text):

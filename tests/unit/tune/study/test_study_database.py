@@ -66,11 +66,11 @@ def test_the_driver_that_is_installed(
     [
         (
             "postgresql+psycopg2://u:secret@h/d",
-            r"storage: expected a driver for .* found none; pip install 'psyc",
+            r"storage: expected a driver for .* got none; pip install 'psyc",
         ),
         (
             "oracle://u:secret@h/d",
-            r"storage: expected a driver for oracle to be installed, found none; use SQL",
+            r"storage: expected a driver for oracle to be installed, got none; use SQL",
         ),
         ("redis://h", r"storage: expected a driver for redis"),
         ("postgresql://u:secret@h:port/d", r"storage: expected a file or an address such as postgresql://"),
