@@ -87,7 +87,9 @@ def _report_expanded_square(
     A factor on it would break the identity. Returns whether it is one.
     """
     sums = [
-        scale.total for scale in scales if scale.total and abs(scale.degree - 1) < 1e-6 and scale.summed != 1
+        scale.total
+        for value, scale in zip(ins, scales, strict=True)
+        if scale.total and abs(value.scale.degree - 1) < 1e-6 and value.scale.summed != 1
     ]
     heads = frozenset[str]().union(*(value.linear_in for value in ins))
     products = [
