@@ -29,7 +29,8 @@ from typing import Any, Final
 import common
 
 import mujax
-from mujax.tune import TASKS, Progress, Report, sweep_widths
+from mujax.check import Progress
+from mujax.tune import TASKS, Report, sweep_widths
 
 DRIFT: Final = common.Goal(0.75, "at most 0.75")
 GAP: Final = common.Goal(0.0, "at most 0")

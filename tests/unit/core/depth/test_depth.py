@@ -1076,7 +1076,7 @@ def test_no_branches_is_an_error():
 
 
 def test_base_and_target_that_differ_in_layers_alone_need_depth():
-    with pytest.raises(mujax.ShapeMismatchError, match=r"^block/\w+/\w+: expected .* found 2 layers in the"):
+    with pytest.raises(mujax.ShapeMismatchError, match=r"^block/\w+/\w+: expected .* got 2 layers in the"):
         mujax.mup_init(functional(8, 8), functional(8, 2), X)
 
 
