@@ -444,7 +444,7 @@ def sweep_widths(
         MujaxError: as `mup_init` does.
 
     Example:
-        >>> config = TransferConfig.for_task(quick=True, widths=(16, 32), steps=3)
+        >>> config = TransferConfig.for_task("mnist-mlp", quick=True, widths=(16, 32), steps=3)
         >>> sorted(sweep_widths(config).best_log2_lr)
         ['mup', 'sp']
 

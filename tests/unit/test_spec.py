@@ -31,12 +31,12 @@ SCALAR = ParamSpec((), ())
         (
             {"shape": (4, 4), "base_shape": (4,)},
             mujax.ShapeMismatchError,
-            "base_shape (4,) and shape (4, 4) must have the same rank",
+            "expected shape and base_shape of the same rank, got shape=(4, 4), base_shape=(4,)",
         ),
         (
             {"shape": (4, 4), "base_shape": (4, 4), "fan_in": (0,)},
             mujax.MujaxError,
-            "ParamSpec of shape (4, 4): each axis must be in exactly one of fan_in, fan_out and stack; got "
+            "ParamSpec of shape (4, 4): expected each axis in exactly one of fan_in, fan_out and stack, got "
             "fan_in=(0,), fan_out=(), stack=()",
         ),
         (
@@ -47,14 +47,15 @@ SCALAR = ParamSpec((), ())
         (
             {"shape": (4,), "base_shape": (4,), "stack": (1,)},
             mujax.MujaxError,
-            "each axis must be in exactly one of",
+            "expected each axis in exactly one of",
         ),
         # Negative axes are not an alias: two specs of the same parameter must compare equal.
         ({"shape": (4,), "base_shape": (4,), "fan_in": (-1,)}, mujax.MujaxError, "fan_in=(-1,)"),
         (
             {"shape": (8, 4), "base_shape": (4, 4), "fan_in": (0,), "fan_out": (1,), "infinite": (1,)},
             mujax.ShapeMismatchError,
-            "shape (8, 4) and base_shape (4, 4): axes (0,) differ, so they must be listed in infinite=(1,)",
+            "shape (8, 4) and base_shape (4, 4): expected axes (0,), whose sizes differ, to be listed in "
+            "infinite",
         ),
         (
             {"shape": (8,), "base_shape": (4,), "fan_out": (0,), "infinite": (0, 3)},

@@ -146,11 +146,16 @@ def test_a_file_gets_wide_tables_unless_columns_says_otherwise(monkeypatch: pyte
 def test_a_signal_is_an_interrupt_wherever_it_strikes(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = signal.getsignal(number)
+    # A shell starts what runs in the background with SIGINT ignored.
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)
     monkeypatch.setattr(_explain, "run", lambda _: signal.raise_signal(number))
-    assert cli.main(EXPLAIN) == 130
-    assert capsys.readouterr().err == "mujax: interrupted.\n"
-    assert signal.getsignal(number) is before
+    try:
+        assert cli.main(EXPLAIN) == 130
+        assert capsys.readouterr().err == "mujax: interrupted.\n"
+        assert signal.getsignal(number) is usual
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.parametrize(("strikes", "looks"), [(1, 1), (2, 0)])

@@ -246,7 +246,7 @@ def test_a_parameter_in_an_unknown_primitive_has_no_role():
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (7, w))
         return _readout(x @ _unheard_of.bind(kernel))
 
-    with pytest.raises(mujax.RoleError, match=r"kernel: .*goes into unheard_of at .*test_audit.py.*roles="):
+    with pytest.raises(mujax.RoleError, match=r"kernel: .*got one in unheard_of at .*test_audit.py.*roles="):
         audit(body)
     mup = audit(body, roles={"kernel": "input"})
     assert [finding.kind for finding in mup] == ["opaque"]

@@ -613,7 +613,7 @@ def test_bytes_of_no_format_are_called_so(tmp_path, name):
     path = tmp_path / name
     for seed in range(20):
         path.write_bytes(np.random.default_rng(seed).bytes(2000))
-        assert "found bytes of no format of NumPy's; " in refusal(path)
+        assert "got bytes of no format of NumPy's; " in refusal(path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

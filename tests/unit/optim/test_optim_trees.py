@@ -194,7 +194,7 @@ class TestMismatch:
             tx,
             tree,
             r"^second/kernel: expected shape \(12, 12\), got no such path in the tree of {what}; "
-            r"pass the parameters that mup_init described; to train a part of them, use optax\.masked or",
+            r"pass the parameters that mup_init described; to freeze a part of them, use optax\.partition",
         )
 
     def test_missing_module_names_the_first_parameter(self, tx):

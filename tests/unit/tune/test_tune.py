@@ -108,7 +108,7 @@ def test_what_does_not_transfer_is_settled_or_refused(config: TuneConfig) -> Non
     store(config, 0.5, 0.7)
     with pytest.raises(ConfigError, match="got weight_decay, depth tuned as well"):
         mujax.transfer(config, width=16)
-    with pytest.raises(ConfigError, match="found depth tuned as well"):
+    with pytest.raises(ConfigError, match="got depth tuned as well"):
         mujax.transfer(config, width=16, also=("weight_decay",))
     with pytest.raises(ConfigError, match="also: expected hyperparameters that the study tuned, got 'b1'"):
         mujax.transfer(config, width=16, also=("b1",))

@@ -128,12 +128,12 @@ def test_a_param_spec_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("roles", "text"),
     [
-        ({"third/*": "hidden"}, r"'third/\*' matches none of them; the first is 'first/bias'"),
+        ({"third/*": "hidden"}, r"'third/\*', which matches none of them; the first is 'first/bias'"),
         ({"out/kernel": "readout"}, r"out/kernel: expected a role out of .*, got 'readout'"),
-        ({"first/kernel": "hidden"}, r"first/kernel: expected two axes .* found 1 in shape \(7, 24\)"),
+        ({"first/kernel": "hidden"}, r"first/kernel: expected two axes .* got 1 in shape \(7, 24\)"),
         (
             {"second/bias": "finite"},
-            r"second/bias: expected no axis that grows .*, found axes \(0,\) of shape \(24,\)",
+            r"second/bias: expected no axis that grows .*, got axes \(0,\) of shape \(24,\)",
         ),
         (
             {"first/kernel": mujax.ParamSpec((7, 32), (7, 8), fan_in=(0,), fan_out=(1,), infinite=(1,))},

@@ -462,7 +462,7 @@ def test_parameters_that_want_different_factors_on_one_product_are_an_error():
         read(LOW_RANK_UPDATE)
     line = LOW_RANK_UPDATE.use.__code__.co_firstlineno
     assert str(caught.value).startswith("k and down: expected one factor for their common product at")
-    assert f"test_trace.py:{line}, but their roles ask for different ones; use separate products" in str(
+    assert f"test_trace.py:{line}, got roles that ask for different ones; use separate products" in str(
         caught.value
     )
     # Table 3 has no factors in the forward pass.
