@@ -224,7 +224,9 @@ def _multiply(
                 experts = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
                 placed = place(view, side is left)
                 pending.append(Pending(use, dataclasses.replace(placed, picked=view.picked | experts)))
-            elif _may_have_copies(placed := place(view, side is left)):
+            elif len(left.batch) == len(right.batch) and _may_have_copies(
+                placed := place(view, side is left)
+            ):
                 pending.append(Pending(use, placed, entrywise=True, product=True))
         interp.decide(side.value)
         interp.copies(other.value, other.batch)
