@@ -93,5 +93,6 @@ def no_model_is_compiled(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     before = len(_compilations())
     yield
-    # An array or a key that a model is traced with may be.
-    assert len(_compilations()) <= before + 3, "not abstract: XLA compiled more than a few constants"
+    # An array or a key that a model is traced with may be, and initial values whose mean does not show.
+    allowed = 3 if request.node.get_closest_marker("samples") is None else 20
+    assert len(_compilations()) <= before + allowed, "not abstract: XLA compiled more than a few constants"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mujax import rules
-from mujax.core._corrections import Kind, disabled_kinds, plan_call, zero_params
+from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
 from mujax.core._mup_model import MupModel
 from mujax.core._param_specs import check_same_parameters, describe_parameters
@@ -24,8 +25,8 @@ from mujax.core.depth import (
 )
 from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Finding, analyse, merged
-from mujax.errors import AuditError, MujaxWarning, ShapeMismatchError
+from mujax.core.trace import Analysis, Finding, analyse, merged
+from mujax.errors import AuditError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
 
@@ -167,6 +168,7 @@ def mup_init(
     else:
         _refuse_layers_alone(spec)
         plan = plan_call(spec, disabled, stored, *programs)
+    _refuse_readouts_without_product(roles or {}, spec, plan)
     if zero_init:
         spec.require_roles("zero_init")
     init_scales = {
@@ -180,7 +182,7 @@ def mup_init(
         init_scales=init_scales,
         init_shifts={path: shift for path, shift in shifts.items() if init_scales.get(path) != 0},
         corrections=plan.in_order(),
-        findings=merged((*findings, *plan.findings)),
+        findings=merged((*_unused(roles or {}, spec, analysis), *findings, *plan.findings)),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),
@@ -218,6 +220,44 @@ def _only_shrinks(spec: MupSpec) -> bool:
         if pair[0] != pair[1]
     ]
     return bool(pairs) and all(size < base for size, base in pairs)
+
+
+def _unused(roles: Mapping[str, Role | ParamSpec], spec: MupSpec, analysis: Analysis) -> list[Finding]:
+    """Reports parameters that grow with width and that the traced call does not use."""
+    return [
+        Finding(
+            "unused parameter",
+            "the traced call does not use it, so its role is not known and it keeps the base's initial "
+            f'values and learning rate; trace a call that uses it, or give its role, roles={{"{path}": ...}}',
+            path,
+        )
+        for path, param in spec.items()
+        if param.infinite and not analysis.uses.get(path) and not _is_given(path, roles)
+    ]
+
+
+def _is_given(path: str, roles: Mapping[str, Role | ParamSpec]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in roles)
+
+
+def _refuse_readouts_without_product(
+    roles: Mapping[str, Role | ParamSpec], spec: MupSpec, plan: Plan
+) -> None:
+    """Refuses the role of a readout for a parameter without a product that can get its factor."""
+    for path, param in spec.items():
+        if param.role != "output" or not _is_given(path, roles):
+            continue
+        uses = plan.analysis.uses.get(path, ())
+        products = [use for use in uses if use.kind == "contraction"]
+        seen = any(role == "fan_in" for use in products for _, role, *_ in use.axes)
+        if not seen and rules.forward_factor(param, spec.parametrization) != 1:
+            raise RoleError(
+                where=path,
+                expected="a product that contracts it over its fan-in, which gets the factor of a readout",
+                got=f"only {uses[0].kind} use at {uses[0].where}" if uses else "none in the traced call",
+                remedy='write the factor base_fan_in/fan_in in the model and give "hidden" or "input", or '
+                "write the product with jnp.dot or jnp.einsum on the parameter itself",
+            )
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:

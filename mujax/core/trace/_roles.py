@@ -41,8 +41,11 @@ def resolve(path: str, shape: Sequence[int], base: Sequence[int], uses: Sequence
         _refuse_axes_cut_in_two(path, shape, use)
         readings.append(_Reading(use, axes_of_use(use, shape, base)))
     if not readings:
+        if infinite and not uses:
+            # Reported by `mup_init`; as a vector it keeps the base's initial values and Adam's learning rate.
+            return ParamSpec(tuple(shape), tuple(base), fan_out=tuple(range(len(shape))), infinite=infinite)
         if infinite:
-            raise _unseen(path, shape, uses)
+            raise _unseen(path, shape, uses[0])
         return ParamSpec(tuple(shape), tuple(base), fan_out=tuple(range(len(shape))))
     return _agree(path, readings)
 
@@ -139,15 +142,10 @@ def _disagreement(path: str, expected: str, *readings: _Reading) -> RoleError:
     )
 
 
-def _unseen(path: str, shape: Sequence[int], uses: Sequence[Use]) -> RoleError:
-    if uses:
-        use = uses[0]
-        found = f"one in {use.eqn.primitive.name} at {use.where}, which can't be followed"
-    else:
-        found = "none in the traced call"
+def _unseen(path: str, shape: Sequence[int], use: Use) -> RoleError:
     return RoleError(
         where=path,
         expected=f"a use that shows which axes of shape {tuple(shape)} are fan-in",
-        got=found,
+        got=f"one in {use.eqn.primitive.name} at {use.where}, which can't be followed",
         remedy=_REMEDY.format(path=path),
     )

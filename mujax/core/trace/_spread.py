@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +25,12 @@ class Spread(NamedTuple):
     Attributes:
         middle: the mean.
         reach: how far entries are from it at most; 0 for a constant, perhaps inf.
+        of: `"columns"` of an orthogonal matrix, which may be multiplied by any signs, or `"signs"`.
     """
 
     middle: float
     reach: float
+    of: Literal["columns", "signs"] | None = None
 
     def scaled(self, factor: float) -> Spread:
         """The distribution of a multiple."""
@@ -66,6 +68,8 @@ def _from_bits(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None
 
 
 def _product(a: Spread, b: Spread) -> Spread | None:
+    if {a.of, b.of} == {"columns", "signs"}:
+        return Spread(0.0, 1.0)
     # Two that are not constant may depend on each other.
     if a.reach and b.reach:
         return None
@@ -146,4 +150,6 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "clamp": _of_known(_clamp),
     "erf_inv": _odd(_inverse_erf),
     "tanh": _odd(math.tanh),
+    "qr": lambda *_: Spread(0.0, 1.0, "columns"),
+    "sign": lambda *_: Spread(0.0, 1.0, "signs"),
 }

@@ -19,6 +19,7 @@ READ = {
     "truncated": (INIT.truncated_normal(0.3), 0.0),
     "he uniform": (INIT.he_uniform(), 0.0),
     "bfloat16": (lambda key, shape: INIT.normal(0.1)(key, shape, jnp.bfloat16), 0.0),
+    "orthogonal": (INIT.orthogonal(2.0), 0.0),
     "zeros": (INIT.zeros, 0.0),
     "ones": (INIT.ones, 1.0),
     "uniform": (INIT.uniform(0.1), 0.05),
@@ -31,11 +32,11 @@ READ = {
     ),
 }
 NOT_READ = {
-    "orthogonal": INIT.orthogonal(),
     "absolute": lambda key, shape: jnp.abs(random.normal(key, shape)),
     "log uniform": lambda key, shape: jnp.log(random.uniform(key, shape, minval=1.0, maxval=16.0)),
     "squared": lambda key, shape: random.normal(key, shape) ** 2,
     "silu": lambda key, shape: nn.silu(random.normal(key, shape)),
+    "sign of a draw": lambda key, shape: (lambda x: x * jnp.sign(x))(random.normal(key, shape)),
     "product with itself": lambda key, shape: (lambda x: x * x)(random.normal(key, shape)),
 }
 

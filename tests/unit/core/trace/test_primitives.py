@@ -384,7 +384,10 @@ LINEN: dict[str, Callable[[int], Call]] = {
 }
 
 
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.samples) if name == "WeightNorm" else name for name in LINEN],
+)
 def test_linens_layers_are_all_seen(name):
     x = jax.ShapeDtypeStruct((2, 4, 7), jnp.float32)
     mup = mujax.mup_init(Between(WIDTH, LINEN[name]), Between(BASE, LINEN[name]), x, strict=True)

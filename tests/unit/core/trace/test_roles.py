@@ -16,7 +16,10 @@ def wrap(case: Case, **kwargs) -> mujax.MupModel:
 
 
 @pytest.mark.abstract
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.samples) if name == "weight_norm" else name for name in CASES],
+)
 def test_roles_and_multipliers(name):
     case = CASES[name]
     mup = wrap(case)

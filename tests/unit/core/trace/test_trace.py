@@ -470,16 +470,39 @@ def test_parameters_that_want_different_factors_on_one_product_are_an_error():
     assert {path: spec_of(spec[path]) for path in LOW_RANK_UPDATE.expected} == LOW_RANK_UPDATE.expected
 
 
-def test_a_parameter_that_is_not_used_is_an_error_unless_it_is_finite():
-    with pytest.raises(mujax.RoleError, match=r"k: expected a use .*, got none in the traced call"):
-        read(Case(square, lambda k, h, w: h, None))
-    spec = read(Case(lambda w: (3, 4), lambda k, h, w: h, None)).spec["k"]
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda k, h, w: h,
+        lambda k, h, w: (h, (k**2).sum(), k),
+        lambda k, h, w: jnp.where(False, 1.0, 2.0) * h,
+    ],
+    ids=["not at all", "in a penalty", "behind a condition"],
+)
+def test_a_parameter_that_is_not_used_is_reported_and_keeps_the_bases_values(use):
+    with pytest.warns(mujax.MujaxWarning, match=r"k: the traced call does not use it.* roles="):
+        mup = read(Case(square, use, None))
+    assert [finding.kind for finding in mup.findings] == ["unused parameter"]
+    assert (mup.spec["k"].role, mup.spec["k"].r_in, mup.init_scales["k"]) == (INPUT, 1.0, 1.0)
+    with pytest.raises(mujax.AuditError, match="does not use it"):
+        read(Case(square, use, None), strict=True)
+    assert read(Case(square, use, None), roles={"k": "hidden"}, strict=True).spec["k"].r_in == 3.0
+
+
+def test_a_parameter_that_is_not_used_and_does_not_grow_is_finite():
+    spec = read(Case(lambda w: (3, 4), lambda k, h, w: h, None), strict=True).spec["k"]
     assert (spec.role, spec.r_in, spec.r_out) == (FINITE, 1.0, 1.0)
 
 
-def test_a_parameter_that_only_enters_a_penalty_or_is_returned_is_not_used():
-    with pytest.raises(mujax.RoleError, match="got none in the traced call"):
-        read(Case(square, lambda k, h, w: (h, (k**2).sum(), k), None))
+def test_the_role_of_a_readout_needs_a_product_for_its_factor():
+    """With a gain's use there is no product; init and learning rate alone would let the outputs grow."""
+    case = Case(lambda w: (w, 3), lambda k, h, w: h * k[:, 0], None)
+    with pytest.raises(
+        mujax.RoleError, match=r"k: expected a product that contracts it over its fan-in.*got "
+    ):
+        read(case, roles={"k": "output"})
+    product = Case(lambda w: (w, 3), lambda k, h, w: h @ k, None)
+    assert len(read(product, roles={"k": "output"}, strict=True).corrections) == 1
 
 
 def test_a_penalty_beside_a_use_changes_nothing():
