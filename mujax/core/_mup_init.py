@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Literal
 
 from mujax import rules
@@ -149,6 +150,7 @@ def mup_init(
         table,
         scanned_layers(analysis.flow),
     )
+    _refuse_growing_classes(roles or {}, spec, analysis)
     values = initial_values(target.end, small.end, target.initial, small.initial, inputs, kwargs)
     ratios = {path: value.ratio or 0.0 for path, value in values.items()}
     stored = stored_scales(target.initial, small.initial)
@@ -258,6 +260,33 @@ def _refuse_readouts_without_product(
                 remedy='write the factor base_fan_in/fan_in in the model and give "hidden" or "input", or '
                 "write the product with jnp.dot or jnp.einsum on the parameter itself",
             )
+
+
+def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec, analysis: Analysis) -> None:
+    """Refuses an output of the model that grows as no axis does which a layer reads.
+
+    Features of a backbone grow with its layers; the number of classes is no width.
+    """
+    widths = {
+        Fraction(param.shape[axis], param.base_shape[axis])
+        for param in spec.values()
+        for axis in (*param.fan_in, *param.stack)
+    } | {Fraction(*use.contracted[::-1]) for uses in analysis.uses.values() for use in uses}
+    for path in analysis.output_params:
+        param = spec[path]
+        if param.role != "hidden" or _is_given(path, roles):
+            continue
+        for axis in set(param.fan_out) & set(param.infinite):
+            size, base = param.shape[axis], param.base_shape[axis]
+            if size != base and Fraction(size, base) not in widths:
+                raise ShapeMismatchError(
+                    where=path,
+                    expected=f"{base} entries along axis {axis} as in the base: it is an output of the model "
+                    "and grows as no axis does that a layer reads, so it is no width",
+                    got=f"{size} entries",
+                    remedy="give base and target the same size there, or say that it is a width with "
+                    f'roles={{"{path}": "hidden"}}',
+                )
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:

@@ -373,7 +373,7 @@ def test_another_use_is_another_role(shape, one, other):
 
 def test_widths_that_do_not_grow_together():
     """Real ratios of each axis, not one width multiplier."""
-    case = Case(lambda w: (w, 3 * w - 16), lambda k, h, w: h @ k, None)
+    case = Case(lambda w: (w, 3 * w - 16), lambda k, h, w: jnp.sin(h @ k).mean(-1), None)
     spec = read(case).spec["k"]
     assert (spec.shape, spec.base_shape) == ((24, 56), (8, 8))
     assert (spec.r_in, spec.r_out) == (3.0, 7.0)
@@ -492,6 +492,45 @@ def test_a_parameter_that_is_not_used_is_reported_and_keeps_the_bases_values(use
 def test_a_parameter_that_is_not_used_and_does_not_grow_is_finite():
     spec = read(Case(lambda w: (3, 4), lambda k, h, w: h, None), strict=True).spec["k"]
     assert (spec.role, spec.r_in, spec.r_out) == (FINITE, 1.0, 1.0)
+
+
+CLASSES = {
+    "product": Case(lambda w: (w, w // 4 + 5), lambda k, h, w: h @ k, None),
+    "stored the other way": Case(lambda w: (w // 4 + 5, w), lambda k, h, w: h @ k.T, None),
+    "masked": Case(
+        lambda w: (w, w // 4 + 5), lambda k, h, w: jnp.where(jnp.arange(w // 4 + 5) < 3, h @ k, 0.0), None
+    ),
+    "convolution": Case(
+        lambda w: (1, 1, w, w // 4 + 5),
+        lambda k, h, w: lax.conv_general_dilated(
+            h[:, None, None], k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        None,
+    ),
+    "scaled and shifted": Case(lambda w: (w, w // 4 + 5), lambda k, h, w: 3 * (h @ k) + 1, None),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_an_output_that_grows_as_no_width_does_is_an_error(name):
+    """Another number of classes in base and target; `roles=` says that it is a width all the same."""
+    with pytest.raises(
+        mujax.ShapeMismatchError, match=r"k: expected 7 entries along axis .* an output of the"
+    ):
+        read(CLASSES[name])
+    assert read(CLASSES[name], roles={"k": "hidden"}).spec["k"].r_out == 11 / 7
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(wide, lambda k, h, w: h @ k, None),
+        Case(square, lambda k, h, w: jax.nn.relu(h @ k), None),
+        Case(lambda w: (w, w // 2, 2), lambda k, h, w: jnp.einsum("bi,ihd->bhd", h, k), None),
+    ],
+)
+def test_features_of_a_backbone_grow_with_its_layers(case):
+    assert read(case, strict=True).spec["k"].role == HIDDEN
 
 
 def test_the_role_of_a_readout_needs_a_product_for_its_factor():
