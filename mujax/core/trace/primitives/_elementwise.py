@@ -67,7 +67,9 @@ def _report_unlike_terms(
     if not interp.scales_are_known or not shown or any(view.inner for view in views):
         return
     terms = ", ".join(
-        f"{scale.total:.4g}" for value, scale in zip(ins, scales, strict=True) if value.kind != "const"
+        f"{scale.total:.4g}"
+        for value, scale in zip(ins, scales, strict=True)
+        if value.kind != "const" and scale.total is not None
     )
     interp.find(
         "unlike terms",
