@@ -75,13 +75,13 @@ Captured = pytest.CaptureFixture[str]
 def test_a_sweep_ends_with_tables_verdicts_and_files(
     asked: list[TransferConfig], capsys: Captured, folder: pathlib.Path
 ) -> None:
-    assert cli.main(["transfer-check", "--widths", "64", "128", "256"]) == 0
+    assert cli.main(["transfer-check", "mnist-mlp", "--widths", "64", "128", "256"]) == 0
     out, err = capsys.readouterr()
     for text in ("Standard parametrization", "µP", "64 (proxy)", "best log2 lr", "regret", "-10.00"):
         assert text in out
     first, second, third = re.findall(r"^\d\. (.*)$", out, re.MULTILINE)
     assert first == (
-        "The best learning rate stays: µP: it moves by 0.00 powers of two from width 64 to 256, -0.00 per "
+        "The best learning rate stays: µP: it moves by 0.00 powers of two from width 64 to 256, +0.00 per "
         "doubling; Standard parametrization: it moves by 2.00 powers of two from width 64 to 256, -1.00 per "
         "doubling."
     )
@@ -91,11 +91,11 @@ def test_a_sweep_ends_with_tables_verdicts_and_files(
     )
     assert third == (
         "At width 256 a loss of 0.900 for µP with the proxy's 2^-8 against 0.900 for the standard "
-        "parametrization tuned there at 2^-10: +0.000."
+        "parametrization tuned there at 2^-10: +0.000 ± 0.000."
     )
     assert "µP: PASS." in out
     assert "Standard parametrization: FAIL. Width 256 loses " in out
-    results = "transfer-text-transformer"
+    results = "transfer-mnist-mlp"
     assert f"{results}/report.json, {results}/runs.csv, {results}/transfer.png" in out
     assert (folder / results / "transfer.png").read_bytes().startswith(b"\x89PNG")
     # No terminal: one quiet line for each width, no control characters.
