@@ -133,6 +133,7 @@ RUNS = {
     "adamax": (0.05, {"eps": 1e-2}),
     "adamaxw": (0.05, {"weight_decay": 0.5}),
     "adamw": (0.05, {"eps": None, "weight_decay": 0.5}),
+    "adamw, arc tangent": (0.05, {"eps": None, "eps_root": 1e-2, "weight_decay": 0.5}),
     "adamw, epsilon": (0.05, {"eps": 1e-2, "eps_root": 1e-4, "weight_decay": 0.5, "nesterov": True}),
     "adan": (0.05, {"weight_decay": 0.5}),
     "ademamix": (0.01, {"weight_decay": 0.5}),
@@ -253,7 +254,9 @@ def test_a_wrong_learning_rate_exponent_shows(monkeypatch, case, table, role, ax
     assert distance(losses_of(case, table), expected) > OTHER
 
 
-@pytest.mark.parametrize("case", ["adam", "adabelief", "lars", "muon", "novograd", "radam"])
+@pytest.mark.parametrize(
+    "case", ["adam", "adamw, arc tangent", "adabelief", "lars", "muon", "novograd", "radam"]
+)
 def test_an_epsilon_that_is_not_scaled_shows(case):
     """Or, for RAdam, first steps that have Adam's rates instead of SGD's."""
     for table in ("table3", "table9"):
