@@ -111,22 +111,29 @@ class Trained:
 
 
 def adamw(spec):
-    """One optimizer is enough for what `mup_init` does; tests/unit/optim/test_optim_runs.py has them all."""
     return mujax.mup_adamw(0.02, spec, eps=1e-3, weight_decay=0.2)
+
+
+def sgd(spec):
+    return mujax.mup_sgd(0.3, spec, momentum=0.9)
 
 
 @FEW
 @given(networks())
 def test_tables_3_8_and_9_are_one_run(network):
+    """With both kinds of learning rates; tests/unit/optim/test_optim_runs.py has all optimizers."""
     with doubles():
         target, base = build(*network)
-        curves = {}
-        for table in ("mup", "table3", "table9"):
-            model = Trained(mujax.mup_init(target, base, TOKENS, parametrization=table))
-            curves[table] = model.losses(adamw(model.spec))
-        for table in ("table3", "table9"):
-            np.testing.assert_allclose(curves[table], curves["mup"], rtol=1e-9, err_msg=table)
-        assert curves["mup"][-1] != curves["mup"][0]
+        models = {
+            table: Trained(mujax.mup_init(target, base, TOKENS, parametrization=table))
+            for table in ("mup", "table3", "table9")
+        }
+        for optimizer in (adamw, sgd):
+            curves = {table: model.losses(optimizer(model.spec)) for table, model in models.items()}
+            for table in ("table3", "table9"):
+                message = f"{optimizer.__name__}, {table}"
+                np.testing.assert_allclose(curves[table], curves["mup"], rtol=1e-9, err_msg=message)
+            assert abs(curves["mup"][-1] / curves["mup"][0] - 1) > 1e-3
 
 
 def test_a_wrong_exponent_shows(monkeypatch):

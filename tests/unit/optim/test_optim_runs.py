@@ -67,6 +67,11 @@ X[15], Y[15] = RNG.normal(size=(16, 15)), RNG.integers(15, size=16)
 
 
 def forward(params, factor):
+    """Of kernels as matrices, where they have several axes of fan-in or fan-out."""
+    params = params | {
+        "w2": params["w2"].reshape(len(params["w2"]), -1),
+        "w3": params["w3"].reshape(-1, params["w3"].shape[-1]),
+    }
     h1 = X[len(params["w1"])] @ (factor["w1"] * params["w1"]) + factor["b1"] * params["b1"]
     h2 = factor["w2"] * (jnp.tanh(h1) @ params["w2"]) + factor["b2"] * params["b2"]
     return h1, h2, factor["w3"] * (jnp.tanh(h2) @ params["w3"]) + params["b3"]
@@ -128,6 +133,7 @@ RUNS = {
     "adamax": (0.05, {"eps": 1e-2}),
     "adamaxw": (0.05, {"weight_decay": 0.5}),
     "adamw": (0.05, {"eps": None, "weight_decay": 0.5}),
+    "adamw, arc tangent": (0.05, {"eps": None, "eps_root": 1e-2, "weight_decay": 0.5}),
     "adamw, epsilon": (0.05, {"eps": 1e-2, "eps_root": 1e-4, "weight_decay": 0.5, "nesterov": True}),
     "adan": (0.05, {"weight_decay": 0.5}),
     "ademamix": (0.01, {"weight_decay": 0.5}),
@@ -172,6 +178,7 @@ CHAINS = {
     "decay through momentum": lambda spec: optax.chain(
         mujax.mup_scale_by_sgd(spec), optax.add_decayed_weights(0.1), optax.trace(0.9), optax.scale(-0.05)
     ),
+    "wrapped adagrad": lambda spec: mujax.mup_wrap(optax.adagrad(0.1), spec, family="adam"),
     "wrapped lion": lambda spec: optax.chain(
         mujax.mup_wrap(optax.scale_by_lion(), spec, family="adam"),
         optax.add_decayed_weights(0.5),
@@ -247,10 +254,34 @@ def test_a_wrong_learning_rate_exponent_shows(monkeypatch, case, table, role, ax
     assert distance(losses_of(case, table), expected) > OTHER
 
 
-@pytest.mark.parametrize("case", ["adam", "adabelief", "lars", "muon", "novograd", "radam"])
+@pytest.mark.parametrize(
+    "case", ["adam", "adamw, arc tangent", "adabelief", "lars", "muon", "novograd", "radam"]
+)
 def test_an_epsilon_that_is_not_scaled_shows(case):
     """Or, for RAdam, first steps that have Adam's rates instead of SGD's."""
-    assert distance(losses_of(case, "table3", scale_eps=False), reference(case)) > OTHER
+    for table in ("table3", "table9"):
+        assert distance(losses_of(case, table, scale_eps=False), reference(case)) > OTHER, table
+
+
+@pytest.mark.parametrize("case", ["muon", "muon, adaptive"])
+def test_muon_on_kernels_of_several_axes(case):
+    """To 5 heads of size 3, which is 1 at the base, and back: one run in three tables, another in sp."""
+    heads = {
+        "w2": ParamSpec((15, 5, 3), (3, 5, 1), fan_in=(0,), fan_out=(1, 2), infinite=(0, 2)),
+        "w3": ParamSpec((5, 3, 15), (5, 1, 15), fan_in=(0, 1), fan_out=(2,), infinite=(1,)),
+    }
+
+    def losses(table, **kwargs):
+        spec = MupSpec({**make_spec(table), **heads}, rules.parametrization(table))
+        rate, given = RUNS[case]
+        return train(mujax.mup_muon(rate, spec, **given, **kwargs), spec, STEPS)[0]
+
+    expected = losses("mup")
+    assert abs(expected[-1] / expected[0] - 1) > 1e-3
+    for table in ("table3", "table9"):
+        assert distance(losses(table), expected) < SAME, table
+        assert distance(losses(table, scale_eps=False), expected) > OTHER, table
+    assert distance(losses("sp"), expected) > OTHER
 
 
 @pytest.mark.parametrize("table", ["table3", "table9"])

@@ -532,9 +532,13 @@ class TestInsideFlax:
 
     def test_train_state_over_variables(self):
         variables = {"params": linen_params()}
-        state = TrainState.create(apply_fn=LinenMLP().apply, params=variables, tx=mup_adamw(LR, SPEC))
+        state = TrainState.create(apply_fn=LinenMLP().apply, params=variables, tx=mup_sgd(LR, SPEC))
         gradients = jax.grad(lambda v: self.loss(state.apply_fn(v, X)))(variables)
-        assert int(state.apply_gradients(grads=gradients).step) == 1
+        state = state.apply_gradients(grads=gradients)
+        assert int(state.step) == 1
+        for path, value in flat(variables).items():
+            expected = value - LR * SGD[path] * flat(gradients)[path]
+            np.testing.assert_allclose(flat(state.params)[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
     def test_nnx_optimizer(self):
         model = NnxMLP(nnx.Rngs(0))
@@ -552,7 +556,11 @@ class TestInsideFlax:
         for path, factor in SGD.items():
             expected = before[path] - LR * factor * flat(gradients)[path]
             np.testing.assert_allclose(after[path], expected, rtol=1e-5, atol=1e-7, err_msg=path)
-        step(model, optimizer)
+        _, others = step(model, optimizer)
+        for path, leaf in flat(nnx.state(model, nnx.Param)).items():
+            momentum = 0.9 * flat(gradients)[path] + flat(others)[path]
+            expected = after[path] - LR * SGD[path] * momentum
+            np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-7, err_msg=path)
 
     def test_nnx_optimizer_trains_like_the_linen_twin(self):
         params = linen_params()
@@ -582,6 +590,12 @@ class TestInsideFlax:
         model = NnxMLP(nnx.Rngs(0))
         model.first.kernel = Frozen(model.first.kernel[...])
         trained = nnx.All(nnx.Param, nnx.Not(Frozen))
-        nnx.Optimizer(model, mup_adam(LR, SPEC), wrt=trained)
         part = MupSpec({k: v for k, v in SPEC.items() if k != "first/kernel"}, SPEC.parametrization)
-        nnx.Optimizer(model, mup_adam(LR, part), wrt=trained)
+        for spec in (SPEC, part):
+            optimizer = nnx.Optimizer(model, mup_sgd(LR, spec), wrt=trained)
+            before = flat(nnx.state(model, nnx.Param))
+            gradients = jax.tree.map(jnp.ones_like, nnx.state(model, trained))
+            optimizer.update(model, gradients)
+            for path, leaf in flat(nnx.state(model, nnx.Param)).items():
+                moved = 0.0 if path == "first/kernel" else -LR * SGD[path]
+                np.testing.assert_allclose(leaf - before[path], moved, rtol=1e-5, atol=1e-6, err_msg=path)
