@@ -303,7 +303,7 @@ class RunsFile:
         if not whole:
             return 0, {}
         header, *lines = csv.reader(content[:whole].decode("utf-8").splitlines())
-        # Before 0.4 there was no untrained loss; such a file goes on without.
+        # Before 0.4 there was no untrained loss; such a file is resumed without it.
         if header not in (list(self._columns), list(self._columns[:-1])):
             raise ConfigError(
                 where="out",

@@ -238,12 +238,12 @@ def _interrupted(config: TuneConfig, out: pathlib.Path, plot: Any) -> str:
     with contextlib.suppress(MujaxError, KeyboardInterrupt):
         found = read_study(config)
     if found is None or not found.trials:
-        return "interrupted; no trial is stored, the same command starts anew."
+        return "interrupted; no trial is stored, the same command starts again."
     _write(found, config, out, plot)
     where = f"study {config.study_name} of {without_password(config.study_storage)}"
     return (
         f"interrupted; {len(found.trials)} of {config.trials} trials are stored in {where}, the same command "
-        f"goes on there. Written: {out / REPORT}, {out / PICTURE}."
+        f"resumes there. Written: {out / REPORT}, {out / PICTURE}."
     )
 
 

@@ -16,8 +16,8 @@ from mujax.tune._results import Trial
 def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
     """Writes each trial into a folder of its own: for `finished` of `mujax.sweep` and `mujax.tune`.
 
-    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each look
-    before the end, and `final/...`, all metrics of the end, with its hyperparameters for the tab HParams. Its
+    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each rung
+    before the last, and `final/...`, all final metrics, with its hyperparameters for the tab HParams. Its
     files are complete when the function returns: there is nothing to close.
 
     Args:

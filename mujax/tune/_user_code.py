@@ -23,7 +23,7 @@ def imported(name: str, where: str, kind: str) -> Callable[..., Any]:
     Args:
         name: `package.module:attribute`; the current folder is on the path.
         where: the option that gave it, for errors.
-        kind: what it should be, for errors.
+        kind: the expected kind of object, for errors.
 
     Raises:
         ConfigError: there is no such module or attribute, importing it fails, or it is not callable.

@@ -120,7 +120,7 @@ def flow_of(program: ClosedJaxpr) -> Flow:
 
 
 class InitialValues(NamedTuple):
-    """What the program of an initialiser says of one of its outputs.
+    """The properties of one output of an initialiser, read from its program.
 
     Attributes:
         ratio: entries of the target over those of the base; 0 for identically zero, None where it does not

@@ -351,7 +351,7 @@ class Interpreter:
                 "disputed scale",
                 site,
                 known.eqn,
-                f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and "
+                f"its result is used at two sizes, which require the factors {known.factor:.4g} and "
                 f"{factor:.4g}; compute the two uses from separate products",
             )
 
