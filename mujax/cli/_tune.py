@@ -221,7 +221,7 @@ def run(options: Tune) -> int:
         f"\nWritten: {out / REPORT}, {out / PICTURE}", highlight=False, markup=False, soft_wrap=True
     )
     if best is None:
-        return fail("no trial has come to its end; tune lower learning rates.", 1)
+        return fail("no trial reached its end; tune lower learning rates.", 1)
     return 0
 
 

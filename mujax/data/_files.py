@@ -268,7 +268,7 @@ def _by_numpy(path: pathlib.Path, kind: str, raw: bytes) -> Iterator[None]:
         yield
     except _NUMPY_RAISES as error:
         message = str(error).partition("\n")[0].rstrip(".")
-        # NumPy takes any bytes without a magic number of its own for a pickle, and advises to load it.
+        # NumPy takes any bytes without a known magic number for a pickle, and advises loading it.
         found = "Python objects, which may run code" if "pickle" in message else f"something else ({message})"
         if "pickle" in message and not raw.startswith((_NPY, _ZIP, *_PICKLES)):
             found = "bytes of no format of NumPy's"

@@ -42,7 +42,7 @@ class TransformerConfig:
         ff_ratio: feed-forward width over `d_model`.
         vocab_size: number of tokens; 256 for bytes.
         max_len: longest sequence.
-        tie_embeddings: read out with the token embedding instead of a kernel of its own.
+        tie_embeddings: read out with the token embedding instead of a separate kernel.
         zero_readout: start an untied readout at zero instead of at 1/sqrt(d_model).
         use_bias: biases in projections and layer norms.
         dropout: rate after the embedding and after each attention and feed-forward branch.

@@ -102,7 +102,7 @@ def _front_panel(axes: Axes, transferred: Transferred) -> None:
         label = "same search at the target"
         axes.plot(there, front.loss, color=MUTED, linewidth=1.6, linestyle=(0, (4, 3)), zorder=3, label=label)
         _factor(axes, flops[-1], there[-1], front.loss[-1], saved)
-    # A front falls: above its end there is room.
+    # A front falls, so the corner above its end is free.
     axes.legend(loc="upper right", frameon=False, fontsize=10.5, labelcolor=INK, borderaxespad=0)
 
 

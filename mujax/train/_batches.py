@@ -93,6 +93,6 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
                 where="batches",
                 expected=f"the shapes and dtypes {shapes[0]} of the first step at every step",
                 got=f"{shapes[step]} at step {step}",
-                remedy="drop what is left over at the end of the data",
+                remedy="drop the rest at the end of the data",
             )
     return [tuple(batch) for batch in listed]

@@ -45,7 +45,7 @@ class Job(Protocol):
 
     Attributes:
         data: arrays that all lanes share.
-        in_loop: whether the steps may be compiled as a loop; else each is a call of its own.
+        in_loop: whether the steps may be compiled as a loop; else each is a separate call.
         static: names of the hyperparameters that are Python values even where they are floats.
     """
 

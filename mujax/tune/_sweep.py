@@ -40,7 +40,7 @@ class Study:
     """Where a search stores its trials, and how its workers share them.
 
     Attributes:
-        name: of the study in its database; None keeps the trials in memory, unless there is a storage.
+        name: of the study in its database; None keeps the trials in memory, unless a storage is given.
         storage: a database URL, or the path of an SQLite file; `mujax.db` by default.
         settings: everything the runs depend on besides the hyperparameters, as JSON: a study resumes only if
             they are unchanged.

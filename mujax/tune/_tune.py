@@ -280,7 +280,7 @@ class TuneConfig:
                 that is not a `"package.module:factory"` are not stored.
 
         Raises:
-            ConfigError: there is no such study, or `mujax tune` has not made it.
+            ConfigError: the study does not exist, or `mujax tune` has not made it.
             StudyError: the database cannot be used.
         """
         place = study if isinstance(study, Study) else Study(study, storage)
@@ -472,7 +472,7 @@ def read_study(config: TuneConfig) -> Sweep:
     """The trials of a study; runs nothing.
 
     Raises:
-        ConfigError: there is no such study, or it has other settings than the configuration.
+        ConfigError: the study does not exist, or has other settings than the configuration.
         StudyError: the database cannot be used.
     """
     name = config.study_name

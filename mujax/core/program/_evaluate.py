@@ -48,8 +48,8 @@ class Insertion:
     """Constants, possibly traced values, that multiply the first output of an equation.
 
     A product is linear in each operand. Where its activation is no larger than its output, that is
-    multiplied instead: with a large vocabulary the logits are much larger, and what is done to an
-    activation joins the norm or the nonlinearity that made it.
+    multiplied instead: with a large vocabulary the logits are much larger, and a factor on an
+    activation is fused with the norm or the nonlinearity that made it.
 
     Attributes:
         factors: the constants.
@@ -171,7 +171,7 @@ def _run(program: ClosedJaxpr, args: Sequence[Any], works: _Works) -> tuple[list
         inside = {path: work for path, work in by_eqn[index].items() if path}
         eqn = jaxpr.eqns[index]
         insertion, tap = (work := by_eqn[index].get((), _Work())).insertion, work.tap
-        # A tap wants the operands as they are.
+        # A tap records the unchanged operands.
         operand = None if tap or insertion is None else _cheaper_operand(eqn, insertion)
         changed = _changed_operand(eqn, insertion, operand)
         if tap or inside:
@@ -308,8 +308,8 @@ def _built_again(eqn: JaxprEqn, args: Sequence[Any], works: _Works) -> _Outs:
             return _inside(inner[0], args, works)
     raise MujaxError(
         where=source_line(eqn),
-        expected=f"the correction to stand outside of {primitive_name(eqn)}, whose inside can't be changed "
-        "without losing what it is for",
+        expected=f"the correction to stand outside of {primitive_name(eqn)}, whose body cannot be changed "
+        "without losing its purpose",
         remedy="move the product out of it, or write the factor by hand there and switch this correction off "
         "with roles=",
     )

@@ -75,8 +75,8 @@ class Heartbeat:
             try:
                 self.sign(trial_id)
             except Exception:
-                # Whatever the error, the thread must not end: the trials would be taken away. The worker reports
-                # it to the user when it needs the database.
+                # Whatever the error, the thread must not end: the trials would be taken away. The worker
+                # reports it to the user when it needs the database.
                 self._on_failure()
                 return min(self.interval, LONGEST_PAUSE)
         return self.interval

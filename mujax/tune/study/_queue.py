@@ -1,4 +1,4 @@
-"""The queue of trials: which slot is next, what is free, and which trials are one too many.
+"""The queue of trials: the next slot, the free slots, and superfluous trials.
 
 Pure: a queue is computed from the records of the trials, by rules that need no database and no clock of their
 own. A study has slots, counted from 0: slot k is the k-th trial of the sampler, or cell k of a grid. A trial

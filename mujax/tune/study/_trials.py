@@ -42,7 +42,7 @@ class Record:
         number: of the trial in the study; a trial that is run again gets a new one.
         params: its hyperparameters, as far as they are drawn.
         value: the measured value: infinite if it diverged, the last reported if it was pruned, else None.
-        state: where it stands; `"failed"` is one that was given up and is run again under another number.
+        state: its state; a `"failed"` trial was given up and is run again under another number.
         diverged: it was finished without a finite value.
         attrs: the values stored with it.
         intermediate: the reported values, by step.

@@ -258,7 +258,7 @@ def test_a_search_in_which_nothing_came_to_its_end_ends_with_1(
     out, err = capsys.readouterr()
     assert "3 trials, 3 diverged, 0 pruned" in out
     assert "mujax transfer" not in out
-    assert err.splitlines()[-1] == ("mujax: no trial has come to its end; tune lower learning rates.")
+    assert err.splitlines()[-1] == ("mujax: no trial reached its end; tune lower learning rates.")
     assert sorted(path.name for path in (folder / "here").iterdir()) == ["tune.json", "tune.png"]
 
 

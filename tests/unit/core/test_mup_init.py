@@ -313,7 +313,7 @@ def _line_of(text: str) -> str:
 def test_a_parameter_that_can_not_be_followed_is_an_error_and_roles_mends_it():
     with refused(
         mujax.RoleError, "mixed: expected a use that shows which axes of shape (24, 24) are fan-in, got",
-        _line_of("# the line in question"), 'say what it is with roles={"mixed": ...}',
+        _line_of("# the line in question"), 'give it a role with roles={"mixed": ...}',
     ):  # fmt: skip
         mujax.mup_init(Opaque(WIDTH), Opaque(BASE), X)
     mup = mujax.mup_init(Opaque(WIDTH), Opaque(BASE), X, roles={"mix*": "hidden"})
