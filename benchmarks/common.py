@@ -1,4 +1,4 @@
-"""What the benchmarks share: goals, ratios of paired runs, memory, a table to read, a JSON file to keep."""
+"""Shared by the benchmarks: goals, ratios of paired runs, memory, text tables and JSON reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 OUT: Final = pathlib.Path(__file__).parent / "out"
-"""Where the reports go unless told otherwise; not under version control."""
+"""The default folder of the reports; not under version control."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Goal:
         """One sentence if the goal is missed, else nothing.
 
         Args:
-            name: what was measured.
-            figure: what came out.
-            surely: what it is at least, if noise may have raised it.
+            name: of the figure.
+            figure: its value.
+            surely: a lower bound of it, if noise may have raised it.
         """
         if figure <= self.limit:
             return []
@@ -84,7 +84,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def verdict(missed: Sequence[str], *, quick: bool) -> str:
-    """The goals that were missed, or that there are none; a smoke run is too small to tell."""
+    """The missed goals, or that all are met; a smoke run is too small to judge."""
     if quick:
         return "A smoke run: goals are not judged."
     return "\n".join(["Missed:", *(f"  {line}" for line in missed)]) if missed else "All goals met."
@@ -110,7 +110,7 @@ class Paired:
 def paired(samples: Mapping[str, Sequence[float]], ours: str, plain: str) -> Paired:
     """The ratio of `ours` to `plain`, measured in turn.
 
-    The interval is that of order statistics: it assumes nothing of how the times are distributed.
+    The interval is that of order statistics: it assumes nothing about the distribution of the times.
     """
     ratios = sorted(a / b for a, b in zip(samples[ours], samples[plain], strict=True))
     n = len(ratios)

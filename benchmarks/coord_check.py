@@ -1,4 +1,4 @@
-"""What a coordinate check costs, against `mup.coord_check` of microsoft/mup on the same models.
+"""The cost of a coordinate check, against `mup.coord_check` of microsoft/mup on the same models.
 
     python benchmarks/coord_check.py [--torch-python /path/to/python] [--cases mlp transformer] [--runs 5]
 
@@ -9,8 +9,8 @@ product, lookup, gain, norm and output with its change and what that comes from,
 and fits, judges and looks for the broken rule.
 
 - cold: nothing compiled before. warm: JAX's persistent compilation cache has been filled by a run before.
-- process: all that a user waits for; check: the same without starting Python and importing; cpu: processor
-  time of the process, all threads together, which other work on the machine disturbs less.
+- process: the whole time of the process; check: the same without starting Python and importing; cpu:
+  processor time of the process, all threads together, which other work on the machine disturbs less.
 - The figure is the median of the ratios of neighbouring runs, with the 95% interval of that median.
 - memory: the peak of the whole process.
 """
@@ -133,7 +133,7 @@ def measure(case: Case) -> dict[str, Any]:
 def in_own_process(
     command: Sequence[str], case: Case, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """What a fresh process measures of itself, and how long it took with all that goes before."""
+    """The measurements of a fresh process, and its whole time."""
     start = time.perf_counter()
     done = subprocess.run(
         [*command, json.dumps(dataclasses.asdict(case))],
@@ -219,7 +219,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the report, which grows with every row."""
-    parser = argparse.ArgumentParser(description="What a coordinate check costs, against mup.coord_check.")
+    parser = argparse.ArgumentParser(description="The cost of a coordinate check, against mup.coord_check.")
     add = parser.add_argument
     add("--torch-python", help="the interpreter of an environment with torch, mup and pandas")
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="which models (default: all)")
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("Seconds and peak memory of a coordinate check; ratios to microsoft/mup.\n")
     print(show(report["rows"]))
     if args.torch_python is None:
-        print("\nThe side of microsoft/mup is left out: --torch-python says where it is installed.")
+        print("\nThe side of microsoft/mup is left out: --torch-python gives its interpreter.")
         print("A smoke run: goals are not judged." if args.quick else "Goals are not judged without it.")
     else:
         missed = [line for row in report["rows"] for line in row["missed"]]

@@ -1,6 +1,6 @@
 """The other side of `coord_check.py`: `mup.coord_check` on the same models. Run by PyTorch's interpreter.
 
-Imports nothing of JAX's, so that the whole process is what a user of microsoft/mup waits for.
+Imports nothing of JAX's, so that the process takes as long as a user of microsoft/mup waits.
 """
 
 from __future__ import annotations

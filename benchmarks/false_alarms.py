@@ -101,7 +101,7 @@ class Counted:
 
     @property
     def wrong(self) -> int:
-        """How many are not what they should be."""
+        """The number of wrong verdicts."""
         right = "fail" if self.parametrization == "sp" else "pass"
         return sum(verdict != right for verdict in self.verdicts)
 

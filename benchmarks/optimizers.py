@@ -41,7 +41,7 @@ from mujax.tune import TASKS
 TASK: Final = TASKS["mnist-mlp"]
 GOAL: Final = common.Goal(0.7, "a drift of at most 0.7")
 
-# ---- what is compared ---------------------------------------------------------------------------------
+# ---- the sides ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ SIDES: Final = ("optax", "mujax")
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """What is trained.
+    """The models and runs.
 
     Attributes:
         widths: ascending; the first is µP's base.
@@ -136,7 +136,7 @@ def program(candidate: Candidate, side: str, width: int, effort: Effort) -> Call
 
 
 class Clock:
-    """Says how far the sweep is and how long it will go on."""
+    """Prints the progress of the sweep and the time left."""
 
     # What compiling costs in steps of the narrowest model.
     _COMPILE: Final = 400.0
@@ -156,7 +156,7 @@ class Clock:
     def begin(self, name: str, side: str, width: int) -> None:
         """Before a job."""
         spent = time.monotonic() - self._start
-        left = f"{spent * (self._all / self._done - 1) / 60:.1f} min left" if self._done else "just begun"
+        left = f"{spent * (self._all / self._done - 1) / 60:.1f} min left" if self._done else "just started"
         print(
             f"{name} of {side} at width {width}: {self._done / self._all:4.0%} done, {left}",
             file=sys.stderr,
@@ -183,7 +183,7 @@ def sweep(candidate: Candidate, side: str, width: int, effort: Effort, examples:
 
 
 def summary(grid: Sequence[float], curves: Mapping[int, Sequence[float | None]]) -> dict[str, Any]:
-    """What the curves of one optimizer on one side come to."""
+    """The summary of the curves of one optimizer on one side."""
     optima = {width: fitted_optimum(grid, curve) for width, curve in curves.items()}
     best = [optimum.log2_lr for optimum in optima.values()]
     known = [rate for rate in best if rate is not None]

@@ -1,4 +1,4 @@
-"""What mujax costs in a training step, against the same Flax module with plain optax.
+"""The cost of mujax in a training step, against the same Flax module with plain optax.
 
     python benchmarks/overhead.py [--quick] [--cases mlp resnet] [--runs 15] [--out FILE]
 
@@ -10,9 +10,9 @@ buffers; one has `model.apply` and optax's optimizer, the other `mup.apply` and 
   is installed they are also taken from the step compiled for one chip of a TPU v5e, which nobody needs.
 - time: wall time of the step. The sides run in turn, and the figure is the median of the ratios of
   neighbouring runs, with the 95% interval of that median. Where the interval holds the goal, the machine
-  was too busy to tell. cpu: the same in processor time of all threads, which other work disturbs less. In
-  brackets the control, plain optax against itself measured in the same way: what it differs from 1 by is
-  the machine.
+  was too busy for a verdict. cpu: the same in processor time of all threads, which other work disturbs less.
+  In brackets the control, plain optax against itself measured in the same way: its difference from 1 is
+  the machine's.
 - trace: CPU time to trace the step; forward trace: to trace the loss alone, without gradient and update.
 - eager: wall time of `mup.apply` outside of `jax.jit`, after the first call, against the module's own; eager
   NNX: the same for an NNX module of the same kind. Both are mostly JAX's dispatch of operations.
@@ -176,7 +176,7 @@ CASES: Final[Mapping[str, Case]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """What is compared: a loss and an optimizer."""
+    """One of the compared sides: a loss and an optimizer."""
 
     loss: train.Loss
     tx: optax.GradientTransformation
@@ -278,7 +278,7 @@ def program(setting: Setting, side: Side, sharding: jax.sharding.Sharding | None
     compiled = side.step().lower(state, batch).compile()
     cost, text = compiled.cost_analysis(), compiled.as_text()
     if cost is None or text is None:
-        raise RuntimeError(f"{jax.default_backend()}: this compiler tells neither costs nor its program.")
+        raise RuntimeError(f"{jax.default_backend()}: this compiler reports neither costs nor its program.")
     return {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
@@ -318,7 +318,7 @@ def in_turn(measure: Mapping[str, Callable[[], int]], runs: int) -> dict[str, di
 
 
 class Training:
-    """A training run that goes on from where it was left."""
+    """A training run that continues from its last step."""
 
     def __init__(self, setting: Setting, side: Side, step: train.JittedStep) -> None:
         self._step, self._batch, self._state = step, setting.batch(), setting.state(side)
@@ -509,7 +509,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table and writes the report, which grows with every row."""
     parser = argparse.ArgumentParser(
-        description="What mujax costs in a training step: ratios to plain optax."
+        description="The cost of mujax in a training step: ratios to plain optax."
     )
     add = parser.add_argument
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="which models (default: all)")

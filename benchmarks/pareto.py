@@ -1,4 +1,4 @@
-"""µTransfer against tuning the target directly: what each costs, and how good the target gets.
+"""µTransfer against tuning the target directly: the cost of each, and the loss of the target.
 
     python benchmarks/pareto.py [--quick] [--tasks mnist-mlp text-transformer] [--trials 32] [--steps 80]
         [--out FILE] [--storage FILE]
@@ -8,19 +8,19 @@ the end of the schedule, is made three times, trial by trial with the same hyper
 
 - `proxy`: in µP at the proxy's width, several seeds to a trial;
 - `direct`: in standard parametrization at the target's width, one seed to a trial;
-- `target`: in µP at the target's width, one seed to a trial: what each of the proxy's trials is worth there.
+- `target`: in µP at the target's width, one seed to a trial: its loss with each of the proxy's trials.
 
 Then the best of `proxy` and the best of `direct` are trained at the target's width with fresh seeds: their
 held-out losses and standard errors are the paper's claim at this size.
 
 From the three searches, both ways of tuning are resampled: the trials come in another order each time, the
-best so far is what the search has chosen, and what the target is worth with that choice is its quality. The
+best so far is the search's choice, and the target's loss with that choice is its quality. The
 figure is the operations that direct tuning needs to get to a loss and stay there over those that µTransfer
-needs, where the loss is the median of what direct tuning gets to with some number of trials. Its interval
+needs, where the loss is the median loss of direct tuning with some number of trials. Its interval
 goes over the resamplings; where µTransfer does not get there with all its trials, the ratio counts as 0.
 
 The loss is the held-out loss at the end, operations are those of the compiled programs. The searches are
-stored: an interrupted benchmark goes on where it was.
+stored: an interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -100,15 +100,15 @@ class Clock:
     """A line about each batch of trials, with the time left of its search."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._begun, self._from = title, time.monotonic(), None
+        self._title, self._started, self._from = title, time.monotonic(), None
 
     def __call__(self, now: SweepProgress) -> None:
         if self._from is None:
             self._from = now.work_done
         if now.share not in (0.0, 1.0):
             return
-        spent, gained = time.monotonic() - self._begun, now.work_done - self._from
-        left = f"{spent * (1 - now.work_done) / gained:.0f} s left" if gained > 0 else "just begun"
+        spent, gained = time.monotonic() - self._started, now.work_done - self._from
+        left = f"{spent * (1 - now.work_done) / gained:.0f} s left" if gained > 0 else "just started"
         best = "none yet" if now.best is None else f"{now.best:.3f}"
         print(f"{self._title}: {now.work_done:4.0%}, best {best}, {left}", file=sys.stderr, flush=True)
 
@@ -117,7 +117,7 @@ class Clock:
 
 
 def so_far(losses: np.ndarray, worth: np.ndarray) -> np.ndarray:
-    """What the best so far is worth, trial by trial, for trials in this order."""
+    """The target's loss with the best trial so far, after each trial, for trials in this order."""
     best = np.minimum.accumulate(losses)
     chosen = np.maximum.accumulate(np.where(losses <= best, np.arange(len(losses)), 0))
     return worth[chosen]

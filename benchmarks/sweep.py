@@ -10,10 +10,10 @@ Every side trains the same models in µP with Adam on ready batches of random da
 - `map, 1 device` and `map, 8 devices`: `mujax.sweep` with one mapped program, on one device and split over
   eight devices forced on this machine's cores.
 - `microsoft/mup` and `microsoft/mup, torch.compile`: PyTorch's loop; `--torch-python` is the interpreter of
-  an environment with the extra `parity` and pandas. `sweep_torch.py` says what it is given to be fast.
+  an environment with the extra `parity` and pandas. See `sweep_torch.py` for its settings.
 
-Each side runs in a process of its own, in turn, `--rounds` times. Trials per second leave compilation out,
-which stands beside them: it is paid once for any number of trials. The ratios are medians over rounds of
+Each side runs in a process of its own, in turn, `--rounds` times. Trials per second leave out compilation,
+which is given beside them: it is paid once for any number of trials. The ratios are medians over rounds of
 neighbouring runs. A perfect split takes as long as one device: the cores are the same.
 """
 
@@ -36,7 +36,7 @@ import common
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is trained.
+    """The models and runs.
 
     Attributes:
         model: `"mlp"`, 784-(w-w-w)-10, or `"transformer"`, of two blocks on bytes.
@@ -154,9 +154,9 @@ def run_loop(case: Case) -> dict[str, Any]:
         return train_step(objective, mujax.mup_adam(rate, mup.spec), donate=False)(state, batch)
 
     step = jax.jit(step, donate_argnums=1)
-    begun = time.perf_counter()
+    started = time.perf_counter()
     jax.block_until_ready(step(jnp.float32(0.0), start(jnp.float32(0.0), 0), batches[0]))
-    compiling, begun = time.perf_counter() - begun, time.perf_counter()
+    compiling, started = time.perf_counter() - started, time.perf_counter()
     ends = []
     for exponent in case.log2_lrs:
         rate = jnp.float32(2.0**exponent)
@@ -167,11 +167,11 @@ def run_loop(case: Case) -> dict[str, Any]:
                 state, metrics = step(rate, state, batch)
                 losses.append(metrics["loss"])
             ends.append(float(losses[-1]))
-    return {"seconds": time.perf_counter() - begun, "compile": compiling, "loss": statistics.fmean(ends)}
+    return {"seconds": time.perf_counter() - started, "compile": compiling, "loss": statistics.fmean(ends)}
 
 
 def measure(side: str, case: Case) -> dict[str, Any]:
-    """What a process of ours measures."""
+    """The measurements of one of our processes."""
     if side == LOOP:
         return run_loop(case)
     return run_sweep(case, "map" if side in (ONE, SPLIT) else None)
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("Trials per second, without compiling; the ratio is of times, below 1 where the sweep is faster.\n")
     print(show(report["rows"]))
     if args.torch_python is None:
-        print("\nThe side of microsoft/mup is left out: --torch-python says where it is installed.")
+        print("\nThe side of microsoft/mup is left out: --torch-python gives its interpreter.")
     missed = [line for row in report["rows"] for line in row["missed"]]
     print("\n" + common.verdict(missed, quick=args.quick))
     print(f"\nWritten to {args.out}.")

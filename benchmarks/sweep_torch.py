@@ -72,7 +72,7 @@ class Mlp(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is chosen by measuring.
+    """Settings that are chosen by measurement.
 
     Attributes:
         threads: of PyTorch, within an operation.
@@ -175,8 +175,8 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         `seconds` of each round; `trials` of a round; `first_seconds`, of building the model and its first
-        trial with PyTorch's own number of threads, so with what is compiled; the `threads` and the `adam`
-        that were chosen, and the seconds of what was `tried`; the mean `final_loss` of the trials;
+        trial with PyTorch's own number of threads, compilation included; the `threads` and the `adam`
+        that were chosen, and the seconds of those `tried`; the mean `final_loss` of the trials;
         `versions`.
     """
     batches = _batches(case)

@@ -1,9 +1,9 @@
-"""What the default sweep over widths shows of µTransfer, for several seeds.
+"""Checks the claims of µTransfer on the default sweep over widths, for several seeds.
 
     python benchmarks/transfer_default.py [--quick] [--tasks NAME ...] [--seeds 5] [--out FILE]
 
 The sweep of a task's defaults is run with the seeds 0, 10, 20, ...; `--seeds` is how many of them. Goals are
-what the theory claims:
+the claims of the theory:
 
 - In µP the best learning rate stays: its drift over the widths is at most 0.75 powers of two. In the
   standard parametrization it moves by at least 2.
@@ -36,7 +36,7 @@ DRIFT: Final = common.Goal(0.75, "at most 0.75")
 GAP: Final = common.Goal(0.0, "at most 0")
 SP_DRIFT: Final = 2.0
 SEED_STEP: Final = 10
-"""Between the first seeds of two sweeps: more than any default averages over."""
+"""Distance between the first seeds of two sweeps, larger than any default number of seeds."""
 
 
 def config_of(task: str, seed: int, quick: bool, runs: pathlib.Path) -> mujax.TransferConfig:
@@ -64,12 +64,12 @@ def measure(config: mujax.TransferConfig, before: Mapping[str, Any] | None) -> d
     """One sweep: its claims and its times.
 
     Args:
-        config: what to sweep.
+        config: of the sweep.
         before: this sweep's row in an earlier report.
     """
     starts: list[int] = []
 
-    def say(now: Progress) -> None:
+    def show(now: Progress) -> None:
         starts.append(now.done)
         print(
             f"{config.task}, seed {config.seed}: {now.work_done:4.0%} done",
@@ -78,7 +78,7 @@ def measure(config: mujax.TransferConfig, before: Mapping[str, Any] | None) -> d
         )
 
     wall, cpu = time.perf_counter(), time.process_time()
-    found = summary(sweep_widths(config, progress=say))
+    found = summary(sweep_widths(config, progress=show))
     times = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
     if not starts or starts[0]:
         # Finished or started earlier.

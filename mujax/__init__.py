@@ -124,7 +124,7 @@ from mujax.tune import (
 
 
 def __getattr__(name: str) -> Any:
-    # `mup_lbfgs` and other optimizers without a µP: functions that say why when they are called.
+    # `mup_lbfgs` and other optimizers without a µP: functions that raise an error with the reason.
     if name.startswith("mup_") and hasattr(optim, name):
         return getattr(optim, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -110,5 +110,5 @@ class ConfigError(MujaxError):
 class StudyError(MujaxError):
     """A study's database cannot be opened, reached or written.
 
-    The study itself is unchanged. Remedy: as the text says, then the same command again.
+    The study itself is unchanged. Remedy: follow the text, then run the same command again.
     """

@@ -1,4 +1,4 @@
-"""Trains a model at several widths over learning rates and seeds, and keeps what is finished in a file.
+"""Trains a model at several widths over learning rates and seeds, and keeps finished runs in a file.
 
 The one sweep over widths: `transfer_check`, `wider_is_better` and `mujax.tune.sweep_widths` train with it.
 """
@@ -228,7 +228,7 @@ def _trained(job: Training, runs: Sequence[Run]) -> Iterator[tuple[dict[Run, Fin
         yield dict(zip(group, map(Finished.of, metrics), strict=True)), seconds
 
 
-# ---- what is stored -------------------------------------------------------------------------------------
+# ---- stored runs ----------------------------------------------------------------------------------------
 
 _FOUND: Final = ("loss", "final_loss", "seconds", "untrained")
 
@@ -243,7 +243,7 @@ class RunsFile:
             in common with the one before is not run again.
 
     Attributes:
-        runs: what the file held when it was opened and what was appended since.
+        runs: those in the file when it was opened, and those appended since.
 
     Raises:
         ConfigError: the folder can't be made, or its file holds runs with other settings or something else.
@@ -303,7 +303,7 @@ class RunsFile:
         if not whole:
             return 0, {}
         header, *lines = csv.reader(content[:whole].decode("utf-8").splitlines())
-        # Before 0.4 there was no untrained loss; such a file goes on without.
+        # Before 0.4 there was no untrained loss; such a file is resumed without it.
         if header not in (list(self._columns), list(self._columns[:-1])):
             raise ConfigError(
                 where="out",

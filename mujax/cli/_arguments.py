@@ -40,7 +40,7 @@ def group() -> Any:
 
 
 def numbers(kind: type[int] | type[float], many: bool = False) -> Any:
-    """Reads one number or several, with an error that names what was expected."""
+    """Reads one number or several, with an error that gives the expected form."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     expected = "a whole number" if kind is int else "a number"

@@ -34,7 +34,7 @@ class Builtin:
     """A built-in model, small enough to be checked on a laptop in a minute or two.
 
     Attributes:
-        title: what it is, for a caption.
+        title: for a caption.
         build: a width -> the module.
         widths: default widths.
         batch: a key -> inputs and integer targets.

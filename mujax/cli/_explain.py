@@ -38,7 +38,7 @@ def factory_of(name: str) -> Callable[[int], Any]:
     """The function that builds a model by its name: a built-in one, or `package.module:factory`.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist.
     """
     if name in models.BUILD:
         return models.BUILD[name]

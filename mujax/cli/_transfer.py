@@ -87,7 +87,7 @@ def refuse_without_study(words: Sequence[str]) -> None:
     """Refuses a command line of `mujax transfer` that names no study, whatever else it asks for.
 
     Raises:
-        ConfigError: it names none; the text says where the demonstration of µTransfer is.
+        ConfigError: no study is named; the text gives the command of the demonstration of µTransfer.
     """
     names = {word.partition("=")[0] for word in words}
     if not names & {"--study", "--config", "--help", "-h"}:

@@ -221,7 +221,7 @@ def run(options: Tune) -> int:
         f"\nWritten: {out / REPORT}, {out / PICTURE}", highlight=False, markup=False, soft_wrap=True
     )
     if best is None:
-        return fail("no trial has come to its end; tune lower learning rates.", 1)
+        return fail("no trial reached its end; tune lower learning rates.", 1)
     return 0
 
 
@@ -238,12 +238,12 @@ def _interrupted(config: TuneConfig, out: pathlib.Path, plot: Any) -> str:
     with contextlib.suppress(MujaxError, KeyboardInterrupt):
         found = read_study(config)
     if found is None or not found.trials:
-        return "interrupted; no trial is stored, the same command starts anew."
+        return "interrupted; no trial is stored, the same command starts again."
     _write(found, config, out, plot)
     where = f"study {config.study_name} of {without_password(config.study_storage)}"
     return (
         f"interrupted; {len(found.trials)} of {config.trials} trials are stored in {where}, the same command "
-        f"goes on there. Written: {out / REPORT}, {out / PICTURE}."
+        f"resumes there. Written: {out / REPORT}, {out / PICTURE}."
     )
 
 

@@ -42,12 +42,12 @@ class Correction:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The constants of one traced call, and what they were derived from.
+    """The constants of one traced call, and their derivation.
 
     Attributes:
         corrections: the constants of the forward pass, by place.
         multiplier_sites: the products and lookups that the multipliers multiply: name -> places.
-        findings: what cannot be corrected.
+        findings: places that cannot be corrected.
         analysis: the uses and products of the call.
         branches: where residual branches are added, and which operand of the addition each is.
     """
@@ -101,7 +101,7 @@ def plan_call(
         depth: numbers of layers of base and target, if depth is parametrized.
 
     Raises:
-        RoleError: two parameters of one product ask for different factors.
+        RoleError: two parameters of one product require different factors.
         DepthError: a residual branch that the call of `mup_init` did not have.
     """
     parametrization = spec.parametrization
@@ -195,7 +195,7 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
             raise RoleError(
                 where=f"{first[0].path} and {second[0].path}",
                 expected=f"one factor for their common product at {first[0].where}",
-                got="roles that ask for different ones",
+                got="roles that require different ones",
                 remedy="use separate products, or give them the same role with roles=",
             )
         correction = found[0][1]

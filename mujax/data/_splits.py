@@ -34,7 +34,7 @@ class ExampleData:
         train: inputs and targets to train on, float32 or int32. Images have the shape (examples, height,
             width, channels) and are standardised.
         valid: the same, held out.
-        n_classes: number of labels, or None where the targets are not labels but floats to regress on.
+        n_classes: number of labels; None for a regression, whose targets are floats.
     """
 
     train: Examples
@@ -44,7 +44,7 @@ class ExampleData:
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """A text as tokens: its bytes, or what the user's own tokenizer made of it.
+    """A text as tokens: its bytes, or the output of the user's own tokenizer.
 
     Attributes:
         train: the tokens to train on.
@@ -61,7 +61,7 @@ Data = ExampleData | TextData
 
 
 def shuffled_split(examples: Examples, n_valid: int) -> tuple[Examples, Examples]:
-    # RandomState, because its stream is frozen for ever; that of a Generator may change with NumPy's version.
+    # RandomState, whose stream never changes; that of a Generator may change with NumPy's version.
     order = np.random.RandomState(0).permutation(len(examples.targets))
     train, valid = order[:-n_valid], order[-n_valid:]
     return (
@@ -86,7 +86,7 @@ def text_data(tokens: Integer[np.ndarray, " n"], vocab_size: int) -> TextData:
 
 
 def digest(arrays: PyTree) -> str:
-    """What tells data from other data: the first 16 hexadecimal digits of the SHA-256 of all its arrays."""
+    """A fingerprint of the data: the first 16 hexadecimal digits of the SHA-256 of all its arrays."""
     found = hashlib.sha256()
     for leaf in jax.tree.leaves(arrays):
         found.update(np.ascontiguousarray(leaf).data)

@@ -70,7 +70,7 @@ class ResNetConfig:
         n_classes: units of the readout.
         zero_readout: start the readout's kernel at zero instead of at 1/sqrt(fan-in).
         momentum: of the running averages of batch normalisation.
-        dtype: dtype of the computation; statistics and logits are in float32 always.
+        dtype: dtype of the computation; statistics and logits are always in float32.
         param_dtype: dtype of the parameters.
 
     Raises:
@@ -234,7 +234,7 @@ class ResNet(nn.Module):
 
         stem = _STEM[cfg.stem]
         x_BxHxWxC = _conv(cfg, cfg.channels[0], stem.kernel, stem.stride, name="stem_conv")(x_BxHxWxC)
-        # The first pre-activation block brings its own norm.
+        # The first pre-activation block has its own norm.
         if not cfg.pre_activation:
             x_BxHxWxC = nn.relu(_norm(cfg, train, "stem_norm")(x_BxHxWxC))
         if stem.pool:

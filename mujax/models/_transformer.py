@@ -29,9 +29,9 @@ _DEFAULT_HEADS = 4
 class TransformerConfig:
     """Sizes and options of a `Transformer`.
 
-    Give `n_heads` or `head_dim`: the other follows from d_model = n_heads × head_dim. Which of the two
-    stays fixed says how attention grows with `d_model`. With neither there are 4 heads; with both they
-    hold as they are, whatever `d_model` is.
+    Give `n_heads` or `head_dim`: the other follows from d_model = n_heads × head_dim. The one that
+    is fixed determines how attention grows with `d_model`. With neither there are 4 heads; with both, both
+    are fixed, whatever `d_model` is.
 
     Attributes:
         d_model: width of the residual stream.
@@ -42,13 +42,13 @@ class TransformerConfig:
         ff_ratio: feed-forward width over `d_model`.
         vocab_size: number of tokens; 256 for bytes.
         max_len: longest sequence.
-        tie_embeddings: read out with the token embedding instead of a kernel of its own.
+        tie_embeddings: read out with the token embedding instead of a separate kernel.
         zero_readout: start an untied readout at zero instead of at 1/sqrt(d_model).
         use_bias: biases in projections and layer norms.
         dropout: rate after the embedding and after each attention and feed-forward branch.
         remat: recompute each block in the backward pass instead of storing its activations.
         scan_layers: run the blocks as one `lax.scan`, their parameters stacked along a leading axis.
-        dtype: dtype of the computation; softmax and logits are in float32 always.
+        dtype: dtype of the computation; softmax and logits are always in float32.
         param_dtype: dtype of the parameters.
 
     Raises:

@@ -78,7 +78,7 @@ from mujax.optim._wrap import mup_wrap as mup_wrap
 
 
 def __getattr__(name: str) -> Callable[..., NoReturn]:
-    # Optimizers without a µP have a name that says why, as attributes only: they are no part of the API.
+    # Optimizers without a µP: attributes whose call raises the reason; they are not part of the API.
     function = refused(name)
     if function is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

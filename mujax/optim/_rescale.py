@@ -51,7 +51,7 @@ def check_spec(spec: MupSpec) -> Parametrization:
 
 
 def one(param: ParamSpec, parametrization: Parametrization) -> float:
-    """The rule of what does not depend on width."""
+    """The rule of parameters that do not depend on width."""
     del param, parametrization
     return 1.0
 

@@ -72,13 +72,13 @@ def coord_check_figure(
     Before training the mean absolute entry, after each step that of its change since then. A tap that fails
     is drawn in the colour of the rule that is broken there and named at the end of its line; one that
     inherits its fault from another is pale; those that pass are grey. Gains and biases are drawn where they
-    are to blame: otherwise what they multiply or are added to is. All panels have the same axes, so that
-    slopes can be compared, and a dashed line that does not depend on width.
+    are at fault: otherwise the value that they multiply or are added to is drawn. All panels have the same
+    axes, so that slopes can be compared, and a dashed line that does not depend on width.
 
     Args:
-        reports: what `coord_check` returned, one for each parametrization.
-        title: model and optimizer, to be put above.
-        learning_rate: one of those that were tried; the first by default.
+        reports: results of `coord_check`, one for each parametrization.
+        title: model and optimizer.
+        learning_rate: one of the learning rates of the check; the first by default.
 
     Raises:
         ConfigError: no report, or a learning rate that was not tried.
@@ -148,12 +148,12 @@ def _rate_to_draw(reports: Sequence[CoordCheck], asked: float | None) -> float:
 
 
 def _steps_to_draw(steps: int) -> list[int]:
-    """Step 0, the first, the last, and some between: most of them early, where most happens."""
+    """Step 0, the first, the last, and some between, most of them early, where changes are largest."""
     return sorted({0, *(round(float(step)) for step in np.geomspace(1, steps, _PANELS - 1))})
 
 
 def _entries(report: CoordCheck, rate: float, step: int) -> np.ndarray:
-    """The values of a step, (widths, taps): NaN where a logarithmic scale has no place for them."""
+    """The values of a step, (widths, taps): NaN where a logarithmic scale cannot show them."""
     sizes = report.sizes[rate][:, step, :, STATS.index("size" if step == 0 else "change")]
     drawn = np.array([tap.kind != "vector" or _is_loud(tap) for tap in report.taps], bool)
     return np.where(np.isfinite(sizes) & (sizes > 0) & drawn, sizes, np.nan)
@@ -171,7 +171,7 @@ def _sizes_in_sight(reports: Sequence[CoordCheck], rate: float, steps: Sequence[
     drawn = drawn[np.isfinite(drawn)]
     if not drawn.size:
         return -1.0, 1.0
-    # What all but vanishes or diverges must not flatten everything else.
+    # Values that nearly vanish or diverge must not flatten all others.
     middle = float(np.median(drawn))
     low, high = max(float(drawn.min()), middle - 5), min(float(drawn.max()), middle + 5)
     room = max(0.06 * (high - low), 0.1)
@@ -238,7 +238,7 @@ def _coord_panel(axes: Axes, report: CoordCheck, rate: float, step: int) -> None
 
 
 def _short(name: str) -> str:
-    """A tap's name without what every Flax layer calls its only parameter, and of a length to show."""
+    """A tap's name, shortened, without the usual names of a Flax layer's only parameter."""
     for end in ("/kernel", "/embedding"):
         name = name.replace(end, "")
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
@@ -359,7 +359,7 @@ def _outcome(report: CoordCheck) -> str:
 
 
 def _coord_legend(reports: Sequence[CoordCheck]) -> list[Line2D]:
-    """A legend of what the picture shows only."""
+    """A legend of the kinds of lines in the picture."""
     taps = [(report, tap) for report in reports for tap in report.taps]
     rules = {_rule(report, tap) for report, tap in taps if tap.status == "fail"}
     known = [(_BY_RULE[rule], f"wrong {rule}") for rule in _BY_RULE if rule in rules]

@@ -1,4 +1,4 @@
-"""What all pictures share: ink, axes, and a canvas without pyplot: no global state, no display."""
+"""Colours, axes and a canvas for all pictures, without pyplot: no global state, no display."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INK: Final = "#222222"
 MUTED: Final = "#6b6b6b"
 RULE: Final = "#d0342c"
 OPTIMIZERS: Final = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
-"""Names as they are written in captions."""
+"""Names for captions."""
 
 
 def canvas(width: float, height: float, *, constrained: bool = True) -> Figure:

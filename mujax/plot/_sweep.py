@@ -54,13 +54,13 @@ def sweep_figure(sweep: Sweep, title: str = "", *, space: Mapping[str, Any] | No
     """Draws the loss against each hyperparameter that was tuned, a panel for each.
 
     The ten best trials are in colour, so that it can be seen where in each range they lie, and the best is a
-    star. Pruned trials are hollow, with the loss that they had come to; losses far above the others are
+    star. Pruned trials are hollow, with their last loss; losses far above the others are
     triangles at the upper edge; and those that diverged are ticks above the panels. An axis is logarithmic
-    where the space is; where that is not known, if its values span a factor of twenty.
+    where the space is; if the space is unknown, where its values span a factor of twenty.
 
     Args:
-        sweep: what `sweep` or `tune` returned.
-        title: what was tuned, to be put above.
+        sweep: a result of `sweep` or `tune`.
+        title: model and data that were tuned.
         space: the searched space, which gives the logarithmic axes.
 
     Raises:
@@ -108,13 +108,13 @@ def sweep_figure(sweep: Sweep, title: str = "", *, space: Mapping[str, Any] | No
 def _summary(sweep: Sweep) -> str:
     seeds = f" of {sweep.seeds} seeds" if sweep.seeds > 1 else ""
     best = sweep.best
-    found = "none came to its end" if best is None else f"best: trial {best.number}, {best.loss:.4f}"
+    found = "none reached its end" if best is None else f"best: trial {best.number}, {best.loss:.4f}"
     trials = "1 trial" if len(sweep.trials) == 1 else f"{len(sweep.trials)} trials"
     return f"{trials}{seeds}; {found}"
 
 
 def _whole(sweep: Sweep) -> list[Trial]:
-    """Trials that came to their end, the best first."""
+    """Trials that reached their end, the best first."""
     whole = [trial for trial in sweep.trials if trial.loss is not None and not trial.pruned]
     return sorted(whole, key=lambda trial: trial.loss or 0.0)
 
@@ -213,7 +213,7 @@ def _categories(axes: Axes, trials: Sequence[Trial], values: Sequence[Any], sear
 
 
 def _top(sweep: Sweep) -> float:
-    """The highest loss in sight: what all but diverged must not flatten everything else."""
+    """The highest loss in the picture: a trial that nearly diverged must not flatten all others."""
     losses = np.array([trial.loss for trial in sweep.trials if trial.loss is not None])
     if not losses.size:
         return math.inf
@@ -249,7 +249,7 @@ def _loss_axis(axes: Axes, sweep: Sweep, top: float) -> None:
 
 
 def _legend(sweep: Sweep) -> list[Line2D]:
-    """A legend of what the picture shows only."""
+    """A legend of the kinds of trials in the picture."""
 
     def dot(label: str, marker: str, colour: str, **kwargs: Any) -> Line2D:
         return Line2D([], [], linestyle="none", marker=marker, color=colour, label=label, **kwargs)

@@ -26,7 +26,7 @@ def plot_transfer_run(transferred: Transferred, path: str | os.PathLike[str]) ->
     """Writes `transfer_run_figure` to a PNG.
 
     Args:
-        transferred: what `transfer` returned.
+        transferred: a result of `transfer`.
         path: file to write.
 
     Raises:
@@ -36,15 +36,15 @@ def plot_transfer_run(transferred: Transferred, path: str | os.PathLike[str]) ->
 
 
 def transfer_run_figure(transferred: Transferred) -> Figure:
-    """Draws what tuning on the proxy has saved, and how the target was trained.
+    """Draws the cost of tuning on the proxy and at the target, and the training of the target.
 
-    On the left the loss of the best of a search against what the search costs, for searches of as many
-    trials as are written beside: the median over resamplings, and the band from the tenth to the ninetieth
-    percentile. Dashed, where the same search would lie at the target. On the right the target's loss, a thin
-    line for each seed, with the proxy's best for comparison.
+    On the left the loss of the best trial of a search against the cost of the search, for searches of the
+    numbers of trials that label the points: the median over resamplings, and the band from the tenth to the
+    ninetieth percentile. The dashed line is the same search at the target. On the right the target's loss, a
+    thin line for each seed, with the proxy's best for comparison.
 
     Args:
-        transferred: what `transfer` returned.
+        transferred: a result of `transfer`.
 
     Reference:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Figure 5.
@@ -91,7 +91,7 @@ def _front_panel(axes: Axes, transferred: Transferred) -> None:
     axes.set_ylabel(_measure(transferred), fontsize=11, color=INK)
     axes.ticklabel_format(axis="y", useOffset=False)
     _name_sizes(axes, front)
-    # What a search of one or two trials may come to would flatten everything else.
+    # The loss of a search of one or two trials may be so high that it flattens all others.
     bottom, top = min(front.low), max(front.loss)
     spread = max(top - bottom, 0.02 * abs(top), 1e-9)
     # The first point has its number on its left.
@@ -102,12 +102,12 @@ def _front_panel(axes: Axes, transferred: Transferred) -> None:
         label = "same search at the target"
         axes.plot(there, front.loss, color=MUTED, linewidth=1.6, linestyle=(0, (4, 3)), zorder=3, label=label)
         _factor(axes, flops[-1], there[-1], front.loss[-1], saved)
-    # A front falls: above its end there is room.
+    # A front falls, so the corner above its end is free.
     axes.legend(loc="upper right", frameon=False, fontsize=10.5, labelcolor=INK, borderaxespad=0)
 
 
 def _name_sizes(axes: Axes, front: Front) -> None:
-    """How many trials each point stands for, below it."""
+    """Labels each point with its number of trials, below it."""
     for number, (trials, x, y) in enumerate(zip(front.trials, front.flops, front.loss, strict=True)):
         axes.annotate(
             f"{trials} trial" if trials == 1 else f"{trials} trials" if number == 0 else str(trials),
@@ -123,7 +123,7 @@ def _name_sizes(axes: Axes, front: Front) -> None:
 
 
 def _factor(axes: Axes, start: float, end: float, height: float, saved: float) -> None:
-    """How many times fewer, between the ends of the two fronts."""
+    """Labels how many times fewer operations there are, between the ends of the two fronts."""
     axes.annotate(
         "",
         xy=(start, height),
@@ -181,7 +181,7 @@ def _curve_panel(axes: Axes, transferred: Transferred) -> None:
 
 
 def _proxys_best(axes: Axes, runs: Sequence[TargetRun], level: float) -> None:
-    """A line, named where the curves are furthest away."""
+    """A line, labelled where the curves are furthest away."""
     axes.axhline(level, color=_PROXY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     low, high = axes.get_ylim()
     _, last = axes.get_xlim()
@@ -210,7 +210,7 @@ def _proxys_best(axes: Axes, runs: Sequence[TargetRun], level: float) -> None:
 
 
 def _limits(axes: Axes, runs: Sequence[TargetRun], transferred: Transferred) -> None:
-    """From the least there is to the loss at the start: a spike or a run that diverged leaves the picture."""
+    """From the lowest loss to the loss at the start: a spike or a run that diverged leaves the picture."""
     drawn = [_smoothed(run.curve)[1] for run in runs]
     finite = np.concatenate([losses[np.isfinite(losses)] for losses in drawn])
     lowest = [float(finite.min(initial=math.inf)), transferred.trial.loss]

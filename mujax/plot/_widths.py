@@ -26,7 +26,7 @@ def _array(values: Sequence[float | None]) -> np.ndarray:
 
 
 def _limits(report: Report) -> tuple[float, float] | None:
-    """Where the valleys and all losses at the transferred learning rate are in sight; walls may leave it."""
+    """Limits that show the minima and all losses at the transferred learning rate."""
     curves = [_array(curve) for by_width in report.loss.values() for curve in by_width.values()]
     lowest = [np.nanmin(curve) for curve in curves if np.isfinite(curve).any()]
     if not lowest:
@@ -39,7 +39,7 @@ def _limits(report: Report) -> tuple[float, float] | None:
     ]
     bottom = min(lowest)
     spread = max(max(lowest) - bottom, 0.02 * abs(bottom))
-    # A target that all but diverged at the transferred learning rate must not flatten everything else.
+    # A target that nearly diverged at the transferred learning rate must not flatten everything else.
     worst = np.nanmin([np.nanmax([*at_transferred, bottom]), bottom + 6 * spread])
     top = max(float(worst), max(lowest) + spread)
     return bottom - 0.08 * (top - bottom), top + 0.08 * (top - bottom)
@@ -84,7 +84,7 @@ def plot_transfer(report: Report, path: str | os.PathLike[str]) -> None:
     """Writes `transfer_figure` to a PNG.
 
     Args:
-        report: what `sweep_widths` returned.
+        report: a result of `sweep_widths`.
         path: file to write.
 
     Raises:
@@ -97,11 +97,11 @@ def transfer_figure(report: Report) -> Figure:
     """Draws loss against log2 learning rate, a panel for each parametrization.
 
     One curve per width with the standard error shaded, a star at each fitted optimum, a dashed line at the
-    proxy's best learning rate. Panels share the vertical axis, which keeps the valleys in sight: a curve that
-    rises far above them leaves the picture, and where a run diverged the curve breaks off.
+    proxy's best learning rate. Panels share the vertical axis, which shows all minima: a curve that
+    rises far above them leaves the picture, and a curve ends where a run diverged.
 
     Args:
-        report: what `sweep_widths` returned.
+        report: a result of `sweep_widths`.
 
     Reference:
         Yang et al., Tensor Programs V, arXiv 2203.03466, Figure 1.

@@ -1,4 +1,4 @@
-"""Batches as pure functions, made from whatever the user passes."""
+"""Batches as pure functions, made from a list or a function of the user's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Batches:
         draw: (data, key, batch size, steps) -> an identifier of each step's batch, along a leading axis.
         fetch: (data, one of these identifiers) -> (inputs, targets).
         sized: whether `draw` reads the batch size.
-        limit: the number of batches; None if there is no end of them.
+        limit: the number of batches; None for unlimited.
     """
 
     data: PyTree
@@ -93,6 +93,6 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
                 where="batches",
                 expected=f"the shapes and dtypes {shapes[0]} of the first step at every step",
                 got=f"{shapes[step]} at step {step}",
-                remedy="drop what is left over at the end of the data",
+                remedy="drop the rest at the end of the data",
             )
     return [tuple(batch) for batch in listed]

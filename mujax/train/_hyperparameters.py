@@ -97,7 +97,7 @@ def refuse_untransferable(tuned: Iterable[str], settled: Iterable[str]) -> None:
 
     Args:
         tuned: those of a study.
-        settled: those that the user gave a value or asked to transfer all the same.
+        settled: those that the user gave a value or chose to transfer all the same.
 
     Raises:
         ConfigError: there are any.

@@ -45,7 +45,7 @@ class Job(Protocol):
 
     Attributes:
         data: arrays that all lanes share.
-        in_loop: whether the steps may be compiled as a loop; else each is a call of its own.
+        in_loop: whether the steps may be compiled as a loop; else each is a separate call.
         static: names of the hyperparameters that are Python values even where they are floats.
     """
 
@@ -135,7 +135,7 @@ class _Program:
     """A function that is compiled ahead of time for each set of argument shapes.
 
     Attributes:
-        seconds: time spent on compiling.
+        seconds: time of compilation.
         flops: operations of one lane as XLA counts them; the body of a loop counts once.
     """
 
@@ -152,8 +152,8 @@ class _Program:
         """The compiled program for these arguments.
 
         Args:
-            *args: what it will be called with.
-            lanes: how many share one body of the program.
+            *args: arguments of the shapes of the later calls.
+            lanes: number of lanes that share one body of the program.
             runs: how often a lane runs the body in total.
         """
         leaves, structure = jax.tree.flatten(args)
@@ -226,16 +226,16 @@ class CompiledRuns:
         self.last_mode: Mode = self.modes[0]
         """The mode of the last lanes."""
         self.lanes_left = 1.0
-        """How many lanes are still to be run, which the effort of compiling depends on."""
+        """Number of lanes that are still to be run; the effort of compilation depends on it."""
         self._programs: dict[tuple[Mode, str], _Program] = {}
         self._data: Any = None
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """The modes that are worth a try, the one that compiles fastest first.
+        """The modes worth trying, the one that compiles fastest first.
 
-        An accelerator wants all lanes in one program. A CPU with a single device has its cores to share out,
-        which threads do best for small models; XLA's batched products are slow there.
+        An accelerator is fastest with all lanes in one program. On a CPU with a single device threads use the
+        cores best for small models; XLA's batched products are slow there.
         """
         if self._mode is not None:
             return (self._mode,)
@@ -264,7 +264,7 @@ class CompiledRuns:
 
     @property
     def compile_seconds(self) -> float:
-        """Total seconds spent on compiling."""
+        """Total seconds of compilation."""
         return sum(program.seconds for program in self._programs.values())
 
     @property
@@ -317,7 +317,7 @@ class CompiledRuns:
     def _advance(self, mode: Mode) -> Callable[..., Any]:
         def one(traced: Mapping[str, Any], state: Any, alive: Any, steps: Any, data: PyTree) -> Any:
             def go(state: Any) -> Any:
-                # One step at a time is not a loop, even where many lanes are.
+                # One step at a time is not a loop, even over many lanes.
                 count = steps if self.job.in_loop else None
                 state, metrics = self.job.advance({**self.static, **traced}, state, count, data)
                 return state, dict(metrics)
@@ -399,7 +399,7 @@ class Lanes(Protocol):
         ...
 
     def finish(self) -> dict[int, Metrics]:
-        """The metrics of the end."""
+        """The final metrics."""
         ...
 
     def drop(self, numbers: Iterable[int]) -> None:
@@ -433,7 +433,7 @@ class _Looped:
         return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in out.items()}
 
     def finish(self) -> dict[int, Metrics]:
-        """The metrics of the end."""
+        """The final metrics."""
         done = self._each("finish", {lane: (state,) for lane, state in self._states.items()})
         return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in done.items()}
 
@@ -488,7 +488,7 @@ class _Stacked:
         return self._by_lane(metrics)
 
     def finish(self) -> dict[int, Metrics]:
-        """The metrics of the end."""
+        """The final metrics."""
         return self._by_lane(self._call("finish", self._state))
 
     def drop(self, numbers: Iterable[int]) -> None:

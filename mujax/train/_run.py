@@ -120,7 +120,7 @@ ModelOf = Callable[[Mapping[str, Any], tuple[Any, ...]], MupModel]
 
 @dataclasses.dataclass(frozen=True)
 class _Built:
-    """What depends on the static hyperparameters alone."""
+    """The model and sizes that depend on the static hyperparameters alone."""
 
     mup: MupModel
     batch: int
@@ -138,7 +138,7 @@ class Training:
         loss: (outputs, targets) -> scalar.
         default_steps: steps of a run without the hyperparameter `steps`.
         default_batch: examples a step without the hyperparameter `batch`.
-        valid: held-out (inputs, targets), with leading axes (batches, batch); None for none.
+        valid: held-out (inputs, targets), with leading axes (batches, batch), if any.
         static: names of hyperparameters that are Python values.
     """
 
@@ -349,7 +349,7 @@ def model_of(
         factory: width -> a Linen module, an NNX factory or a `Functional`; hyperparameters that it has
             keyword arguments for are passed to it.
         width: of the model.
-        base_width: where hyperparameters are tuned.
+        base_width: width at which hyperparameters are tuned.
         parametrization: as for `mup_init`, as is all that follows.
     """
     takes = _keywords(factory)
@@ -417,7 +417,7 @@ def training_run(
         `untrained`, the initial model's loss on the batches of the last tenth, and `valid_loss`.
 
     Raises:
-        ConfigError: arguments that make no sense together.
+        ConfigError: arguments that cannot be combined.
 
     Example:
         >>> import flax.linen as nn

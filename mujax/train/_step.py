@@ -25,7 +25,7 @@ from mujax.spec import leaf_path
 
 @runtime_checkable
 class Loss(Protocol):
-    """What to minimise: (params, model_state, batch, key) -> (loss, (model_state, metrics)).
+    """The function to minimise: (params, model_state, batch, key) -> (loss, (model_state, metrics)).
 
     `model_state` must be returned with the same structure, shapes and dtypes, updated or unchanged.
     `metrics` is a mapping of anything else to report, under any name but `"loss"`. `key` differs at every
@@ -111,7 +111,7 @@ def _unshare(state: TrainState) -> TrainState:
 
 
 def _sharding(leaf: Any) -> Sharding | None:
-    """Where a leaf has been put on purpose; `None` for a tracer and for what JAX may move freely."""
+    """The committed sharding of a leaf; `None` for a tracer and for an array that JAX may move."""
     if isinstance(leaf, Tracer) or not getattr(leaf, "committed", True):
         return None
     return getattr(leaf, "sharding", None)
@@ -135,7 +135,7 @@ Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class JittedStep:
-    """A jitted (state, batch) -> (state, metrics) whose state comes out where it went in.
+    """A jitted (state, batch) -> (state, metrics) whose state keeps its shardings.
 
     By default the compiler may place an updated parameter elsewhere (a replicated bias next to a sharded
     kernel comes back sharded): its buffer could not be reused and the next call would compile again. So the
@@ -234,8 +234,8 @@ def train_step(loss: Loss, tx: optax.GradientTransformation, *, donate: bool = T
     is passed to `tx` as `value=`, for transforms that use it.
 
     Args:
-        loss: what to minimise; see `Loss`.
-        tx: the optimizer that `init_state` was given.
+        loss: the function to minimise; see `Loss`.
+        tx: the optimizer passed to `init_state`.
         donate: update the state in place; the state that was passed in is deleted.
 
     Returns:
@@ -264,8 +264,8 @@ def train_scan(
     there, train a convolutional network with `train_step`, or set `unroll` to the number of steps.
 
     Args:
-        loss: what to minimise; see `Loss`.
-        tx: the optimizer that `init_state` was given.
+        loss: the function to minimise; see `Loss`.
+        tx: the optimizer passed to `init_state`.
         donate: update the state in place; the state that was passed in is deleted.
         unroll: steps to lay out in one iteration of the compiled loop.
 

@@ -1,4 +1,4 @@
-"""Numbers: as people write them in settings and on command lines, powers included; and counts."""
+"""Parses numbers in settings and on command lines, powers included, and checks counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEXT: Final = re.compile(
 
 
 def number(text: str) -> int | float | None:
-    """Parses a finite number, also written as a power; None if there is none.
+    """Parses a finite number, also written as a power; None for any other text.
 
     Nothing is evaluated. Whole numbers are ints, and so are their powers where these are whole. The base of a
     power has no sign: it would be unclear whether it belongs to the base or to the power.
@@ -43,10 +43,10 @@ def _plain(text: str) -> int | float:
 
 
 def check_counts(**counts: Any) -> None:
-    """Refuses a count, by its option's name, that is not a whole number of at least 1; None is not given.
+    """Refuses counts, by option, that are not whole numbers of at least 1; None is an option not given.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a count is refused.
     """
     for name, count in counts.items():
         if count is None:

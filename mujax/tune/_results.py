@@ -1,4 +1,4 @@
-"""What a search reports: trials, the sweep that holds them, and its progress."""
+"""The results of a search: trials, the sweep that holds them, and its progress."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Sweep:
         trials: all finished trials, by number, whichever worker ran them.
         objective: the metric that was minimised.
         seeds: runs of each trial.
-        settings: what the study was started with.
+        settings: those that the study was started with.
         seconds: duration of this call.
-        compile_seconds: the part of it that was spent on compiling.
+        compile_seconds: the part of it spent on compilation.
         modes: trials that this call ran in each mode.
     """
 
@@ -69,7 +69,7 @@ class Sweep:
 
     @property
     def best(self) -> Trial | None:
-        """The trial with the lowest loss that was neither pruned nor diverged; None if there is none."""
+        """The trial with the lowest loss that was neither pruned nor diverged, if any."""
         whole = [trial for trial in self.trials if trial.loss is not None and not trial.pruned]
         return min(whole, key=lambda trial: trial.loss or 0.0, default=None)
 
@@ -126,14 +126,14 @@ def _shown(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class SweepProgress:
-    """How far a study is.
+    """The progress of a study.
 
     Attributes:
         done: trials finished by all workers.
         total: trials that the study is to hold.
         share: of the steps of this worker's batch that are done, from 0 to 1.
         running: trials in this worker's batch.
-        best: lowest loss so far; None if there is none yet.
+        best: lowest loss so far; None before the first.
         doing: the present activity in words.
     """
 

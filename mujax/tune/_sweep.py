@@ -32,7 +32,7 @@ Run = Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
 """(hyperparameters, key) -> metrics, scalars by name: a pure function that can be traced."""
 
 RUNGS: Final = 10
-"""Looks at a run, its end included: there divergence is noticed, and a pruner may stop it."""
+"""Evaluations of a run, the last one included: divergence is noticed there, and a pruner may stop the run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Study:
     """Where a search stores its trials, and how its workers share them.
 
     Attributes:
-        name: of the study in its database; None keeps the trials in memory, unless there is a storage.
+        name: of the study in its database; None keeps the trials in memory, unless a storage is given.
         storage: a database URL, or the path of an SQLite file; `mujax.db` by default.
-        settings: what the runs depend on besides the hyperparameters, as JSON: a study resumes only if these
-            are unchanged.
-        attributes: what else to store with a new study, as JSON.
+        settings: everything the runs depend on besides the hyperparameters, as JSON: a study resumes only if
+            they are unchanged.
+        attributes: further values to store with a new study, as JSON.
         heartbeat: seconds between two signs of life of a worker.
         heartbeat_timeout: seconds without one after which another worker runs the trials of this one; None is
             3 heartbeats.
@@ -139,29 +139,29 @@ def sweep(
             `mujax.training_run` returns, which can be stopped at a rung.
         space: hyperparameter -> `[value, ...]`, `{"low": ..., "high": ..., "log": True}`, or a distribution
             of `optuna.distributions`.
-        trials: how many the study is to hold, from all its workers: a study that holds as many is done.
+        trials: the study's total, over all its workers; a study that has that many is finished.
         seeds: runs of each trial; the objective is their mean.
         seed: the first of them, and the seed of the sampler.
         fixed: hyperparameters that are not tuned.
         objective: the metric to minimise.
-        study: the name to store the trials under, or a `mujax.Study`, which says how workers share it, too;
-            None keeps them in memory.
+        study: the name to store the trials under, or a `mujax.Study`, which also configures how workers
+            share it; None keeps them in memory.
         storage: a database URL, or the path of an SQLite file; `mujax.db` by default.
         sampler: `"random"`, `"grid"`, `"tpe"`, any other of Optuna's by name, or a sampler object.
         pruner: `"asha"`, `"hyperband"`, `"median"`, any other of Optuna's, or None.
-        rungs: looks at a run, its end included.
+        rungs: evaluations of a run, the last one included.
         mode: `"loop"`, `"map"` or `"vmap"`; None measures which is fastest.
         lanes: runs at a time, each seed counted; by default 16 on a CPU and 128 elsewhere.
         progress: called at each rung.
         finished: called with each trial that this worker has stored.
-        say: called with a sentence for the user, such as that the connection was lost.
+        say: called with messages for the user, such as that the connection was lost.
         **old: arguments of 0.3.0 that are fields of `mujax.Study` now; deprecated.
 
     Returns:
         All finished trials of the study.
 
     Raises:
-        ConfigError: arguments that make no sense, an objective that `run` does not return, or a study with
+        ConfigError: invalid arguments, an objective that `run` does not return, or a study with
             other settings or another space.
         StudyError: the database cannot be used.
         MujaxError: `run` raised; its trials are put back.

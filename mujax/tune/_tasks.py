@@ -19,25 +19,25 @@ _HEAD: Final = 16
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Something to learn.
+    """A model and its data.
 
     Attributes:
-        title: what it is, for a caption.
+        title: for a caption.
         build: a width -> the module and the abstract inputs to trace it with.
         load: the user's own file, or None -> training data and held-out data.
-        draw: training data, key, batch size, number of steps -> what identifies each step's batch, along a
+        draw: training data, key, batch size, number of steps -> an identifier of each step's batch, along a
             leading axis.
-        fetch: training data, one entry of what `draw` gave -> inputs and integer targets.
+        fetch: training data, one of these identifiers -> inputs and integer targets.
         valid: held-out data -> batches of them, along a leading axis.
         takes_text: the data can be the user's own text.
-        width_step: what every width must be a multiple of.
+        width_step: every width must be a multiple of it.
         widths: default widths of a sweep over widths; the first is the proxy.
         target: default width of the model that hyperparameters are tuned for.
         log2_lrs: default learning rates for each optimizer, as powers of two.
         seeds: default number of seeds.
         steps: default number of steps.
         batch: default examples a step.
-        space: what is tuned by default.
+        space: the tuned hyperparameters by default.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def proxy(self) -> int:
-        """Where hyperparameters are tuned."""
+        """The width at which hyperparameters are tuned."""
         return self.widths[0]
 
 
@@ -77,7 +77,7 @@ def _octaves(low: int, high: int, step: int = 1) -> tuple[float, ...]:
 
 
 def powers(low: float, high: float) -> dict[str, Any]:
-    """A range of powers of two, as a space has it."""
+    """A range of powers of two, in the form of a space."""
     return {"low": 2.0**low, "high": 2.0**high, "log": True}
 
 
@@ -90,7 +90,7 @@ _EVERYWHERE: Final[Mapping[str, Any]] = {
     "warmup": {"low": 0.0, "high": 0.2},
     "end": {"low": 0.0, "high": 0.2},
 }
-"""What the paper tunes on the proxy, near what the models have of themselves.
+"""The hyperparameters that the paper tunes on the proxy, in ranges around the models' defaults.
 
 A random search of some tens of trials in as many dimensions finds less in wider ranges: with factors of 4 to
 8 in place of 2, the best of 32 trials was worse than the best learning rate alone.
@@ -104,7 +104,7 @@ def _mnist(path: pathlib.Path | None) -> tuple[data.Examples, data.Examples]:
 
 
 def in_batches(examples: data.Examples, batch: int, limit: int) -> data.Examples:
-    """The first examples in batches along a leading axis; what is left over at the end is dropped."""
+    """The first examples in batches along a leading axis; the rest at the end is dropped."""
     count = max(1, min(limit, len(examples.targets) // batch))
     size = min(batch, len(examples.targets))
     return data.Examples(
@@ -154,4 +154,4 @@ TASKS: Final[Mapping[str, Task]] = {
         space={**_EVERYWHERE, "attention_mult": powers(-1, 1), "input_mult": powers(-1, 3)},
     ),
 }
-"""By the name that the commands take."""
+"""By the name used on the command line."""

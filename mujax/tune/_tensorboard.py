@@ -14,11 +14,11 @@ from mujax.tune._results import Trial
 
 
 def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
-    """Writes each trial into a folder of its own: for `finished` of `mujax.sweep` and `mujax.tune`.
+    """Writes each trial into a separate folder: for `finished` of `mujax.sweep` and `mujax.tune`.
 
-    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each look
-    before the end, and `final/...`, all metrics of the end, with its hyperparameters for the tab HParams. Its
-    files are complete when the function returns: there is nothing to close.
+    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each rung
+    before the last, and `final/...`, all final metrics, with its hyperparameters for the tab HParams. Its
+    files are complete when the function returns: no writer needs to be closed.
 
     Args:
         folder: for `tensorboard --logdir`; created if it does not exist.
@@ -55,7 +55,7 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None
         run = str(path / f"trial-{trial.number:04d}")
         # The hyperparameters are in a second file, which may be created in the same second.
         with tensorboardX.SummaryWriter(run, filename_suffix=".curve") as events:
-            # In this folder: a folder within it would be a run of its own.
+            # In this folder: a folder within it would be a separate run.
             events.add_hparams(_hparams(trial), _metrics(trial), name=".")
             for step, loss in enumerate(() if trial.curve is None else trial.curve):
                 events.add_scalar("loss", float(loss), step)

@@ -1,4 +1,4 @@
-"""`transfer`: trains the target once with the best hyperparameters of a study, and reports what that saved.
+"""`transfer`: trains the target once with the best hyperparameters of a study, and reports the savings.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Algorithm 1.
@@ -30,10 +30,10 @@ class TargetRun:
     """One training of the target.
 
     Attributes:
-        seed: what it depends on.
+        seed: of the run.
         loss: the objective; None where it diverged.
         metrics: all scalars.
-        curve: loss of every step, as far as it went.
+        curve: loss of every step that was run.
     """
 
     seed: int
@@ -47,14 +47,14 @@ class Transferred:
     """The target, trained with the proxy's best.
 
     Attributes:
-        task: what was trained.
-        study: where the hyperparameters come from.
+        task: model and data.
+        study: the source of the hyperparameters.
         width: the target's.
         proxy: the proxy's.
         trial: the study's best trial.
         hparams: the hyperparameters of the target.
-        not_transferred: hyperparameters that do not transfer by the paper's Table 1, and what was done:
-            `"set"` by the user, or `"taken"` from the proxy all the same, as asked.
+        not_transferred: hyperparameters that do not transfer by the paper's Table 1, and the source of their
+            values: `"set"` by the user, or `"taken"` from the proxy by `also`.
         objective: the metric.
         runs: one for each seed.
         steps: of each run.
@@ -127,14 +127,14 @@ class Transferred:
 
 @dataclasses.dataclass(frozen=True)
 class TargetProgress:
-    """How far the target's training is.
+    """The progress of the target's training.
 
     Attributes:
         seed: of the run under way.
         step: steps taken of it.
         steps: of each run.
         work_done: of all runs, from 0 to 1.
-        loss: the latest; None before the first look.
+        loss: the latest; None before the first rung.
     """
 
     seed: int
@@ -181,11 +181,11 @@ def transfer(
     widths in two parametrizations; see `mujax.tune.sweep_widths`.
 
     Hyperparameters of the optimizer, initial values and multipliers transfer across width. Regularisation
-    does not, nor do batch size, steps and depth, which are scales themselves, nor does what nothing is known
-    of: where the study has tuned one of these it has to be named in `also` or `fixed`.
+    does not, nor do batch size, steps and depth, which are scales themselves, nor unknown hyperparameters:
+    if the study has tuned one of these, `also` or `fixed` must name it.
 
     Args:
-        config: what was tuned, with the study's name and storage.
+        config: the tuned configuration, with the study's name and storage.
         width: of the target; the task's own by default.
         seeds: number of trainings of the target, which give the standard error.
         steps: of a training; the proxy's by default.
@@ -234,7 +234,7 @@ def _train_target(
     if best is None:
         raise ConfigError(
             where="study",
-            expected=f"a trial in {config.study_name!r} that came to its end",
+            expected=f"a trial in {config.study_name!r} that reached its end",
             got=f"{len(study.trials)} that did not",
             remedy="run mujax tune with lower learning rates",
         )
@@ -269,7 +269,7 @@ def _train_target(
             params = jax.tree.map(np.asarray, state["train"].params)
     direct = None
     if group.flops is not None and study.flops is not None and best.flops:
-        # Trials that were stopped early, or were smaller than the best, would be so at the target.
+        # Trials that were stopped early, or were smaller than the best, would also be at the target.
         direct = study.flops / (best.flops / study.seeds) * group.flops
     return Transferred(
         task=config.name,

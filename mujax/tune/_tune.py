@@ -54,7 +54,7 @@ class TuneConfig:
         optimizer: optax's name.
         parametrization: a rule table; `"sp"` leaves the model as it is.
         base_width: µP's base; the proxy's width by default.
-        zero_init: what starts at zero: `"readout"`, `"query"`.
+        zero_init: parameters that start at zero: `"readout"`, `"query"`.
         space: the tuned hyperparameters: see `mujax.sweep`; each task has a default.
         fixed: hyperparameters that are not tuned.
         objective: the metric to minimise: `loss` (over the last tenth of the steps), `mean_loss` (over all of
@@ -63,10 +63,10 @@ class TuneConfig:
         seed: the first of them.
         steps: of a run.
         batch: examples a step.
-        trials: how many the study is to hold.
+        trials: the study's total.
         sampler: `"random"`, `"grid"`, or one of Optuna's by name.
-        pruner: `"asha"` or another of Optuna's by name; None for none.
-        rungs: looks at a run, its end included.
+        pruner: `"asha"` or another of Optuna's by name; None to stop no trial.
+        rungs: evaluations of a run, the last one included.
         study: the name of the study; or a `mujax.Study`, in place of `storage`, `heartbeat` and `patience`.
         storage: a database URL or the path of an SQLite file; `mujax.db` by default.
         mode: `"loop"`, `"map"`, `"vmap"`; None measures which is fastest.
@@ -75,7 +75,7 @@ class TuneConfig:
         patience: seconds to wait for a database that cannot be reached.
 
     Raises:
-        ConfigError: a value that makes no sense, alone or with the others.
+        ConfigError: an invalid value, alone or with the others.
 
     >>> TuneConfig("mnist-mlp", trials=32, objective="valid_loss").proxy
     64
@@ -215,7 +215,7 @@ class TuneConfig:
 
     @property
     def whole_space(self) -> Mapping[str, Any]:
-        """The tuned hyperparameters: `space`, or the default without what is fixed."""
+        """The tuned hyperparameters: `space`, or the default without the fixed ones."""
         if self.space is not None:
             return {name: _of_kind(name, values) for name, values in self.space.items()}
         own = OWN_SPACE if self.name not in TASKS else TASKS[self.name].space
@@ -280,7 +280,7 @@ class TuneConfig:
                 that is not a `"package.module:factory"` are not stored.
 
         Raises:
-            ConfigError: there is no such study, or `mujax tune` has not made it.
+            ConfigError: the study does not exist, or `mujax tune` has not made it.
             StudyError: the database cannot be used.
         """
         place = study if isinstance(study, Study) else Study(study, storage)
@@ -436,7 +436,7 @@ def tune(
         config: the search, and the study to store it in.
         progress: called at each rung.
         finished: called with each trial that this worker has stored.
-        say: called with a sentence for the user, such as that the connection was lost.
+        say: called with messages for the user, such as that the connection was lost.
 
     Returns:
         All finished trials of the study.
@@ -472,7 +472,7 @@ def read_study(config: TuneConfig) -> Sweep:
     """The trials of a study; runs nothing.
 
     Raises:
-        ConfigError: there is no such study, or it has other settings than the configuration.
+        ConfigError: the study does not exist, or has other settings than the configuration.
         StudyError: the database cannot be used.
     """
     name = config.study_name

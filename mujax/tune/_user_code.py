@@ -23,10 +23,10 @@ def imported(name: str, where: str, kind: str) -> Callable[..., Any]:
     Args:
         name: `package.module:attribute`; the current folder is on the path.
         where: the option that gave it, for errors.
-        kind: what it should be, for errors.
+        kind: the expected kind of object, for errors.
 
     Raises:
-        ConfigError: there is no such module or attribute, importing it fails, or it is not callable.
+        ConfigError: the module or attribute does not exist, its import fails, or it is not callable.
     """
     module_name, _, attribute = name.partition(":")
     # The console script's folder is first on the path, not the user's; `python -m` has it already.

@@ -1,7 +1,7 @@
 """A grid of learning rates at several widths, in µP and in standard parametrization.
 
-`sweep_widths` reports for each of the two where the best learning rate is, how far it moves with width, and
-what a target loses when it is trained once with the proxy's best.
+`sweep_widths` reports for each of the two the best learning rate, how far it moves with width, and
+the loss of a target that is trained once with the proxy's best.
 
 Reference:
     Yang et al., Tensor Programs V, arXiv 2203.03466, Figures 1 and 3.
@@ -69,13 +69,13 @@ def _one_of(name: str, value: str, known: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig:
-    """What to sweep. `for_task` fills in defaults.
+    """The configuration of a sweep over widths. `for_task` fills in defaults.
 
     Attributes:
-        task: a key of `TASKS`; or a model of your own: a factory `width -> module`, or where to find one,
+        task: a key of `TASKS`; or a model of your own: a factory `width -> module`, or its place,
             `"package.module:factory"`.
         widths: the widths to train at, ascending; the base width is added where it is missing.
-        base_width: the proxy: where the learning rate is tuned, and µP's base.
+        base_width: the proxy's, at which the learning rate is tuned, and µP's base.
         log2_lrs: the grid of learning rates, as powers of two, ascending.
         seeds: how many seeds to average over.
         seed: the first of them.
@@ -87,13 +87,13 @@ class TransferConfig:
         text: for a task on text, the user's own file; None for the text that comes with a package.
         data: file of data for a model of your own: text, `.npz`, `.npy` or IDX.
         batches: for a model of your own in place of `data`: see `mujax.training_run`.
-        loss: `(outputs, targets) -> scalar` of a model of your own, or where to find it; cross-entropy or
+        loss: `(outputs, targets) -> scalar` of a model of your own, or its place; cross-entropy or
             squared error by default.
         length: tokens of a sequence, for `data` that is a text.
         out: the folder for `runs.csv` and `report.json`; None keeps everything in memory.
 
     Raises:
-        ConfigError: a value that makes no sense, alone or with the others.
+        ConfigError: an invalid value, alone or with the others.
     """
 
     task: Any
@@ -175,11 +175,11 @@ class TransferConfig:
         Args:
             task: a key of `TASKS`, or a model of your own.
             optimizer: optax's name; the default grid of learning rates depends on it.
-            quick: few widths, rates and steps and a single seed, to see that everything works.
+            quick: few widths, rates and steps and a single seed, to check that everything works.
             **given: fields of `TransferConfig`; those that are None are left at their defaults.
 
         Raises:
-            ConfigError: a value that makes no sense, alone or with the others.
+            ConfigError: an invalid value, alone or with the others.
 
         >>> TransferConfig.for_task("text-transformer", seeds=5).seeds
         5
@@ -208,7 +208,7 @@ class TransferConfig:
 
     @property
     def name(self) -> str:
-        """The task's name, or where its factory is."""
+        """The task's name, or the place of its factory."""
         if isinstance(self.task, str):
             return self.task
         return f"{getattr(self.task, '__module__', '?')}:{getattr(self.task, '__qualname__', 'factory')}"
@@ -222,7 +222,7 @@ class TransferConfig:
         """The model and data in a parametrization, as `mujax.tune` takes them.
 
         Raises:
-            ConfigError: a task, data or batches that make no sense.
+            ConfigError: invalid task, data or batches.
         """
         return TuneConfig(
             task=self.task,
@@ -268,20 +268,22 @@ class TransferredVsTuned:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a sweep found. Everything but `config` and `transferred_vs_tuned_sp` is by parametrization.
+    """The result of a sweep over widths.
+
+    All fields but `config` and `transferred_vs_tuned_sp` are by parametrization.
 
     Attributes:
-        config: what was swept.
+        config: the configuration.
         loss: width -> loss at each learning rate, the mean over seeds; None where a seed diverged.
         standard_error: width -> standard error of that mean; None where it diverged or with a single seed.
         best_log2_lr: width -> the fitted optimum, see `fitted_optimum`; None where everything diverged.
         on_grid_edge: widths whose best learning rate is an end of the grid: their optimum may lie beyond.
-        transferred_log2_lr: the proxy's best learning rate on the grid: what the targets are trained with.
+        transferred_log2_lr: the proxy's best learning rate on the grid, with which the targets are trained.
         drift_log2: the largest optimum minus the smallest, over widths.
         drift_per_doubling: slope of the optimum over log2 of the width.
-        regret: width -> what is lost by the proxy's fitted optimum in place of the width's own, in units of
-            the loss; None where it diverges.
-        regret_share: width -> the same as a share of what training gains.
+        regret: width -> the loss at the proxy's fitted optimum minus that at the width's own, in units of the
+            loss; None where it diverges.
+        regret_share: width -> the same as a share of the decrease of the loss by training.
         wider_is_better: at the transferred learning rate, no width is worse than the one before it, beyond
             the noise of the seeds; with a single seed any rise counts.
         checks: the transfer check's verdict, with its intervals.
@@ -333,8 +335,8 @@ def summarise(config: TransferConfig, runs: Runs) -> Report:
     """The report on finished runs.
 
     Args:
-        config: what was swept.
-        runs: every run that `config` asks for; others are not looked at.
+        config: the configuration.
+        runs: every run of `config`; others are ignored.
     """
 
     def of_seeds(name: str, width: int, rate: float) -> list[Finished]:
@@ -428,14 +430,14 @@ def _settings(config: TransferConfig, digest: str) -> dict[str, str]:
 def sweep_widths(
     config: TransferConfig | None = None, *, progress: Callable[[Progress], None] | None = None
 ) -> Report:
-    """Sweeps the learning rate at every width in every parametrization and reports what transfers.
+    """Sweeps the learning rate at every width in every parametrization and reports whether it transfers.
 
     All runs of one seed see the same batches in the same order. With `config.out`, each run is stored as
     soon as it is finished and is not done again by a later call with the same settings; the report is
     written there at the end.
 
     Args:
-        config: what to sweep; `TransferConfig.for_task()` by default.
+        config: the configuration; `TransferConfig.for_task()` by default.
         progress: called before the first run of each parametrization and width and after every run.
 
     Raises:
@@ -478,7 +480,7 @@ def sweep_widths(
         runs = train_runs(wanted, job, steps=config.steps, stored=stored, progress=progress)
     report = summarise(config, runs)
     if config.out is not None:
-        # Written aside and moved, so that there is never half a report.
+        # Written aside and moved, so that a report is never incomplete.
         aside = config.out / (REPORT + ".part")
         aside.write_text(report.to_json(), encoding="utf-8")
         aside.replace(config.out / REPORT)

@@ -27,7 +27,7 @@ _POLL: Final = 2.0
 
 
 class Reporter:
-    """Reports how far the study is, and counts its finished trials only when these can have changed."""
+    """Reports the progress of the study, and counts its finished trials only when these can have changed."""
 
     def __init__(
         self, shared: SharedStudy, total: int, progress: Callable[[SweepProgress], None] | None
@@ -71,7 +71,7 @@ def _put_back(shared: SharedStudy, leases: list[Lease]) -> Iterator[None]:
             where="run",
             expected=f"it to run with {leases[0].params if leases else {}}",
             got=summary,
-            remedy=f"its {len(leases)} trials are put back, and what was finished before is stored",
+            remedy=f"its {len(leases)} trials are put back, and trials finished before are stored",
         ) from error
 
 
@@ -98,13 +98,13 @@ class Worker:
         """For a search.
 
         Args:
-            job: what a trial runs.
+            job: a run of a trial.
             fixed: hyperparameters that are not tuned.
             floats: names of the hyperparameters that are traced.
             objective: the metric to minimise.
             seeds: runs of each trial.
             seed: the first of them.
-            rungs: looks at a run, its end included.
+            rungs: evaluations of a run, the last one included.
             mode: how to run lanes; None measures.
             lanes: runs at a time; None depends on the platform.
         """
@@ -119,17 +119,17 @@ class Worker:
 
     @property
     def compile_seconds(self) -> float:
-        """Time spent on compiling so far."""
+        """Seconds of compilation so far."""
         return sum(group.compile_seconds for group in self._groups.values())
 
     def work(
         self, shared: SharedStudy, total: int, reporter: Reporter, finished: Callable[[Trial], None] | None
     ) -> None:
-        """Runs trials until the study holds as many as it is to hold.
+        """Runs trials until the study is complete.
 
         Args:
             shared: the study.
-            total: trials that it is to hold.
+            total: number of trials of a complete study.
             reporter: takes the progress.
             finished: called with each trial that this worker has stored.
         """

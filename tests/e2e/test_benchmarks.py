@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they say; timed figures are not judged here."""
+"""The benchmarks run and write their reports; timed figures are not judged here."""
 
 import importlib.util
 import json
@@ -28,11 +28,11 @@ def scripts():
 
 @pytest.fixture
 def report(scripts, capsys):
-    def run(script, out, *args, said=""):
+    def run(script, out, *args, text=""):
         scripts[script].main([str(arg) for arg in ("--quick", "--out", out, *args)])
         printed = capsys.readouterr().out
         assert "goals are not judged" in printed
-        assert said in printed
+        assert text in printed
         return json.loads(out.read_text())
 
     return run
@@ -91,8 +91,8 @@ def test_optimizers_sweeps_both_sides_on_one_grid(report, tmp_path):
 
 
 def test_coord_check_leaves_the_side_out_that_is_not_installed(report, tmp_path):
-    said = "The side of microsoft/mup is left out: --torch-python says where it is installed."
-    (row,) = report("coord_check.py", tmp_path / "coord_check.json", "--cases", "mlp", said=said)["rows"]
+    text = "The side of microsoft/mup is left out: --torch-python gives its interpreter."
+    (row,) = report("coord_check.py", tmp_path / "coord_check.json", "--cases", "mlp", text=text)["rows"]
     assert (row["case"], row["widths"], row["ratio"], row["missed"]) == ("mlp", [16, 32], {}, [])
     assert set(row["runs"]) == {"cold", "warm"}
     for (figures,) in row["runs"].values():

@@ -126,8 +126,8 @@ def test_a_sweep_that_is_interrupted_goes_on_and_ends_with_a_report(tmp_path: pa
     # It learns something: guessing among ten digits costs 2.30.
     assert min(loss for loss in report["loss"]["mup"]["32"] if loss is not None) < 1.8
     assert (results / "transfer.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    for said in ("Standard parametrization", "µP", "regret", "results/transfer.png"):
-        assert said in done.stdout
+    for text in ("Standard parametrization", "µP", "regret", "results/transfer.png"):
+        assert text in done.stdout
 
     before = {path.name: path.read_bytes() for path in results.iterdir()}
     other = run(*SWEEP, "--batch", "32", cwd=tmp_path)
@@ -169,8 +169,8 @@ def test_a_coordinate_check_ends_with_1_where_a_rule_is_broken(tmp_path: pathlib
     assert not any(name.startswith("hidden_0") for name, _ in blamed)
     picture = tmp_path / "coord-check-mlp" / "coord_check.png"
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    for said in ("FAIL: ", "Look at:", "hidden_1/kernel: its learning rate", "mlp.py:", str(picture.name)):
-        assert said in done.stdout
+    for text in ("FAIL: ", "Look at:", "hidden_1/kernel: its learning rate", "mlp.py:", str(picture.name)):
+        assert text in done.stdout
     assert "% done, about " in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -203,8 +203,8 @@ def test_a_search_is_followed_by_the_training_of_the_target(tmp_path: pathlib.Pa
     trials = tuned(tmp_path)
     assert len(trials) == 6
     best = min((one for one in trials if one["loss"] is not None), key=lambda one: one["loss"])
-    for said in ("6 trials, ", "mujax transfer --study s", "tune-s/tune.json, tune-s/tune.png"):
-        assert said in search.stdout
+    for text in ("6 trials, ", "mujax transfer --study s", "tune-s/tune.json, tune-s/tune.png"):
+        assert text in search.stdout
     assert (tmp_path / "tune-s" / "tune.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
     done = run(*OF_STUDY, "--seeds", "2", cwd=tmp_path)
@@ -219,8 +219,8 @@ def test_a_search_is_followed_by_the_training_of_the_target(tmp_path: pathlib.Pa
     with np.load(tmp_path / "transfer-s" / "params.npz") as params:
         assert params["hidden_1/kernel"].shape == (32, 32)
         assert all(np.isfinite(params[name]).all() for name in params)
-    for said in ("Target, width 32: loss ", "Proxy, width 16: ", "times as many", "transfer-s/params.npz"):
-        assert said in done.stdout
+    for text in ("Target, width 32: loss ", "Proxy, width 16: ", "times as many", "transfer-s/params.npz"):
+        assert text in done.stdout
 
     # Nothing is run again, and other settings are refused.
     again = run(*TUNE, "--trials", "6", cwd=tmp_path)
@@ -256,7 +256,7 @@ def test_an_interrupted_search_goes_on_and_has_every_trial_once(tmp_path: pathli
     assert 2 <= len(stored) < 12
     assert log.read_text().splitlines()[-1] == (
         f"mujax: interrupted; {len(stored)} of 12 trials are stored in study s of mujax.db, the same command "
-        "goes on there. Written: tune-s/tune.json, tune-s/tune.png."
+        "resumes there. Written: tune-s/tune.json, tune-s/tune.png."
     )
     assert "Traceback" not in log.read_text()
 

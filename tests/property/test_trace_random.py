@@ -199,7 +199,7 @@ def test_the_reported_exponent_is_the_measured_slope(steps):
 
 
 def test_what_is_put_right_is_of_one_size_at_every_width():
-    """Where there is no finding, the fixes bring a result to one size at every width."""
+    """Without a finding, the fixes bring a result to one size at every width."""
     fixed = []
     settings(_same_each_time, max_examples=30)(
         given(names(STEPS | BOUNDED))(lambda steps: fixed.append(is_put_right(steps)))
@@ -209,7 +209,7 @@ def test_what_is_put_right_is_of_one_size_at_every_width():
 
 
 def is_put_right(steps):
-    """Asserts it of a program without findings; whether it is one, with something to be put right."""
+    """Asserts it of a program without findings; returns whether it is one, with something to correct."""
     # A unit vector that is an output stays one: a bias makes the result need a size.
     steps = [*steps, BOUNDED["bias"]]
     with jax.enable_x64(True):

@@ -44,7 +44,7 @@ PLAIN = Hand()
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A model, what µP by hand adds to it, and what mujax must say of it.
+    """A model, the factors that µP by hand adds to it, and the expected findings.
 
     Attributes:
         build: width and constants -> a Linen module or an NNX factory.

@@ -69,7 +69,7 @@ class Decay:
 
 
 def make_trial(number: int, loss: float | None, *, pruned: bool = False, **hparams: Any) -> Trial:
-    """Learning rates 2^-9, 2^-8, 2^-7, 2^-6 in turn, and a curve of four steps where it came to its end."""
+    """Learning rates 2^-9, 2^-8, 2^-7, 2^-6 in turn, and a curve of four steps where it reached its end."""
     default = {
         "learning_rate": 2.0 ** (number % 4 - 9),
         "warmup": round(0.001 + 0.01 * number, 3),

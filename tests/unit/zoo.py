@@ -438,7 +438,7 @@ CASES: dict[str, Case] = {
         _vmap_ensemble,
         (_float(2, 6, 7),),
         {
-            # All members read the same input, so the first product alone can't tell members from features.
+            # All members read the same input: the first product does not distinguish members from features.
             "members/first/kernel": first((1, 2)),
             "members/second/kernel": hidden((1, 2), (0,)),
             "members/out/kernel": output((1,), (0,)),

@@ -1,4 +1,4 @@
-"""Residual branches: where a program adds `f(x)` to `x`, and what stands inside of `f`.
+"""Residual branches: where a program adds `f(x)` to `x`, and the contents of `f`.
 
 At an addition the *split* is what both operands were last computed from alike. The operand that goes from
 there through products with parameters is the branch; the one that does not is the stream. Past an addition

@@ -1,7 +1,7 @@
-"""Evaluates a traced program with factors inserted where the parametrization wants them, and values read.
+"""Evaluates a traced program with factors inserted where the parametrization needs them, and records values.
 
 The program runs as it was traced: equations between two insertions are handed to JAX as one program, so
-that name stacks, source lines, effects and every parameter of a primitive stay what they were. Only an
+that name stacks, source lines, effects and every parameter of a primitive are unchanged. Only an
 equation that has an insertion inside (a scan, a remat) is built again, through its public function.
 """
 
@@ -45,16 +45,16 @@ from mujax.errors import MujaxError
 
 @dataclasses.dataclass(frozen=True)
 class Insertion:
-    """Constants, which may be traced values, that the first output of an equation is multiplied with.
+    """Constants, possibly traced values, that multiply the first output of an equation.
 
     A product is linear in each operand. Where its activation is no larger than its output, that is
-    multiplied instead: with a large vocabulary the logits are much larger, and what is done to an
-    activation joins the norm or the nonlinearity that made it.
+    multiplied instead: with a large vocabulary the logits are much larger, and a factor on an
+    activation is fused with the norm or the nonlinearity that made it.
 
     Attributes:
         factors: the constants.
         activation: which operand of the equation is an activation, if it is a product.
-        branch: an operand of an addition and what it is multiplied with there and nowhere else.
+        branch: an operand of an addition, and the factor that multiplies it there and nowhere else.
     """
 
     factors: tuple[Any, ...]
@@ -70,7 +70,7 @@ Insertions = Mapping[EqnPath, Insertion]
 
 
 class Record(NamedTuple):
-    """What a tap sees of an equation: one entry more in front for each scan around it.
+    """The values that a tap records at an equation, with a leading axis for each scan around it.
 
     Attributes:
         operands: what the equation read.
@@ -86,7 +86,7 @@ Records = dict[EqnPath, Record]
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What there is to do at an equation."""
+    """The insertions and the tap at an equation."""
 
     insertion: Insertion | None = None
     tap: bool = False
@@ -96,12 +96,12 @@ _Works = Mapping[EqnPath, _Work]
 
 
 def evaluate(program: ClosedJaxpr, args: Sequence[Any], insertions: Insertions) -> list[Array]:
-    """Runs a traced program, with some of its values multiplied.
+    """Runs a traced program and multiplies some of its values.
 
     Args:
         program: the program.
         args: its flat inputs.
-        insertions: what to multiply, by the place of the equation.
+        insertions: the factors, by the place of the equation.
 
     Returns:
         The flat outputs.
@@ -121,7 +121,7 @@ def evaluate_and_record(
     Args:
         program: the program.
         args: its flat inputs.
-        insertions: what to multiply, by the place of the equation.
+        insertions: the factors, by the place of the equation.
         taps: the places of the equations to record; each must be `tappable`.
 
     Raises:
@@ -139,7 +139,7 @@ def blocked(program: ClosedJaxpr, site: EqnPath) -> str | None:
 
 
 def tappable(program: ClosedJaxpr, site: EqnPath) -> bool:
-    """Whether a tap can be put there: what it sees must get out of every primitive around it."""
+    """Whether a tap can be placed there: its values must leave every primitive around it."""
     return all(type(control(eqn)) in _TRANSPARENT for eqn in enclosing_equations(program, site))
 
 
@@ -171,7 +171,7 @@ def _run(program: ClosedJaxpr, args: Sequence[Any], works: _Works) -> tuple[list
         inside = {path: work for path, work in by_eqn[index].items() if path}
         eqn = jaxpr.eqns[index]
         insertion, tap = (work := by_eqn[index].get((), _Work())).insertion, work.tap
-        # A tap wants the operands as they are.
+        # A tap records the unchanged operands.
         operand = None if tap or insertion is None else _cheaper_operand(eqn, insertion)
         changed = _changed_operand(eqn, insertion, operand)
         if tap or inside:
@@ -210,7 +210,7 @@ def _times(out: Any, factors: Sequence[Any]) -> Any:
 def _changed_operand(
     eqn: JaxprEqn, insertion: Insertion | None, operand: int | None
 ) -> tuple[Atom, Sequence[Any]] | None:
-    """The operand that is multiplied, if one is, and with what."""
+    """The operand that is multiplied, if any, and its factor."""
     if insertion is None:
         return None
     if operand is not None:
@@ -304,19 +304,19 @@ def _built_again(eqn: JaxprEqn, args: Sequence[Any], works: _Works) -> _Outs:
             branches = [lambda *args, one=one: _inside(one, args, works)[0] for one in inner]
             return jax.lax.switch(args[0], branches, *args[1:]), {}
         case Call() if not isinstance(held, CustomRule):
-            # Of `CustomJvp` the plain body is differentiated: see `loses_derivative`.
+            # The plain body of a `CustomJvp` is differentiated: see `loses_derivative`.
             return _inside(inner[0], args, works)
     raise MujaxError(
         where=source_line(eqn),
-        expected=f"the correction to stand outside of {primitive_name(eqn)}, whose inside can't be changed "
-        "without losing what it is for",
+        expected=f"the correction to stand outside of {primitive_name(eqn)}, whose body cannot be changed "
+        "without losing its purpose",
         remedy="move the product out of it, or write the factor by hand there and switch this correction off "
         "with roles=",
     )
 
 
 def _inside(inner: Subprogram, args: Sequence[Any], works: _Works) -> _Outs:
-    """Runs a program inside of an equation."""
+    """Runs a program inside an equation."""
     own = {path[1:]: work for path, work in works.items() if path[0] == inner.step}
     outs, records = _run(inner.program, args, own)
     return outs, {(inner.step, *path): record for path, record in records.items()}

@@ -1,4 +1,4 @@
-"""Two programs that differ in sizes, equation by equation: which plays the part of which."""
+"""Matches the equations of two programs that differ in sizes only."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from mujax.core.trace._values import (
 )
 from mujax.errors import TraceMismatchError
 
-# Closed-over arrays up to this many entries are looked at: is it one number throughout?
+# Closed-over arrays of up to this many entries are checked for being constant.
 _SMALL = 1 << 16
 
 
 def last_equation(program: ClosedJaxpr) -> JaxprEqn | None:
-    """Where the program's outputs are made."""
+    """The last equation of a program; None if it has none."""
     return program.jaxpr.eqns[-1] if program.jaxpr.eqns else None
 
 
 def closed_over(base: Any, target: Any, exact: bool) -> Value:
-    """An array that the program closes over: folded if it is the same number throughout."""
+    """An array that the program closes over: folded if all its entries are equal."""
     shape = tuple(np.shape(target))
     base_shape = fit(tuple(np.shape(base)), shape)
     numbers = _number(base), _number(target)
     if numbers[0] is None or numbers[1] is None:
-        # Values made by numpy for an initialiser: they hold whatever scale their maker gave them.
+        # Values computed by NumPy for an initialiser: they may have any scale.
         unknown = exact and not _identical(base, target)
         return Value(shape, base_shape, "const", scale=UNKNOWN if unknown else ONE)
     return constant(numbers[0], numbers[1], shape, base_shape)
@@ -68,7 +68,7 @@ def _identical(base: Any, target: Any) -> bool:
 
 
 def _number(array: Any) -> float | None:
-    """The one number that an array holds throughout, if it is small and known."""
+    """The common value of all entries of an array, if it is small and known."""
     if isinstance(array, Tracer) or not 0 < np.size(array) <= _SMALL:
         return None
     if not (jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.bool_)):
@@ -105,7 +105,7 @@ def read_pair(b: Atom, t: Atom, small: dict[Any, Value], big: dict[Any, Value]) 
 def match_operands(
     b: JaxprEqn, t: JaxprEqn, small: dict[Any, Value], big: dict[Any, Value]
 ) -> list[Value] | None:
-    """The operands of two equations if these play the same part, else None."""
+    """The operands of two equations if these correspond, else None."""
     if b.primitive.name != t.primitive.name or len(b.invars) != len(t.invars):
         return None
     if len(b.outvars) != len(t.outvars):
@@ -129,7 +129,7 @@ _STRUCTURE = ("dimension_numbers", "permutation", "axes", "dimension")
 
 
 def _wiring(eqn: JaxprEqn) -> list[tuple[Any, ...]]:
-    """How the programs in an equation are wired to it."""
+    """How the inputs and outputs of an equation map to those of its programs."""
     return [(one.kind, one.operands, one.results, one.carried, one.sliced) for one in subprograms(eqn)]
 
 
@@ -194,7 +194,7 @@ def resized(value: Value, shape: Shape, base: Shape) -> Value:
 
 
 def strip_leading(value: Value) -> Value:
-    """One slice of what a scan runs over: its leading axis is a stack of copies."""
+    """One slice of a value that a scan runs over: its leading axis is a stack of copies."""
 
     def strip(view: View) -> View:
         stack = {factor.axis for factor in view.axes[0] if factor.axis is not None}
@@ -204,7 +204,7 @@ def strip_leading(value: Value) -> Value:
 
 
 def add_leading(value: Value, shape: Shape, base: Shape) -> Value:
-    """What a scan collects: a leading axis of copies is added."""
+    """The stacked output of a scan: a leading axis of copies is added."""
     lead = broadcast_axis(shape[0], base[0])
 
     def stack(view: View) -> View:

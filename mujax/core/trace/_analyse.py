@@ -28,8 +28,8 @@ class Analysis:
         activations: per product, which of its operands is an activation.
         flow: which value is computed from which.
         fixes: what scales with width through constants in the program, and what would correct it.
-        unscaled: products of readouts that must not get a factor of their own.
-        findings: what was found and cannot be corrected.
+        unscaled: products of readouts that must not get a factor.
+        findings: places that cannot be corrected.
     """
 
     uses: Mapping[str, Sequence[Use]]
@@ -120,7 +120,7 @@ def flow_of(program: ClosedJaxpr) -> Flow:
 
 
 class InitialValues(NamedTuple):
-    """What the program of an initialiser says of one of its outputs.
+    """The properties of one output of an initialiser, read from its program.
 
     Attributes:
         ratio: entries of the target over those of the base; 0 for identically zero, None where it does not

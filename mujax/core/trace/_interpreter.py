@@ -92,7 +92,7 @@ class Interpreter:
     Attributes:
         exact: as given.
         scales_are_known: whether the parameters' scales are those that the parametrization prescribes.
-        record: what was found.
+        record: the results of the walk.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Interpreter:
             fan_in: axes of the operand that are contracted.
             stack: axes of the operand that are batch axes of the product.
             picked: role of the axes from which one entry was picked by index.
-            contracted: (base, target) size of what the product contracts.
+            contracted: (base, target) size of the contracted axes.
             decided: whether nothing that follows can change its kind.
 
         Returns:
@@ -351,7 +351,7 @@ class Interpreter:
                 "disputed scale",
                 site,
                 known.eqn,
-                f"its result is used at two sizes, which ask for the factors {known.factor:.4g} and "
+                f"its result is used at two sizes, which require the factors {known.factor:.4g} and "
                 f"{factor:.4g}; compute the two uses from separate products",
             )
 

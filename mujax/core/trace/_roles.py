@@ -12,7 +12,7 @@ from mujax.spec import ParamSpec, Role
 
 Roles = tuple[AxisRole, ...]
 
-_REMEDY = 'say what it is with roles={{"{path}": ...}}: a role\'s name or a mujax.ParamSpec'
+_REMEDY = 'give it a role with roles={{"{path}": ...}}: a role\'s name or a mujax.ParamSpec'
 
 
 @dataclasses.dataclass(frozen=True)

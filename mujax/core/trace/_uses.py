@@ -36,7 +36,7 @@ class Use:
         kind: how it is used.
         axes: (parameter axis, role, target size, base size) of each part of an axis.
         site: where the result appears, as the evaluator addresses it.
-        contracted: (base, target) size of what the product contracts.
+        contracted: (base, target) size of the contracted axes.
         eqn: the target's equation, for its place in the user's code.
         part: whether only a part of the parameter is used: a slice, or one layer of a stack.
     """
@@ -61,7 +61,7 @@ class Product:
 
     Attributes:
         site: where the result appears.
-        contracted: (base, target) size of what it contracts.
+        contracted: (base, target) size of the contracted axes.
         left: parameters whose product its first operand is.
         eqn: the target's equation.
         logits: whether it goes into an exponential: the logits of a softmax.
@@ -107,7 +107,7 @@ class Finding:
 
     Attributes:
         kind: a short name, stable across versions.
-        message: what was found and the remedy.
+        message: the finding and the remedy.
         where: `file:line` in the user's code.
         count: how many places of the program it stands for, all with this text and this line.
     """
@@ -258,7 +258,7 @@ class Record:
 
     Attributes:
         uses: the uses of parameters, in program order.
-        decided: for each of them, whether nothing that follows can change what it is.
+        decided: for each of them, whether nothing that follows can change it.
         contractions: what undecided uses turned out to be, where they were contracted: number -> uses.
         copies: axes of a parameter that are a batch of the next layer's product: number of the use -> axes.
         kernels: the undecided uses that were contracted as kernels, whatever else is computed from them.
@@ -271,8 +271,8 @@ class Record:
         disputed: those that are used at two sizes.
         unfixed: values whose size was used as if they had no fix.
         misfits: fixes of an earlier walk that do not bring their value to order one.
-        unscaled: products of readouts that must not get a factor of their own.
-        findings: what was found and cannot be corrected.
+        unscaled: products of readouts that must not get a factor.
+        findings: places that cannot be corrected.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The clock that waits and timeouts go by; tests replace it."""
+"""The clock of waits and timeouts; tests replace it."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ class Connection:
             storage: where it is stored.
             shown: its address, to print.
             owned: `close` closes the storage.
-            say: takes a sentence for the user.
-            clock: what waits go by.
+            say: takes a message for the user.
+            clock: the clock of the waits.
         """
         self.name = name
         self.storage = storage
@@ -91,7 +91,7 @@ class Connection:
         Args:
             name: of the study.
             storage: a file, an address, or an open storage; None is the default file.
-            say: takes a sentence for the user.
+            say: takes a message for the user.
             heartbeat: seconds between two signs of life of a worker.
             heartbeat_timeout: seconds without one after which its trials are stale.
             on_stale: called with each stale trial once it has failed.
@@ -130,7 +130,7 @@ class Connection:
 
     @contextlib.contextmanager
     def closed_on_error(self) -> Iterator[None]:
-        """Closes the storage if what is done with it raises."""
+        """Closes the storage if its use raises."""
         try:
             yield
         except BaseException:
@@ -147,11 +147,10 @@ class Connection:
         self.lost_at = self.clock.now()
 
     def persist(self, operation: Callable[[], T]) -> T:
-        """Does something with the database, again and again while that can help.
+        """Runs an operation on the database, repeated while that can help.
 
         Args:
-            operation: what to do. It may have been done although its answer was lost: it must look before it
-                writes.
+            operation: may have run although its answer was lost, so it must read before it writes.
 
         Raises:
             StudyError: the database was away for too long, or cannot be used; or the study was deleted.
@@ -171,8 +170,8 @@ class Connection:
                         raise StudyError(
                             where=f"study {self.name!r}",
                             expected=f"it in {self.shown}",
-                            got="none: somebody deleted it",
-                            remedy="run the same command again to start it anew",
+                            got="none: it was deleted",
+                            remedy="run the same command again to start a new one",
                         ) from error
                     raise
                 fault, line = fault_of(inner), first_line(inner)
@@ -182,7 +181,7 @@ class Connection:
                     waited = "" if lost_since is None else f" for {lost_for:.0f} s"
                     raise StudyError(
                         f"study {self.name!r}: {self.shown} {fault.means}{waited} ({line}); {fault.remedy}, "
-                        "then run the same command again: what is stored is kept, and the study resumes "
+                        "then run the same command again: stored results are kept, and the study resumes "
                         "from there."
                     ) from error
                 if lost_since is None:
@@ -191,7 +190,7 @@ class Connection:
                         f"the database {fault.means} ({line}); results are kept and written when it is back, "
                         f"trying for {self.patience:g} s."
                     )
-            # Not in step with the other workers, which lost it at the same moment.
+            # Random, since the other workers lost the connection at the same moment.
             self.clock.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
         if lost_since is not None:

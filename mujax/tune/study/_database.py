@@ -1,4 +1,4 @@
-"""The database of a study: its address, how it is opened, and what its errors mean."""
+"""The database of a study: address, connection and the meaning of errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_memory() -> BaseStorage:
 
 @dataclasses.dataclass(frozen=True)
 class _Fault:
-    """What an error of a database means, recognised by a part of its text."""
+    """The meaning of an error of a database, recognised by a part of its text."""
 
     text: str
     means: str
@@ -84,7 +84,7 @@ def may_pass(error: BaseException) -> bool:
     """The same operation can succeed later: connection lost, disk full, locked, deadlock."""
     if isinstance(error, sqlalchemy.exc.DBAPIError) and error.connection_invalidated:
         return True
-    # PendingRollback: what is left of a transaction whose connection went away.
+    # PendingRollback: the rest of a transaction whose connection was lost.
     passing = (
         sqlalchemy.exc.OperationalError,
         sqlalchemy.exc.InterfaceError,
@@ -160,7 +160,7 @@ def shown_as(url: sqlalchemy.URL) -> str:
 
 
 def check_file(url: sqlalchemy.URL, shown: str) -> bool:
-    """Whether the file of a SQLite database is there.
+    """Whether the file of a SQLite database exists.
 
     Opened read-only: Optuna adds its tables to any database that it opens.
 

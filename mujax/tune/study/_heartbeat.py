@@ -1,4 +1,4 @@
-"""Heartbeats: the signs of life by which other workers see that the leases of this one are not stale."""
+"""Heartbeats: signs of life that keep the leases of this worker from becoming stale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mujax.tune.study._database import LONGEST_PAUSE
 
 
 class Heartbeat:
-    """Gives a sign of life for each leased trial, from a thread of its own.
+    """Gives a sign of life for each leased trial, from a separate thread.
 
     Attributes:
         interval: seconds between two signs of life.
@@ -40,7 +40,7 @@ class Heartbeat:
         """
         self.interval = interval
         self.timeout = timeout
-        # What the thread reads: replaced, never changed.
+        # Read by the thread: replaced, never changed.
         self.beating: tuple[int, ...] = ()
         self._storage = storage
         self._name = name
@@ -75,7 +75,7 @@ class Heartbeat:
             try:
                 self.sign(trial_id)
             except Exception:
-                # Whatever it was, the thread must not end: the trials would be taken away. The worker itself
+                # Whatever the error, the thread must not end: the trials would be taken away. The worker
                 # reports it to the user when it needs the database.
                 self._on_failure()
                 return min(self.interval, LONGEST_PAUSE)

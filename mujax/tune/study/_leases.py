@@ -77,7 +77,7 @@ class Leases:
         token = uuid.uuid4().hex
         taken: dict[int, dict[str, Any]] = {}
         try:
-            # Once more if the lock was lost meanwhile, to see what of it stands.
+            # Repeated if the lock was lost meanwhile, to see which trials are still leased.
             while not self._connection.persist(
                 lambda: self._lock.run_alone(token, lambda: self._fill(total, at_most, taken)),
             ):
@@ -164,7 +164,7 @@ class Leases:
         )
 
     def _fill(self, total: int, at_most: int, taken: dict[int, dict[str, Any]]) -> None:
-        """Fills `taken`; what is there already is of an earlier attempt, and may not be ours any more."""
+        """Fills `taken`; entries of an earlier attempt may not be ours any more."""
         if self._is_sweep_due():
             self._trials.fail_stale()
             self._swept_at = self._connection.clock.now()
@@ -202,7 +202,7 @@ class Leases:
                 )
                 self._trials.fail(trial_id)
                 return True
-        # Before it runs: a worker killed in between must leave a trial that can be found to be dead.
+        # Before it runs: if a worker is killed in between, its trial must be recognisable as stale.
         self._heartbeat.sign(trial_id)
         trial = self._trials.start(entry.number)
         if trial is None:

@@ -27,7 +27,7 @@ class Lock:
 
     That is public API and the same on every storage. It is safe without being a perfect lock: a worker that
     was considered dead finds, before it runs anything, that the lock no longer carries its token, and settles
-    its leases anew. Two workers whose check succeeds held the lock one after the other: the second counted
+    its leases again. Two workers whose check succeeds held the lock one after the other: the second counted
     the trials of the first.
     """
 
@@ -40,12 +40,12 @@ class Lock:
         self._seen: tuple[tuple[int, str] | None, float] = (None, 0.0)
 
     def run_alone(self, token: str, operation: Callable[[], object]) -> bool:
-        """Does something while no other worker does.
+        """Runs an operation while no other worker holds the lock.
 
         Args:
             token: different for each use of the lock. With the token of an attempt that lost its connection,
                 the lock of that attempt is kept.
-            operation: what to do.
+            operation: called with the lock held.
 
         Returns:
             False if another worker considered this one dead meanwhile, and took the lock.

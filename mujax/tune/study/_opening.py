@@ -43,7 +43,7 @@ class Opened:
         lock: of all its workers.
         heartbeat: of this worker.
         leases: of this worker.
-        settings: what the study was started with.
+        settings: those that the study was started with.
     """
 
     connection: Connection
@@ -61,7 +61,7 @@ class Opened:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the worker that started the study stored with it."""
+        """The attributes that the worker that started the study stored with it."""
         return dict(self.connection.persist(lambda: self.study.user_attrs).get(ATTRIBUTES, {}))
 
 
@@ -128,7 +128,7 @@ def _create_study(connection: Connection, sampler: BaseSampler, pruner: BasePrun
     """Creates a study, or opens the one of that name.
 
     Raises:
-        ConfigError: there is one, and it does not minimize one value.
+        ConfigError: the study exists, and does not minimize one value.
     """
     study = connection.persist(
         lambda: optuna.create_study(
@@ -154,7 +154,7 @@ def _load_study(connection: Connection) -> optuna.Study:
     """Opens an existing study.
 
     Raises:
-        ConfigError: there is none of that name; the text lists those that there are.
+        ConfigError: no study has that name; the text lists the existing ones.
     """
     name, storage = connection.name, connection.storage
     names = connection.persist(lambda: optuna.get_all_study_names(storage))

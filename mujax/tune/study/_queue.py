@@ -1,4 +1,4 @@
-"""The queue of trials: which slot is next, what is free, and which trials are one too many.
+"""The queue of trials: the next slot, the free slots, and superfluous trials.
 
 Pure: a queue is computed from the records of the trials, by rules that need no database and no clock of their
 own. A study has slots, counted from 0: slot k is the k-th trial of the sampler, or cell k of a grid. A trial
@@ -84,7 +84,7 @@ class Queue:
 
     Attributes:
         entries: all trials, by number.
-        total: trials that the whole study is to have; failed ones are not counted.
+        total: the study's total; failed ones are not counted.
         grid: the grid whose cells are the slots; None where each slot is drawn.
     """
 
@@ -107,7 +107,7 @@ class Queue:
         """How many trials the study can have: a grid has no more than its cells."""
         if self.grid is None:
             return self.total
-        # What the user enqueued off the grid does not take the place of a cell.
+        # A trial that the user enqueued off the grid does not take the place of a cell.
         off_grid = sum(self.grid.cell_of(entry.params) is None for entry in self.live)
         return min(self.total, len(self.grid) + off_grid)
 

@@ -84,7 +84,7 @@ def seed_of(seed: int, index: int) -> int:
 
 
 class Sampling:
-    """What a study's sampler gives each trial, whichever worker runs it.
+    """The hyperparameters that a study's sampler gives each trial, whichever worker runs it.
 
     Attributes:
         space: the distribution of each hyperparameter.
@@ -107,7 +107,7 @@ class Sampling:
 
     @property
     def initial(self) -> BaseSampler:
-        """What a study is opened with."""
+        """The sampler that Optuna's study is opened with."""
         return self._made or RandomSampler(seed=self._seed)
 
     def drawn(self, slot: int) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Sampling:
         return {}
 
     def of(self, number: int) -> BaseSampler:
-        """The sampler of what a stored trial leaves open."""
+        """The sampler of the hyperparameters that a stored trial leaves open."""
         if self._made is not None:
             return self._made
         seed = seed_of(self._seed, number)

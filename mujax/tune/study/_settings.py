@@ -1,4 +1,4 @@
-"""What a study is started with: its name, settings and space; stored, and compared on resume."""
+"""The name, settings and space of a study; stored at its start, and compared on resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SPACE: Final = "mujax:space"
 
 
 def check_name(name: str) -> None:
-    """Refuses a name that no study can have, or that a lock has."""
+    """Refuses a name that no study can have, or that is a lock's."""
     if not isinstance(name, str) or not name.strip() or len(name) > 400 or name.endswith(SUFFIX):
         raise ConfigError(
             where="study",
@@ -40,7 +40,7 @@ def check_name(name: str) -> None:
 
 
 def check_seconds(heartbeat: float, heartbeat_timeout: float | None, patience: float) -> float:
-    """Refuses times that make no sense; returns the heartbeat timeout."""
+    """Refuses invalid times; returns the heartbeat timeout."""
     given = {"heartbeat": heartbeat, "heartbeat_timeout": heartbeat_timeout, "patience": patience}
     for option, seconds in given.items():
         is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
@@ -58,7 +58,7 @@ def check_seconds(heartbeat: float, heartbeat_timeout: float | None, patience: f
 
 
 def as_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values as they are read back once they are stored: tuples become lists."""
+    """The values as read back from the storage: tuples become lists."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         try:
@@ -124,7 +124,7 @@ def check_space(
     """Refuses a space other than the one that the study was started with.
 
     Raises:
-        ConfigError: it is another one.
+        ConfigError: the space differs.
     """
     stored = connection.persist(lambda: study.user_attrs).get(_SPACE)
     if stored is not None:
@@ -144,7 +144,7 @@ def check_space(
 
 
 def _shown(space: Mapping[str, BaseDistribution]) -> str:
-    """A space as one writes it: `lr=0.001:1:log, act=relu|tanh`."""
+    """A space as text: `lr=0.001:1:log, act=relu|tanh`."""
     return ", ".join(f"{name}={_range(distribution)}" for name, distribution in space.items())
 
 

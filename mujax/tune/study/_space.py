@@ -1,4 +1,4 @@
-"""A search space, as a person writes it and as Optuna has it."""
+"""Converts a search space, as the user writes it, to Optuna's distributions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def distributions(space: Mapping[str, Any]) -> dict[str, BaseDistribution]:
     Args:
         space: for each hyperparameter a list of values, a range `{"low": ..., "high": ...}` with optional
             `"log"` and `"step"`, or a distribution of Optuna's as it is. A range whose ends are whole numbers
-            (and whose step is none or whole) holds whole numbers. Ends and step can be texts such as
+            (and the step, if any) holds whole numbers. Ends and step can be texts such as
             `"2**-8"` or `"2^-8"`, since YAML has no powers.
 
     Returns:

@@ -26,7 +26,7 @@ class SharedStudy:
             while study.pending(100):
                 for lease in study.lease(100, at_most=1):
                     study.finish(lease, train(**lease.params), {})
-                # nothing leased: others run what is left; wait a moment in case one of them dies
+                # nothing leased: other workers run the rest; wait a moment in case one of them dies
 
     Every operation outlives a lost connection and a full disk of up to `patience` seconds.
     """
@@ -57,7 +57,7 @@ class SharedStudy:
         patience: float = 300.0,
         say: Callable[[str], None] | None = None,
     ) -> Self:
-        """Opens a study to work on it, and creates it if there is none of that name.
+        """Opens a study to work on it; creates it if it does not exist.
 
         Args:
             name: of the study in its database.
@@ -67,19 +67,19 @@ class SharedStudy:
             sampler: `"random"`, where the k-th trial depends on `seed` and k only, whichever worker runs it;
                 `"grid"`, every cell once in the space's own order; the short name of another sampler of
                 Optuna's, such as `"tpe"`; or a sampler.
-            pruner: what `report` asks: `"asha"`, `"hyperband"`, `"median"`, `"percentile"`, a pruner, or
+            pruner: consulted by `report`: `"asha"`, `"hyperband"`, `"median"`, `"percentile"`, a pruner, or
                 None to stop no trial.
             seed: of the sampler.
-            settings: what all trials have in common, as JSON: a later worker must bring the same.
-            attributes: what else to store with the study, as JSON; taken from the worker that starts it.
+            settings: values common to all trials, as JSON: a later worker must give the same.
+            attributes: further values to store with the study, as JSON; taken from the worker that starts it.
             heartbeat: seconds between two signs of life.
             heartbeat_timeout: seconds without one after which a worker's trials are run again; None is 3
                 heartbeats.
             patience: seconds to wait for a database that cannot be reached.
-            say: takes a sentence for the user: connection lost, connection back, trial taken away.
+            say: takes a message for the user: connection lost, connection back, trial taken away.
 
         Raises:
-            ConfigError: an argument makes no sense, or the study was started with another.
+            ConfigError: an argument is invalid, or the study was started with another.
             StudyError: the database cannot be opened.
         """
         return cls(
@@ -104,7 +104,7 @@ class SharedStudy:
         """Opens an existing study to read it.
 
         Raises:
-            ConfigError: there is none of that name; the text lists those that there are.
+            ConfigError: no study has that name; the text lists the existing ones.
             StudyError: the database cannot be opened.
         """
         return cls(open_to_read(name, storage))
@@ -121,12 +121,12 @@ class SharedStudy:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the study was started with."""
+        """The settings that the study was started with."""
         return dict(self._opened.settings)
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What the worker that started it stored with it."""
+        """The attributes that the worker that started it stored with it."""
         return self._opened.attributes
 
     @property
@@ -145,12 +145,12 @@ class SharedStudy:
         """Takes trials to run, those first that wait to be run (again).
 
         Args:
-            total: trials that the whole study is to have; failed ones are not counted. A grid has no more
+            total: number of trials of the whole study; failed ones are not counted. A grid has no more
                 than its cells.
             at_most: how many to take.
 
         Returns:
-            The trials; none when all are finished, or others run what is left (see `pending`).
+            The trials; none when all are finished, or other workers run the rest (see `pending`).
 
         Raises:
             StudyError: the database could not be reached for too long.
@@ -189,9 +189,9 @@ class SharedStudy:
 
         Args:
             lease: the trial.
-            value: what to minimize; None or not finite if it diverged. Not stored for a pruned trial, whose
-                value is the last reported one.
-            attrs: what to store with it, as JSON.
+            value: the value to minimize; None or not finite if the trial diverged. Not stored for a pruned
+                trial, whose value is the last reported one.
+            attrs: values to store with it, as JSON.
             state: `"pruned"` if `report` returned that it must stop.
 
         Returns:

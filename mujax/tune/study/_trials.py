@@ -36,15 +36,15 @@ _STATES: Final[Mapping[TrialState, State]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A trial as the study knows it.
+    """A stored trial of the study.
 
     Attributes:
         number: of the trial in the study; a trial that is run again gets a new one.
         params: its hyperparameters, as far as they are drawn.
-        value: what was measured: infinite if it diverged, the last reported if it was pruned, else None.
-        state: where it stands; `"failed"` is one that was given up and is run again under another number.
+        value: the measured value: infinite if it diverged, the last reported if it was pruned, else None.
+        state: its state; a `"failed"` trial was given up and is run again under another number.
         diverged: it was finished without a finite value.
-        attrs: what was stored with it.
+        attrs: the values stored with it.
         intermediate: the reported values, by step.
     """
 
@@ -185,8 +185,8 @@ class Trials:
         trial = self._study.ask(dict(self.sampling.space))
         if trial.number == number:
             return trial
-        # A worker of plain Optuna took it, or one that holds the lock by now. What Optuna gave instead was
-        # not counted: back with it, if it was queued at all.
+        # A worker of plain Optuna took it, or one that holds the lock by now. The trial that Optuna gave
+        # instead was not counted: it is put back, if it was queued at all.
         trial_id = self.id_of(trial.number)
         self.fail(trial_id)
         instead = self._storage.get_trial(trial_id)

@@ -1,4 +1,4 @@
-"""The coordinate check passes on what is in µP, fails on what is not, and measures what it says."""
+"""The coordinate check passes models in µP, fails others, and measures the sizes that it reports."""
 
 import functools
 import json
@@ -70,7 +70,7 @@ def momentum(rate, spec):
 
 
 SMALL, LARGE = (2.0**-7,), (2.0**-4,)
-# Two widths are enough to tell pass from fail; one case has three, as is advised.
+# Two widths are enough to distinguish pass from fail; one case has three, as is advised.
 CONFIGS = {
     "mlp, sgd": (linen_mlp, (32, 128), X, "sgd", LARGE),
     "mlp, adam": (linen_mlp, (32, 64, 128), X, "adam", SMALL),
@@ -87,11 +87,11 @@ CONFIGS = {
 
 @functools.cache
 def run(name, **settings):
-    """The check of a case, and the progress that it told."""
+    """The check of a case, and the progress that it reported."""
     factory, widths, inputs, optimizer, rates = CONFIGS[name]
     train = {"kwargs": {"train": True}} if factory is resnet else {}
-    given, told = {"steps": 4, "learning_rates": rates, **train, **settings}, []
-    return mujax.coord_check(factory, widths, inputs, optimizer, progress=told.append, **given), told
+    given, reported = {"steps": 4, "learning_rates": rates, **train, **settings}, []
+    return mujax.coord_check(factory, widths, inputs, optimizer, progress=reported.append, **given), reported
 
 
 def checked(name, **settings):
@@ -286,11 +286,11 @@ def test_assert_mup(monkeypatch):
 
 
 def test_progress_ends_at_one():
-    _, told = run("mlp, adam")
-    assert [now.done for now in told] == sorted(now.done for now in told)
-    assert told[-1].work_done == 1.0
+    _, reported = run("mlp, adam")
+    assert [now.done for now in reported] == sorted(now.done for now in reported)
+    assert reported[-1].work_done == 1.0
     # Widths times seeds.
-    assert (told[-1].done, told[-1].total) == (12, 12)
+    assert (reported[-1].done, reported[-1].total) == (12, 12)
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def checked(planted: Planted) -> mujax.CoordCheck:
 
 # What else is rightly blamed: a forgotten base is wrong for the next layer's fan-in as well.
 ALSO = {"d_ffn forgotten in the base": ("down/kernel", "learning rate")}
-# What shows in the sizes that were measured; of the others only the rules tell (and mujax.transfer_check).
+# Faults that the measured sizes show; the others only the rules show (and mujax.transfer_check).
 SEEN = {
     "readout factor dropped",
     "readout factor after the bias",

@@ -238,7 +238,7 @@ def test_fails_where_the_optimum_moves(factory, optimizer, grid, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"log2_lrs": (-3, -4, -4)},
@@ -247,6 +247,6 @@ def test_fails_where_the_optimum_moves(factory, optimizer, grid, options):
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
     ],
 )
-def test_options_that_make_no_sense(options, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         mujax.transfer_check(linen, (8, 16), teacher(2), **{"log2_lrs": GRID, **options})

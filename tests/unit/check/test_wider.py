@@ -17,7 +17,7 @@ WIDTHS = (32, 64, 128)
 
 
 def synthetic(rise=lambda width, step: 0.0, noise=0.02, seed=0, seeds=SEEDS, offset=0.0):
-    """Curves from 1 down to 0.2, a tenth lower each time that the width doubles, times what `rise` says."""
+    """Curves from 1 down to 0.2, a tenth lower each time that the width doubles, times `rise`."""
     rng = np.random.default_rng(seed)
     steps = np.arange(STEPS)
     return {
@@ -145,7 +145,7 @@ def test_fails_in_standard_parametrization():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"window": 0}, "window: expected from 1 to the number of steps, 2, got 0"),
         ({"window": 3}, "window: expected from 1 to the number of steps, 2, got 3"),
@@ -153,8 +153,8 @@ def test_fails_in_standard_parametrization():
         ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
     ],
 )
-def test_options_that_make_no_sense(options, said):
-    with pytest.raises(ConfigError, match=said):
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(ConfigError, match=message):
         mujax.wider_is_better(linen, (8, 16), teacher(2), **{"learning_rate": 0.1, **options})
 
 

@@ -1,4 +1,4 @@
-"""What the coordinate check takes where the user says nothing: widths, batches, made-up inputs."""
+"""Defaults of the coordinate check: widths, batches, made-up inputs."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_a_model_and_batches_of_the_users_own(asked: list[TransferConfig]) -> No
 
 
 @pytest.mark.parametrize(
-    ("lost", "said", "code"),
+    ("lost", "message", "code"),
     [
         (
             lambda run: (run.parametrization, run.width, run.log2_lr) == ("sp", 256, -8.0),
@@ -175,7 +175,7 @@ def test_a_model_and_batches_of_the_users_own(asked: list[TransferConfig]) -> No
 )
 @pytest.mark.usefixtures("folder")
 def test_the_verdict_on_diverged_runs(
-    lost: Callable[[Run], bool], said: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    lost: Callable[[Run], bool], message: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     def transfer(config: TransferConfig, **_: Any) -> Report:
         assert config.out is not None
@@ -186,7 +186,7 @@ def test_the_verdict_on_diverged_runs(
     line = ["transfer-check", "--widths", "64", "128", "256", "--log2-lrs", "-10", "-9", "-8", "-7"]
     # Only where µP fails is the exit code 1.
     assert cli.main(line) == code
-    assert said in " ".join(capsys.readouterr().out.split())
+    assert message in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("folder")
@@ -550,7 +550,7 @@ SIZES = "--width 32 --base-width 8"
 
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("", "Expected one of {tune, transfer, transfer-check, explain, coord-check}"),
         ("tone", "Unrecognized options: tone"),
@@ -627,14 +627,14 @@ SIZES = "--width 32 --base-width 8"
         ("explain transformer --width 30 --base-width 8", "TransformerConfig.n_heads: expected a divisor"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_2(line: str, said: str, capsys: Captured) -> None:
+def test_bad_input_is_one_sentence_and_exit_code_2(line: str, message: str, capsys: Captured) -> None:
     assert cli.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    complaint = [text for text in err.splitlines() if "% done, " not in text]
-    assert len(complaint) == 1
-    assert complaint[0].startswith("mujax: ")
-    assert said in complaint[0]
+    error = [text for text in err.splitlines() if "% done, " not in text]
+    assert len(error) == 1
+    assert error[0].startswith("mujax: ")
+    assert message in error[0]
     assert "Traceback" not in err
 
 
@@ -649,7 +649,7 @@ def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     for module, name in ((_transfer_check, "sweep_widths"), (_check, "coord_check")):
-        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it was begun"))
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it was started"))
     assert cli.main(line.split()) == 2
     err = capsys.readouterr().err
     assert err == f'mujax: the command needs the package {package}; pip install "mujax-mup[cli]".\n'

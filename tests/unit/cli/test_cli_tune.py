@@ -123,14 +123,14 @@ def test_a_search_ends_with_the_best_trials_what_to_do_next_and_files(
 ) -> None:
     assert cli.main(["tune"]) == 0
     out, err = capsys.readouterr()
-    said = " ".join(out.split())
-    assert "Study mine: the 10 best of 14 trials" in said
+    text = " ".join(out.split())
+    assert "Study mine: the 10 best of 14 trials" in text
     rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit() and "trials" not in line]
     assert [row[0] for row in rows] == ["5", "4", "7", "2", "8", "1", "9", "0", "10", "11"]
     assert rows[0][1:] == ["0.5000", "2^-8", "0.051", "cosine"]
-    assert "14 trials, 1 diverged, 1 pruned; 1.3e10 FLOPs spent on them." in said
-    assert "To train the target with the best: mujax transfer --study mine Written:" in said
-    assert "Across width" not in said
+    assert "14 trials, 1 diverged, 1 pruned; 1.3e10 FLOPs spent on them." in text
+    assert "To train the target with the best: mujax transfer --study mine Written:" in text
+    assert "Across width" not in text
     # No terminal: a quiet line for each batch, no control characters.
     head, *rest = err.splitlines()
     assert head == "trials 0 on: 0% done, 0 of 6 trials"
@@ -243,10 +243,10 @@ def test_what_does_not_transfer_is_said_at_once(
 ) -> None:
     stand_in(monkeypatch, make_sweep(weight_decay=0.1, dropout=0.2))
     assert cli.main(["tune"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
     assert (
         "Across width weight_decay and dropout can't be expected to transfer: pass --set weight_decay="
-        in said
+        in text
     )
 
 
@@ -258,7 +258,7 @@ def test_a_search_in_which_nothing_came_to_its_end_ends_with_1(
     out, err = capsys.readouterr()
     assert "3 trials, 3 diverged, 0 pruned" in out
     assert "mujax transfer" not in out
-    assert err.splitlines()[-1] == ("mujax: no trial has come to its end; tune lower learning rates.")
+    assert err.splitlines()[-1] == ("mujax: no trial reached its end; tune lower learning rates.")
     assert sorted(path.name for path in (folder / "here").iterdir()) == ["tune.json", "tune.png"]
 
 
@@ -276,7 +276,7 @@ def test_interrupted_writes_what_there_is_and_says_how_to_go_on(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == (
         "mujax: interrupted; 7 of 20 trials are stored in study mine of postgresql://ann:***@db/x, the same "
-        "command goes on there. Written: here/tune.json, here/tune.png."
+        "command resumes there. Written: here/tune.json, here/tune.png."
     )
     assert len(json.loads((folder / "here" / "tune.json").read_text())["trials"]) == 7
     assert (folder / "here" / "tune.png").read_bytes().startswith(PNG)
@@ -297,7 +297,7 @@ def test_interrupted_before_there_is_anything_writes_nothing(
     monkeypatch.setattr(_tune, "read_study", read_study)
     assert cli.main(["tune", "--out", "here"]) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "mujax: interrupted; no trial is stored, the same command starts anew."
+    assert last == "mujax: interrupted; no trial is stored, the same command starts again."
     assert list((folder / "here").iterdir()) == []
 
 
@@ -380,8 +380,8 @@ def test_a_target_ends_with_its_hyperparameters_loss_costs_and_files(
     line = "transfer --study mine --also weight_decay --set dropout=0.5 --seeds 2"
     assert cli.main(line.split()) == 0
     out, err = capsys.readouterr()
-    said = " ".join(out.split())
-    assert "Width 1024, with the best of study mine: trial 5" in said
+    text = " ".join(out.split())
+    assert "Width 1024, with the best of study mine: trial 5" in text
     for row in (
         "learning_rate 2^-8 optimization proxy",
         "schedule cosine optimization proxy",
@@ -389,12 +389,12 @@ def test_a_target_ends_with_its_hyperparameters_loss_costs_and_files(
         "dropout 0.5 regularization set",
         "b2 0.99 optimization fixed in the study",
     ):
-        assert row in said
-    assert "Target, width 1024: loss 0.4500 ± 0.0500 (2 seeds). Proxy, width 64: 0.5000." in said
+        assert row in text
+    assert "Target, width 1024: loss 0.4500 ± 0.0500 (2 seeds). Proxy, width 64: 0.5000." in text
     assert (
         "The tuning cost 1.4e10 FLOPs, the same search at the target would have cost 1.4e12 FLOPs: 100 "
         "times as many. One run of the target costs 1e11 FLOPs."
-    ) in said
+    ) in text
     assert "transfer-mine/target.json, transfer-mine/target.png, transfer-mine/params.npz" in out
     head, *rest = err.splitlines()
     assert head == "seed 0, step 0 of 80: 0% done"
@@ -416,7 +416,7 @@ def test_every_option_reaches_the_training_of_the_target(asked: Asked, folder: p
         "--set weight_decay=2**-4 b2=0.9 --data here.npz --config tune.yaml --out there"
     )
     assert cli.main(line.split()) == 0
-    # What the study was tuned with is in the study; the file says what can't be.
+    # What the study was tuned with is in the study; the file holds the rest.
     assert asked.of_study == [
         {"study": "s", "storage": "b.db", "task": "mine:net", "data": pathlib.Path("here.npz"), "seed": 7}
     ]
@@ -501,7 +501,7 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
 
 @pytest.mark.usefixtures("asked", "tuned")
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "text"),
     [
         ("tune cifar", "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
         ("tune mine:net", "width: expected the proxy's width for a model of your own, got none."),
@@ -541,16 +541,16 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    line: str, said: str, folder: pathlib.Path, capsys: Captured
+    line: str, text: str, folder: pathlib.Path, capsys: Captured
 ) -> None:
     (folder / "wrong.yaml").write_text("trails: 3\n")
     (folder / "empty.yaml").write_text("")
     assert cli.main(line.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    (complaint,) = err.splitlines()
-    assert complaint.startswith("mujax: ")
-    assert said in complaint
+    (error,) = err.splitlines()
+    assert error.startswith("mujax: ")
+    assert text in error
 
 
 @pytest.mark.usefixtures("asked", "tuned")
@@ -563,12 +563,12 @@ def test_a_missing_package_of_the_extra_is_named_before_anything_runs(
         if name.partition(".")[0] == package or f"{name}.".startswith(("mujax.plot.", "mujax.tune.study.")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(_tune, "tune", lambda *_, **__: pytest.fail("it was begun"))
-    monkeypatch.setattr(_transfer, "transfer", lambda *_, **__: pytest.fail("it was begun"))
+    monkeypatch.setattr(_tune, "tune", lambda *_, **__: pytest.fail("it was started"))
+    monkeypatch.setattr(_transfer, "transfer", lambda *_, **__: pytest.fail("it was started"))
     assert cli.main(line.split()) == 2
-    (complaint,) = capsys.readouterr().err.splitlines()
-    assert f"the package {package}" in complaint
-    assert complaint.endswith('pip install "mujax-mup[cli]".')
+    (error,) = capsys.readouterr().err.splitlines()
+    assert f"the package {package}" in error
+    assert error.endswith('pip install "mujax-mup[cli]".')
 
 
 @pytest.mark.usefixtures("tuned")
@@ -576,7 +576,7 @@ def test_a_missing_writer_of_event_files_is_named_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    monkeypatch.setattr(_tune, "tune", lambda *_, **__: pytest.fail("it was begun"))
+    monkeypatch.setattr(_tune, "tune", lambda *_, **__: pytest.fail("it was started"))
     assert cli.main(["tune", "--tensorboard", "logs"]) == 2
     assert capsys.readouterr().err.endswith('pip install "mujax-mup[tensorboard]".\n')
 

@@ -1,4 +1,4 @@
-"""The audit: what can't be put right or can't be seen is said, with place and remedy, and nothing breaks."""
+"""The audit reports what cannot be corrected or read, with place and remedy, and never raises."""
 
 import inspect
 import re
@@ -39,7 +39,7 @@ def line(text: str) -> str:
     return f"test_audit.py:{number}"
 
 
-# ---- models with something that can't be put right ---------------------------------------------------
+# ---- models with something that cannot be corrected --------------------------------------------------
 
 
 def _qkv(w, x):
@@ -138,7 +138,7 @@ FINDINGS = {
         _disputed,
         "disputed scale",
         "disputed",
-        r"used at two sizes, which ask for the factors 1.732 and 0.5774; compute the two uses from separate",
+        r"used at two sizes, which require the factors 1.732 and 0.5774; compute the two uses from separate",
     ),
     "a modulated kernel": (
         _modulated,
@@ -224,7 +224,7 @@ _unheard_of.def_abstract_eval(lambda x: x)
 
 
 def test_an_unknown_primitive_takes_the_facts_away_and_is_reported():
-    """Without it the scale would be seen and put right; with it nothing is claimed of what it returns."""
+    """Without it the scale would be read and corrected; with it nothing is claimed of its result."""
 
     def body(self, w, x):
         x = nn.Dense(w, name="first")(x) * jnp.sqrt(w)

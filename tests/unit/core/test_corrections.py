@@ -14,7 +14,7 @@ from patterns import BASE, PATTERNS, PLAIN, WIDTH, Model, Pattern, R, S
 
 import mujax
 
-# A function with its own rule for derivatives: the rule is lost, and mujax says so.
+# A function with its own rule for derivatives: the rule is lost, and mujax reports it.
 OWN_DERIVATIVE = {"in_custom_jvp"}
 
 

@@ -54,13 +54,13 @@ LONGER = by(max)
 
 
 def _svd(key, shape, dtype=jnp.float32):
-    """An orthogonal matrix by another route, of which the trace tells nothing."""
+    """An orthogonal matrix by another route, which the trace cannot read."""
     u, _, vt = jnp.linalg.svd(jax.random.normal(key, shape, dtype), full_matrices=False)
     return u @ vt
 
 
 def _fourier(key, shape, dtype=jnp.float32):
-    """Normal entries by way of a transform of which the trace tells nothing."""
+    """Normal entries by a transform that the trace cannot read."""
     return jnp.fft.irfft(jnp.fft.rfft(jax.random.normal(key, shape, dtype)), n=shape[-1])
 
 

@@ -1,4 +1,4 @@
-"""mup_init and MupModel: what they refuse and how they say it, and that apply is the model's own apply."""
+"""mup_init and MupModel: their errors, and that apply is the model's own apply."""
 
 import contextlib
 import functools
@@ -313,7 +313,7 @@ def _line_of(text: str) -> str:
 def test_a_parameter_that_can_not_be_followed_is_an_error_and_roles_mends_it():
     with refused(
         mujax.RoleError, "mixed: expected a use that shows which axes of shape (24, 24) are fan-in, got",
-        _line_of("# the line in question"), 'say what it is with roles={"mixed": ...}',
+        _line_of("# the line in question"), 'give it a role with roles={"mixed": ...}',
     ):  # fmt: skip
         mujax.mup_init(Opaque(WIDTH), Opaque(BASE), X)
     mup = mujax.mup_init(Opaque(WIDTH), Opaque(BASE), X, roles={"mix*": "hidden"})
@@ -454,7 +454,7 @@ def test_explain_groups_layers_that_differ_in_their_number_only():
     assert "hidden_*/kernel (5 alike)" in text
     assert "hidden_3" not in text
 
-    # Each name still stands for itself where the numbers tell layers apart.
+    # Each name still stands for itself where the numbers distinguish layers.
     class Net(nn.Module):
         width: int
 
@@ -863,7 +863,7 @@ def test_an_eager_call_compiles_its_loops_once():
     with jax.log_compiles(), _compiled() as names:
         again = mup.apply(variables, X)
         assert names == []
-        # The negative twin: a loop that is written anew is compiled anew.
+        # The negative twin: a loop that is built again is compiled again.
         mup.with_multipliers(attention_mult=1.0).apply(variables, X)
         assert names != []
     np.testing.assert_array_equal(first, again)

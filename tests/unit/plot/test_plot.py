@@ -166,10 +166,10 @@ def test_a_row_for_each_parametrization_and_a_panel_for_each_of_five_steps() -> 
     assert list(figure.axes[-1].get_xticks()) == list(CHECKED_WIDTHS)
     low, high = figure.axes[0].get_ylim()
     assert sum(low <= tick <= high for tick in figure.axes[0].get_yticks()) >= 3
-    said = [text.get_text() for axes in figure.axes for text in texts(axes)]
-    assert "Standard parametrization" in said
-    assert "fail: 2 of 4 activations depend on width, 1 of them by a fault elsewhere" in said
-    assert "pass: none of 4 activations depends on width" in said
+    shown = [text.get_text() for axes in figure.axes for text in texts(axes)]
+    assert "Standard parametrization" in shown
+    assert "fail: 2 of 4 activations depend on width, 1 of them by a fault elsewhere" in shown
+    assert "pass: none of 4 activations depends on width" in shown
     assert "Net, adam, learning rate $2^{-9}$, 4 seeds" in [text.get_text() for text in figure.texts]
 
 
@@ -380,9 +380,9 @@ def test_the_front_of_the_proxy_and_the_same_at_the_target_as_many_times_dearer(
     low, high = axes.get_xlim()
     assert low < front.flops[0]
     assert 100 * front.flops[-1] < high
-    said = [text.get_text() for text in texts(axes)]
+    shown = [text.get_text() for text in texts(axes)]
     for text in ("100× fewer operations", "1 trial", "14"):
-        assert text in said
+        assert text in shown
     legend = axes.get_legend()
     assert legend is not None
     names = [text.get_text() for text in legend.get_texts()]
@@ -395,9 +395,9 @@ def test_a_curve_for_each_seed_and_the_proxys_best_for_comparison() -> None:
     curves = [line for line in axes.get_lines() if line.get_linestyle() == "-"]
     assert [float(np.asarray(line.get_ydata())[-1]) for line in curves] == pytest.approx([0.4, 0.5], abs=0.05)
     assert [list(np.asarray(line.get_xdata()))[-1] for line in curves] == [80, 80]
-    said = [text.get_text() for text in texts(axes)]
-    assert "loss 0.4500 ± 0.0500, 2 seeds" in said
-    assert "proxy's best, 0.500" in said
+    shown = [text.get_text() for text in texts(axes)]
+    assert "loss 0.4500 ± 0.0500, 2 seeds" in shown
+    assert "proxy's best, 0.500" in shown
     assert "tuned at width 64, trained at width 1024" in figure.get_suptitle()
 
 

@@ -10,7 +10,7 @@ from mujax.train._batches import check_batches
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ([], "expected at least one (inputs, targets) pair, got none"),
         ([jnp.zeros((2, 3))], "pair at every step, got ArrayImpl at step 0"),
@@ -20,6 +20,6 @@ from mujax.train._batches import check_batches
         ),
     ],
 )
-def test_batches_must_be_pairs_of_the_same_shapes(given, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_batches_must_be_pairs_of_the_same_shapes(given, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         check_batches(given)

@@ -263,7 +263,7 @@ def test_schedules(name):
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (
             lambda: schedule({"learning_rate": 1.0, "schedule": "step"}, 3),
@@ -286,13 +286,13 @@ def test_schedules(name):
         ),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(build, said):
-    with pytest.raises(ConfigError, match=said):
+def test_what_makes_no_sense_is_one_sentence(build, message):
+    with pytest.raises(ConfigError, match=message):
         build()
 
 
 @pytest.mark.parametrize(
-    ("hparams", "said"),
+    ("hparams", "message"),
     [
         (
             {"init_scale": 1.0},
@@ -311,10 +311,10 @@ def test_what_makes_no_sense_is_one_sentence(build, said):
         ),
     ],
 )
-def test_hyperparameters_that_would_do_nothing_are_refused_before_anything_is_run(hparams, said):
+def test_hyperparameters_that_would_do_nothing_are_refused_before_anything_is_run(hparams, message):
     job = run_of()
     job.check({"learning_rate": 1.0, "b1": 0.9, "depth": 2, "warmup": 0.1, "output_mult": 2.0})
-    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         mujax.sweep(job, {name: [value] for name, value in hparams.items()}, trials=1)
     own = run_of(optimizer=lambda hparams, spec: mujax.mup_adam(hparams["nonsense"], spec))
     own.check({"nonsense": 1.0})

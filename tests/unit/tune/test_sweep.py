@@ -256,7 +256,7 @@ def test_a_run_that_raises_is_one_sentence_and_its_trials_are_put_back(tmp_path:
         sweep(run, space, trials=4, lanes=2, **options)
     assert str(caught.value) == (
         "run: expected it to run with {'layers': 3}, got ValueError: no three layers; its 2 trials are put "
-        "back, and what was finished before is stored."
+        "back, and trials finished before are stored."
     )
     mended = sweep(lambda hparams, key: {"loss": hparams["layers"] * 1.0}, space, trials=4, **options)
     assert sorted(trial.hparams["layers"] for trial in mended.trials) == [1, 2, 3, 4]

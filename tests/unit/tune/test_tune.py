@@ -230,7 +230,7 @@ def test_transferring_what_is_not_there(config: TuneConfig) -> None:
         mujax.transfer(config, width=16)
     lost = dataclasses.replace(config, space={"learning_rate": [2.0**100]}, trials=1, sampler="grid")
     store(lost, None)
-    with pytest.raises(ConfigError, match="expected a trial in 's' that came to its end, got 1 that did not"):
+    with pytest.raises(ConfigError, match="expected a trial in 's' that reached its end, got 1 that did not"):
         mujax.transfer(lost, width=16)
 
 

@@ -180,7 +180,7 @@ def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"task": "cifar"}, "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
         ({"task": toy_model}, "data: expected either a file of data or batches"),
@@ -209,8 +209,8 @@ def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
         ),
     ],
 )
-def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         TransferConfig.for_task(**given)
 
 
@@ -408,7 +408,7 @@ def test_a_sweep_may_grow(done: list[Run], tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.usefixtures("done")
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"steps": 21}, "expected runs with steps 21 in {file}, got runs with steps 20"),
         ({"batch": 16}, "expected runs with batch 16 in {file}, got runs with batch 32"),
@@ -417,12 +417,12 @@ def test_a_sweep_may_grow(done: list[Run], tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_runs_with_other_settings_are_left_alone(
-    tmp_path: pathlib.Path, changed: dict[str, Any], said: str
+    tmp_path: pathlib.Path, changed: dict[str, Any], message: str
 ) -> None:
     sweep_widths(TransferConfig.for_task("toy", seeds=1, out=tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    said = said.format(file=tmp_path / "runs.csv")
-    with pytest.raises(ConfigError, match=re.escape(said)) as raised:
+    message = message.format(file=tmp_path / "runs.csv")
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
         sweep_widths(TransferConfig.for_task("toy", **({"seeds": 1, "out": tmp_path} | changed)))
     assert "take another folder" in str(raised.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -678,7 +678,7 @@ def test_layers_are_no_width(name):
 
 @pytest.mark.parametrize("layers", [DEEP, SHALLOW])
 def test_a_scan_of_as_many_layers_in_the_base_is_the_same_model(layers):
-    """Whether the base has fewer layers or is only said to have: the factors are the same."""
+    """Whether the base has fewer layers or is only declared to have: the factors are the same."""
     build, _ = BUILDERS["functional"]
     models = build(WIDTH, DEEP), build(BASE, layers)
     spec = mujax.mup_init(*models, X, depth=(SHALLOW, DEEP), strict=True).spec

@@ -423,7 +423,7 @@ def test_layers_that_are_scanned_and_vmapped():
     found = {path: (spec.role, spec.fan_in, spec.fan_out, spec.stack) for path, spec in mup.spec.items()}
     assert found["first/kernel"] == ("input", (0,), (1,), ())
     assert found["blocks/up/kernel"] == found["blocks/down/kernel"] == ("hidden", (1,), (2,), (0,))
-    # All members read the same activation: the product alone does not tell members from outputs.
+    # All members read the same activation: the product alone does not distinguish members from outputs.
     assert found["outs/kernel"][:2] == ("output", (1,))
     module = mup.init(KEY)
     by_hand = nnx.clone(module)

@@ -314,8 +314,8 @@ def test_effects_happen_once_and_in_order(capfd):
     capfd.readouterr()
     jax.block_until_ready(jax.jit(ours)(X, K))
     jax.effects_barrier()
-    said = capfd.readouterr().out.split("\n")[:-1]
-    assert said == ["one", "two", "step 0", "after 0", "step 1", "after 1", "three", "four"]
+    printed = capfd.readouterr().out.split("\n")[:-1]
+    assert printed == ["one", "two", "step 0", "after 0", "step 1", "after 1", "three", "four"]
 
 
 def test_unordered_effects_happen_once():

@@ -221,7 +221,7 @@ def test_an_ordinary_primitive_that_is_not_known_stays_a_finding():
 
 
 def _run(program: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Runs a program equation by equation; those that hold programs by what `subprograms` says of them."""
+    """Runs a program equation by equation; those that hold programs by `subprograms`."""
     jaxpr = program.jaxpr
     env = dict(zip(jaxpr.constvars, program.consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
 

@@ -1,4 +1,4 @@
-"""What the user says goes: kinds switched off, roles, zero initial values, multipliers."""
+"""The user's settings take precedence: kinds switched off, roles, zero initial values, multipliers."""
 
 import jax
 import jax.numpy as jnp
@@ -120,9 +120,9 @@ def test_globs_match_many_and_the_last_one_wins():
 
 
 def test_a_param_spec_is_taken_as_it_is():
-    said = mujax.ParamSpec((WIDTH, WIDTH), (BASE, BASE), fan_in=(1,), fan_out=(0,), infinite=(0, 1))
-    mup = wrap(mlp, X, roles={"second/kernel": said})
-    assert mup.spec["second/kernel"] == said
+    given = mujax.ParamSpec((WIDTH, WIDTH), (BASE, BASE), fan_in=(1,), fan_out=(0,), infinite=(0, 1))
+    mup = wrap(mlp, X, roles={"second/kernel": given})
+    assert mup.spec["second/kernel"] == given
 
 
 @pytest.mark.parametrize(

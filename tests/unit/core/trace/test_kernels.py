@@ -76,7 +76,7 @@ WITH_DATA = {
     "divided by a stored scale": lambda k, h, key, step: h @ (k / (1 + step)),
     "noise in proportion": lambda k, h, key, step: h @ (k + 0.1 * k * noise(key, k)),
     "another dtype on the way": lambda k, h, key, step: h @ (k.astype(jnp.bfloat16) * step).astype(h.dtype),
-    "laid out anew after it": lambda k, h, key, step: (
+    "laid out again after it": lambda k, h, key, step: (
         h @ (k * noise(key, k)).reshape(-1, 4, k.shape[1]).reshape(k.shape)
     ),
     "quantised by its largest entry": lambda k, h, key, step: h @ quantised(k),

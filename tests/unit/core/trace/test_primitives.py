@@ -316,7 +316,7 @@ def test_no_call_on_a_parameter_breaks_anything(name):
     assert found == OPAQUE.get(name, set())
 
 
-# Those that none of the above emits, or that say themselves that they can't be looked into.
+# Those that none of the above emits, or that are opaque by design.
 WITHOUT_RULE = {
     *{name for names in OPAQUE.values() for name in names} - {"fft"},
     *(

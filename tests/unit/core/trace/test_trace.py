@@ -434,7 +434,7 @@ LOW_RANK_UPDATE = Case(
     ],
 )
 def test_a_parameter_stored_flat_is_an_error(shape, use):
-    """One axis that is fan-in and fan-out at once: no spec can say that."""
+    """One axis that is fan-in and fan-out at once: no spec can express that."""
     with pytest.raises(mujax.RoleError) as caught:
         read(Case(shape, use, None))
     text = str(caught.value)
@@ -462,7 +462,7 @@ def test_parameters_that_want_different_factors_on_one_product_are_an_error():
         read(LOW_RANK_UPDATE)
     line = LOW_RANK_UPDATE.use.__code__.co_firstlineno
     assert str(caught.value).startswith("k and down: expected one factor for their common product at")
-    assert f"test_trace.py:{line}, got roles that ask for different ones; use separate products" in str(
+    assert f"test_trace.py:{line}, got roles that require different ones; use separate products" in str(
         caught.value
     )
     # Table 3 has no factors in the forward pass.
@@ -513,7 +513,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_an_output_that_grows_as_no_width_does_is_an_error(name):
-    """Another number of classes in base and target; `roles=` says that it is a width all the same."""
+    """Another number of classes in base and target; `roles=` declares it a width all the same."""
     with pytest.raises(
         mujax.ShapeMismatchError, match=r"k: expected 7 entries along axis .* an output of the"
     ):
@@ -624,10 +624,10 @@ A, B = (0, 12, 4), (1, 10, 5)
         (_axes([A, B]), (12, 10), (4, 5), _axes([A], [B])),
         (_axes([A], [B]), (3, 4, 10), (1, 4, 5), _axes([(0, 3, 1)], [(0, 4, 4)], [B])),
         (_axes([A], [B]), (3, 40), (1, 20), _axes([(0, 3, 1)], [(0, 4, 4), B])),
-        # Axes of size 1 are nobody's.
+        # Axes of size 1 belong to no axis of the array.
         (_axes([A]), (1, 12, 1), (1, 4, 1), _axes([], [A], [])),
         (_axes([], [A], []), (12,), (4,), _axes([A])),
-        # An axis of size 1 in the base only is somebody's.
+        # An axis of size 1 in the base only belongs to an axis.
         (_axes([(0, 3, 1)], [B]), (30,), (5,), _axes([(0, 3, 1), B])),
         # Uneven cuts, in the target or in the base.
         (_axes([A], [B]), (8, 15), (4, 5), None),

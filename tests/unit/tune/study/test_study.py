@@ -112,7 +112,7 @@ def test_workers_divide_the_total_and_stop_together(memory: InMemoryStorage) -> 
             one.finish(lease, 1.0, {})
         assert one.pending(5) == two.pending(5) == 0
         assert one.lease(5, 1) == []
-        # A larger total goes on where the study stands.
+        # A larger total resumes the study.
         assert [lease.number for lease in one.lease(6, 5)] == [5]
 
 
@@ -335,7 +335,7 @@ def test_released_trials_are_run_again_with_the_same_hyperparameters(memory: InM
     assert one.pending(2) == 1
     (again,) = two.lease(2, 5)
     assert again == Lease(2, released.params)
-    # What was reported before says nothing about the new run, nor does what the pruner made of it.
+    # Neither earlier reports nor the pruner's state carry over to the new run.
     trial = memory.get_trial(2)
     assert trial.intermediate_values == {}
     assert not [key for key in trial.system_attrs if key.startswith("completed_rung")]
@@ -794,7 +794,7 @@ def test_a_study_that_somebody_deleted(memory: InMemoryStorage) -> None:
     study = SharedStudy.open("s", SPACE, storage=memory)
     optuna.delete_study(study_name="s", storage=memory)
     with pytest.raises(
-        StudyError, match="study 's': expected it in InMemoryStorage, got none: somebody deleted"
+        StudyError, match="study 's': expected it in InMemoryStorage, got none: it was deleted"
     ):
         study.records()
 

@@ -100,7 +100,7 @@ def test_patience_ends(
 ) -> None:
     expected = (
         rf"^study 's': the database's address {means} for 30\d s \({text}\); {remedy}.*, then run the same "
-        r"command again: what is stored is kept, and the study resumes from there\.$"
+        r"command again: stored results are kept, and the study resumes from there\.$"
     )
     with pytest.raises(StudyError, match=expected):
         connection.persist(away(clock, 2000.0, lambda: lost(text)))
@@ -151,8 +151,8 @@ def test_a_study_that_somebody_deleted(connection: Connection) -> None:
         connection.persist(missing)
     optuna.delete_study(study_name="s", storage=connection.storage)
     text = (
-        r"^study 's': expected it in the database's address, got none: somebody deleted it; run the same "
-        r"command again to start it anew\.$"
+        r"^study 's': expected it in the database's address, got none: it was deleted; run the same "
+        r"command again to start a new one\.$"
     )
     with pytest.raises(StudyError, match=text):
         connection.persist(missing)

@@ -1,6 +1,6 @@
 """The leases of workers: each slot is run once, whoever dies, sleeps or loses the connection meanwhile.
 
-The trials are in a list, and the clock moves when somebody sleeps. What a worker does is cut into its steps
+The trials are in a list, and the clock moves when a worker sleeps. A worker's operations are cut into steps
 on the list and on the lock: before and after each of them another worker can act, the connection can break,
 and the worker can die.
 """
