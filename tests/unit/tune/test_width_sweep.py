@@ -217,7 +217,7 @@ def test_a_configuration_that_makes_no_sense_is_refused(given: dict[str, Any], m
 def test_defaults_of_a_task_depend_on_the_optimizer_and_give_way_to_what_is_given() -> None:
     adam, sgd = TransferConfig.for_task(), TransferConfig.for_task(optimizer="sgd", steps=7, batch=None)
     assert adam.task == "text-transformer"
-    assert adam.widths[-1] == 6 * adam.base_width
+    assert adam.widths[-1] == 4 * adam.base_width
     assert max(adam.log2_lrs) < max(sgd.log2_lrs)
     assert (sgd.steps, sgd.batch) == (7, adam.batch)
 
