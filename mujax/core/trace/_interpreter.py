@@ -224,7 +224,7 @@ class Interpreter:
         """
         for pending in value.pending:
             if pending.product:
-                axes = {f.axis for axis in batch for f in pending.view.axes[axis] if f.axis is not None}
+                axes = pending.view.parameter_axes(batch)
                 known = self.record.copies.get(pending.use, frozenset())
                 self.record.copies[pending.use] = known | axes
 

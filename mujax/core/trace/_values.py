@@ -30,6 +30,11 @@ class Factor(NamedTuple):
     size: int
     base: int
 
+    @property
+    def grows(self) -> bool:
+        """Whether it is part of a parameter axis that grows with width."""
+        return self.axis is not None and self.size != self.base
+
 
 Axis = tuple[Factor, ...]
 """One axis of a value as its factors, major to minor; `()` for an axis of size 1 that comes from none."""
@@ -64,7 +69,11 @@ class View:
     @property
     def growing(self) -> int:
         """How many of the value's axes hold an axis of the parameter that grows."""
-        return sum(any(f.axis is not None and f.size != f.base for f in axis) for axis in self.axes)
+        return sum(any(factor.grows for factor in axis) for axis in self.axes)
+
+    def parameter_axes(self, axes: Iterable[int]) -> frozenset[int]:
+        """The parameter axes that are in some of the value's axes."""
+        return frozenset(f.axis for axis in axes for f in self.axes[axis] if f.axis is not None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

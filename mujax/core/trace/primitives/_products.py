@@ -94,7 +94,7 @@ def _mixes(view: View, gone: Sequence[int]) -> bool:
 def _mixed(pending: Pending, gone: Sequence[int]) -> Pending:
     """The undecided use of the experts' kernels in their mixture; the experts are copies of one kernel."""
     view = pending.view
-    experts = {f.axis for axis in gone for f in view.axes[axis] if f.axis is not None}
+    experts = view.parameter_axes(gone)
     axes = tuple(() if position in gone else axis for position, axis in enumerate(view.axes))
     return dataclasses.replace(
         pending, view=dataclasses.replace(view, axes=axes, picked=view.picked | experts)
@@ -108,7 +108,7 @@ def _shows_parameter(value: Value, axis: int) -> bool:
 def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
     """Whether a function of parameters keeps an axis that grows with width when `gone` is contracted."""
     return any(
-        factor.axis is not None and factor.size != factor.base
+        factor.grows
         for view in value.views
         for position, axis in enumerate(view.axes)
         if position not in gone
@@ -119,11 +119,6 @@ def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
 def _is_broadcast(value: Value) -> bool:
     """Whether a function of parameters was repeated along an axis that is not theirs."""
     return any(factor.axis is None for view in value.views for axis in view.axes for factor in axis)
-
-
-def _grows(view: View) -> bool:
-    """Whether the parameter has an axis that grows, as far as the view shows it."""
-    return any(f.axis is not None and f.size != f.base for axis in view.axes for f in axis)
 
 
 def _leaves_axes(view: View, gone: Sequence[int]) -> bool:
@@ -221,7 +216,7 @@ def _multiply(
             )  # fmt: skip
             if mixture:
                 # Whether these are the kernels of a layer shows when the mixture is contracted in its turn.
-                experts = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
+                experts = view.parameter_axes(side.contract)
                 placed = place(view, side is left)
                 pending.append(Pending(use, dataclasses.replace(placed, picked=view.picked | experts)))
             elif len(left.batch) == len(right.batch) and _may_have_copies(
@@ -281,7 +276,7 @@ def _multiply(
     views = []
     for side, first in ((left, True), (right, False)):
         for view in side.value.views:
-            inner = {f.axis for axis in side.contract for f in view.axes[axis] if f.axis is not None}
+            inner = view.parameter_axes(side.contract)
             views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
     sign = left.value.sign * right.value.sign
     return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
@@ -336,9 +331,7 @@ def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
 
 
 def _contracts_width(view: View, contract: Sequence[int]) -> bool:
-    return not view.reduced and any(
-        f.axis is not None and f.size != f.base for axis in contract for f in view.axes[axis]
-    )
+    return not view.reduced and any(f.grows for axis in contract for f in view.axes[axis])
 
 
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
@@ -361,7 +354,7 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> Literal["picked", "
         alone = dataclasses.replace(side.value, pending=(pending,))
         if pending.product:
             continue
-        if not _grows(pending.view):
+        if not pending.view.growing:
             interp.decide(alone)
         elif _is_kernel(pending, side) and interp.contract_later(pair, alone, side.contract):
             interp.is_kernel(pending.use)
@@ -385,9 +378,7 @@ def _is_kernel(pending: Pending, side: _Side) -> bool:
     if pending.entrywise:
         # A bias has one axis that grows, and it is gone; positions keep one that does not.
         left = [axis for position, axis in enumerate(pending.view.axes) if position not in side.gone]
-        return _contracts_width(pending.view, side.contract) and any(
-            f.axis is not None and f.size != f.base for axis in left for f in axis
-        )
+        return _contracts_width(pending.view, side.contract) and any(f.grows for axis in left for f in axis)
     return _leaves_axes(pending.view, side.gone)
 
 
