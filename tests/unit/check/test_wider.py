@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn, nnx
+from teacher import linen, nnx_factory, teacher
 
 import mujax
 from mujax.check._wider import judge_widths
@@ -110,35 +110,14 @@ def test_json_is_strict():
 # ---- real runs ------------------------------------------------------------------------------------------
 
 
-def teacher(steps=50, batch=64, features=16):
-    """Values of a fixed random function of one hidden layer."""
-    first, second, data = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(data, (steps, batch, features))
-    w = jax.random.normal(first, (features, 32)) / features**0.5
-    y = jax.nn.relu(x @ w) @ jax.random.normal(second, (32, 1)) / 32**0.5 * 2
-    return list(zip(x, y - y.mean(), strict=True))
-
-
-def linen(width):
-    return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(1)])
-
-
-def nnx_factory(width):
-    return lambda rngs: nnx.Sequential(
-        nnx.Linear(16, width, rngs=rngs), nnx.relu,
-        nnx.Linear(width, width, rngs=rngs), nnx.relu,
-        nnx.Linear(width, 1, rngs=rngs),
-    )  # fmt: skip
-
-
 def test_passes_in_mup():
-    found = mujax.wider_is_better(nnx_factory, (16, 128), teacher(), "adam", learning_rate=2**-5)
+    found = mujax.wider_is_better(nnx_factory, (16, 128), teacher(steps=50), "adam", learning_rate=2**-5)
     assert found.verdict == "pass", found
 
 
 def test_fails_in_standard_parametrization():
     found = mujax.wider_is_better(
-        linen, (16, 128), teacher(), "adam", learning_rate=2**-5, parametrization="sp"
+        linen, (16, 128), teacher(steps=50), "adam", learning_rate=2**-5, parametrization="sp"
     )
     assert found.verdict == "fail", found
     assert found.rises[0].steps[0] < 10
