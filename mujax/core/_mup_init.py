@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from mujax.core.depth import (
 )
 from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Analysis, Finding, analyse, merged
+from mujax.core.trace import Analysis, Finding, InitialValues, analyse, merged
 from mujax.errors import AuditError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
@@ -178,7 +178,8 @@ def mup_init(
         for path, param in spec.items()
         if ratios[path] != 0
     } | dict.fromkeys(zero_params(zero_init, spec, plan.analysis), 0.0)
-    shifts = init_shifts(spec, values, small.end, inputs, kwargs)
+    coherent = {path for path, uses in analysis.uses.items() if any(use.coherent for use in uses)}
+    shifts = init_shifts(spec, _centred_but(coherent, values), small.end, inputs, kwargs)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
@@ -287,6 +288,11 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
                     remedy="give base and target the same size there, or say that it is a width with "
                     f'roles={{"{path}": "hidden"}}',
                 )
+
+
+def _centred_but(paths: Collection[str], values: Mapping[str, InitialValues]) -> dict[str, InitialValues]:
+    """Initial values with a mean only where it adds up in a product."""
+    return {path: value if path in paths else value._replace(mean=0.0) for path, value in values.items()}
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:

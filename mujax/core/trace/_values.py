@@ -195,9 +195,10 @@ class Value:
         origin: the visit that made it; None for a constant that the program holds.
         raw: for kind `"data"`, whether it is computed from inputs without a width, randomness and stored
             state alone, so that it is no activation; for `"param"`, whether such a value is in it.
-        parity: for kind `"param"`, how its sign follows the parameters'; None where not yet known.
+        parity: how its sign follows the parameters' and, where random numbers of mean zero are in it, theirs;
+            None where not yet known.
         clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
-        spread: in an initialiser, the distribution of the entries; None where it is not known.
+        spread: of random numbers, the distribution of the entries; None where it is not known.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -227,7 +228,7 @@ class Value:
     def sign(self) -> Parity:
         """How its sign follows the parameters'."""
         if self.kind != "param":
-            return INDEPENDENT
+            return self.parity or INDEPENDENT
         return self.parity or product_of(Parity.of(view.path).any for view in self.views)
 
     def sizes(self, axes: Iterable[int]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -44,10 +45,16 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
     ]
     alike = common(moving or scales)
     if alike is not None:
+        if weights and not alike.is_one and _is_shifted(interp, pair, ins):
+            _report_unlike_terms(interp, pair, ins, scales)
+            return UNKNOWN
         return interp.scale_at(pair, alike)
     if interp.exact or any(scale.total is None for scale in moving):
         return UNKNOWN
     if all(value.kind != "data" or value.raw for value in ins):
+        kernel = _scale_noise(interp, pair, ins, scales)
+        if kernel is not None:
+            return kernel
         _report_unlike_terms(interp, pair, ins, scales)
         return next((s for v, s in zip(ins, scales, strict=True) if v.kind == "param"), UNKNOWN)
     if _report_expanded_square(interp, pair, ins, scales):
@@ -55,6 +62,40 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
     for value in ins:
         interp.require_order_one(pair.place, value)
     return ONE
+
+
+def _is_shifted(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> bool:
+    """Whether a number that is no epsilon is added to a parameter: `1 + w`."""
+    shift = max((abs(value.const[1]) for value in ins if value.const), default=0.0)
+    return not interp.exact and pair.name in ("add", "sub") and 1e-3 < shift < math.inf
+
+
+def _scale_noise(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
+) -> Scale | None:
+    """Scales noise of mean zero as the kernel that it is added to; None where the terms are no such thing.
+
+    Both are then sums over the fan-in of independent entries, which keep their proportions.
+    """
+    ((shape, _),) = pair.shapes()
+    kernels = [(v, s) for v, s in zip(ins, scales, strict=True) if v.kind == "param"]
+    kernel = common(scale for _, scale in kernels)
+    if kernel is None or not interp.scales_are_known or any(v.inner for k, _ in kernels for v in k.views):
+        return None
+    # The condition of a choice is none of the terms.
+    first = len(pair.target.invars) - len(ins)
+    noise = [(first + number, value) for number, value in enumerate(ins) if value.kind == "data"]
+    if not all(_is_noise(value) and value.shape == shape for _, value in noise):
+        return None
+    for number, _ in noise:
+        interp.scale_noise(pair, number, kernel.total or 1.0)
+    return kernel
+
+
+def _is_noise(value: Value) -> bool:
+    """Whether the entries are drawn independently, with mean zero and one deviation at every width."""
+    spread = value.spread
+    return spread is not None and spread.is_centred and not spread.shared and value.scale.is_one
 
 
 def _report_unlike_terms(
@@ -67,9 +108,7 @@ def _report_unlike_terms(
     if not interp.scales_are_known or not shown or any(view.inner for view in views):
         return
     terms = ", ".join(
-        f"{scale.total:.4g}"
-        for value, scale in zip(ins, scales, strict=True)
-        if value.kind != "const" and scale.total is not None
+        f"{scale.total:.4g}" for value, scale in zip(ins, scales, strict=True) if scale.total is not None
     )
     interp.find(
         "unlike terms",

@@ -205,14 +205,15 @@ def _multiply(
         pending: list[Pending] = []
         bent = _bent_kernels(side)
         for view in side.value.views:
-            if view.path in bent:
+            if view.path in bent or _is_gain(view, side):
                 interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))
                 continue
+            coherent = _is_coherent(view, side)
             mixture = mixes and _mixes(view, side.contract)
             use = interp.use(
                 pair, view, kind,
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
-                decided=not mixture,
+                decided=not mixture, coherent=coherent,
             )  # fmt: skip
             if mixture:
                 # Whether these are the kernels of a layer shows when the mixture is contracted in its turn.
@@ -282,6 +283,24 @@ def _multiply(
     return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
 
 
+def _is_coherent(view: View, side: _Side) -> bool:
+    """Whether a mean of the parameter's entries adds up: no signs of another parameter multiply them."""
+    return not side.value.sign.without(view.path).is_centred
+
+
+def _is_gain(view: View, side: _Side) -> bool:
+    """Whether a vector scales the entries of a kernel along its fan-in, as `(g[:, None] * kernel)` does.
+
+    What multiplies a kernel and has fewer axes that grow is a gain of it, whichever axes these are.
+    """
+    kernels = [v for v in side.value.views if v.growing > view.growing]
+    return (
+        not view.inner
+        and any(_contracts_width(kernel, side.contract) for kernel in kernels)
+        and not _is_coherent(view, side)
+    )
+
+
 def _may_have_copies(view: View) -> bool:
     """Whether the product of a kernel has an axis of the kernel that does not grow, beside another one."""
     own = [f for axis in view.axes for f in axis if f.axis is not None and f.size > 1]
@@ -290,7 +309,11 @@ def _may_have_copies(view: View) -> bool:
 
 def _bent_kernels(side: _Side) -> list[str]:
     """The parameters of which a growing axis is contracted after a function that bends."""
-    return [view.path for view in side.value.views if view.bent and _contracts_width(view, side.contract)]
+    return [
+        view.path
+        for view in side.value.views
+        if view.bent and _contracts_width(view, side.contract) and not _is_gain(view, side)
+    ]
 
 
 def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
