@@ -185,7 +185,14 @@ def mup_init(
         init_scales=init_scales,
         init_shifts={path: shift for path, shift in shifts.items() if init_scales.get(path) != 0},
         corrections=plan.in_order(),
-        findings=merged((*_unused(roles or {}, spec, analysis), *findings, *plan.findings)),
+        findings=merged(
+            (
+                *_unused(roles or {}, spec, analysis),
+                *findings,
+                *plan.findings,
+                *_scales_in_initialisers(spec, init_scales, plan),
+            )
+        ),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),
@@ -293,6 +300,25 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
 def _centred_but(paths: Collection[str], values: Mapping[str, InitialValues]) -> dict[str, InitialValues]:
     """Initial values with a mean only where it adds up in a product."""
     return {path: value if path in paths else value._replace(mean=0.0) for path, value in values.items()}
+
+
+def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], plan: Plan) -> list[Finding]:
+    """Reports attention logits without a factor, where 1/sqrt(d) is in the initialiser of query or key."""
+    unscaled = {finding.where for finding in plan.findings if finding.kind == "unscaled sum"}
+    return [
+        Finding(
+            "scale in an initialiser",
+            f"{path}'s own initial values shrink {init_scales[path]:.4g} times more from base to target than "
+            "1/sqrt(fan-in) does, as where the 1/sqrt(d) of attention logits is folded into an initialiser; "
+            "mup.init brings them to 1/sqrt(fan-in), so these logits grow by that factor with width; divide "
+            "the query by d (the size of a head) in the model, and leave d out of the initialiser",
+            product.where,
+        )
+        for product in plan.analysis.products
+        if product.where in unscaled
+        for path in sorted(product.left | product.right)
+        if spec[path].role == "hidden" and init_scales.get(path, 1.0) > 1.001
+    ]
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:

@@ -249,9 +249,11 @@ class Interpreter:
                 self.use(pair, view, "opaque")
         self.decide(value)
 
-    def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
+    def product(self, pair: Pair, contracted: tuple[int, int], left: Value, right: Value) -> None:
         """Records a product of two activations."""
-        self.record.products[pair.site] = Product(pair.site, contracted, left.linear_in, pair.place)
+        self.record.products[pair.site] = Product(
+            pair.site, contracted, left.linear_in, right.linear_in, pair.place
+        )
 
     def logits(self, value: Value) -> None:
         """Records that a value goes into an exponential."""

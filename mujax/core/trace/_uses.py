@@ -66,6 +66,7 @@ class Product:
         site: where the result appears.
         contracted: (base, target) size of the contracted axes.
         left: parameters whose product its first operand is.
+        right: parameters whose product its second operand is.
         eqn: the target's equation.
         logits: whether it goes into an exponential: the logits of a softmax.
     """
@@ -73,6 +74,7 @@ class Product:
     site: EqnPath
     contracted: tuple[int, int]
     left: frozenset[str]
+    right: frozenset[str]
     eqn: JaxprEqn
     logits: bool = False
 

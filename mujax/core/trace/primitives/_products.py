@@ -252,7 +252,7 @@ def _multiply(
             return [dataclasses.replace(data, scale=interp.scale_at(pair, product(scales), *scales))]
         if "const" in kinds or not left.contract:
             return [data]
-        interp.product(pair, contracted, left.value)
+        interp.product(pair, contracted, left.value, right.value)
         return [dataclasses.replace(data, products=frozenset({pair.site}))]
     if kinds != ("param", "param"):
         side, other = (left, right) if kinds[0] == "param" else (right, left)
@@ -475,5 +475,5 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
         for value in ins:
             interp.becomes_data(pair, value)
         if lhs.kind == rhs.kind == "data":
-            interp.product(pair, contracted, lhs)
+            interp.product(pair, contracted, lhs, rhs)
     return [dataclasses.replace(data, linear_in=_kernels(rhs, (in_axis, *space)))]
