@@ -271,7 +271,7 @@ def _refuse_readouts_without_product(
 
 
 def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec, analysis: Analysis) -> None:
-    """Refuses an output of the model that grows as no axis does which a layer reads.
+    """Refuses an output of the model, or logits in it, that grow as no axis does which a layer reads.
 
     Features of a backbone grow with its layers; the number of classes is no width.
     """
@@ -280,7 +280,7 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
         for param in spec.values()
         for axis in (*param.fan_in, *param.stack)
     } | {Fraction(*use.contracted[::-1]) for uses in analysis.uses.values() for use in uses}
-    for path in analysis.output_params:
+    for path in analysis.last_params:
         param = spec[path]
         if param.role != "hidden" or _is_given(path, roles):
             continue
@@ -289,8 +289,8 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
             if size != base and Fraction(size, base) not in widths:
                 raise ShapeMismatchError(
                     where=path,
-                    expected=f"{base} entries along axis {axis} as in the base: it is an output of the model "
-                    "and grows as no axis does that a layer reads, so it is no width",
+                    expected=f"{base} entries along axis {axis} as in the base: it reaches an output of the "
+                    "model or a softmax and grows as no axis does that a layer reads, so it is no width",
                     got=f"{size} entries",
                     remedy="give base and target the same size there, or say that it is a width with "
                     f'roles={{"{path}": "hidden"}}',

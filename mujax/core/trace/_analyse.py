@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from jax.extend import core as jex
 
-from mujax.core.program import ClosedJaxpr, EqnPath, Var, rebuilt
+from mujax.core.program import LAYOUT, ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Finding, Fix, Flow, Product, Record, Use
 from mujax.core.trace._values import Scale, Value, fit, parameter
-from mujax.core.trace.primitives import PRIMITIVES
+from mujax.core.trace.primitives import ELEMENTWISE, PRIMITIVES
 from mujax.errors import TraceMismatchError
 
 
@@ -25,6 +25,8 @@ class Analysis:
         uses: per parameter path, its uses in program order.
         products: products of two activations.
         output_params: parameters whose product is an output of the program.
+        last_params: those, the ones of which an output is an entrywise function, and those whose product goes
+            into an exponential, as the logits of a softmax do.
         activations: per product, which of its operands is an activation.
         flow: which value is computed from which.
         fixes: what scales with width through constants in the program, and what would correct it.
@@ -35,6 +37,7 @@ class Analysis:
     uses: Mapping[str, Sequence[Use]]
     products: Sequence[Product]
     output_params: Sequence[str]
+    last_params: Sequence[str]
     activations: Mapping[EqnPath, int]
     flow: Flow
     fixes: Sequence[Fix]
@@ -105,12 +108,30 @@ def analyse(
         dict(uses),
         list(record.products.values()),
         list(record.output_params),
+        list(dict.fromkeys((*record.output_params, *record.exponents, *_entrywise_outputs(record.flow)))),
         record.activations,
         record.flow,
         record.undisputed_fixes(),
         frozenset(record.unscaled),
         list(record.findings.values()),
     )
+
+
+def _entrywise_outputs(flow: Flow) -> list[str]:
+    """The parameters whose product an output of the program is an entrywise function of."""
+    found: list[str] = []
+    seen: set[EqnPath | None] = set()
+    left = list(flow.outputs)
+    while left:
+        site = left.pop()
+        if site is None or site in seen or (visit := flow.visits.get(site)) is None:
+            continue
+        seen.add(site)
+        products = [use.path for use in visit.uses if use.kind == "contraction"]
+        found.extend(products)
+        if not products and (visit.eqn is None or visit.eqn.primitive.name in ELEMENTWISE.keys() | LAYOUT):
+            left.extend(operand.origin for operand in visit.operands)
+    return found
 
 
 def flow_of(program: ClosedJaxpr) -> Flow:

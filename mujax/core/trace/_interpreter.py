@@ -257,6 +257,7 @@ class Interpreter:
 
     def logits(self, value: Value) -> None:
         """Records that a value goes into an exponential."""
+        self.record.exponents.update(dict.fromkeys(sorted(value.linear_in)))
         for site in value.products:
             self.record.products[site] = dataclasses.replace(self.record.products[site], logits=True)
 

@@ -273,6 +273,7 @@ class Record:
         activations: for each product, which of its operands is an activation: the first of two.
         flow: which value of the target is computed from which.
         output_params: the parameters whose product is, up to linear steps, an output of the program.
+        exponents: the parameters whose product is, up to linear steps, what an exponential is taken of.
         places: the equations where a size left 1.
         fixes: what scales with width through the user's own constants.
         disputed: those that are used at two sizes.
@@ -292,6 +293,7 @@ class Record:
     activations: dict[EqnPath, int] = dataclasses.field(default_factory=dict)
     flow: Flow = dataclasses.field(default_factory=Flow)
     output_params: dict[str, None] = dataclasses.field(default_factory=dict)
+    exponents: dict[str, None] = dataclasses.field(default_factory=dict)
     places: dict[EqnPath, JaxprEqn] = dataclasses.field(default_factory=dict)
     fixes: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
     disputed: set[EqnPath] = dataclasses.field(default_factory=set)
