@@ -674,6 +674,7 @@ class Interpreter:
         out = Value(first.shape, first.base, kind, const, views if kind == "param" else (), scale)
         if kind == "param":
             out.parity = sum_of(value.sign for value in values)
+        out.power = first.power if all(value.power == first.power for value in values) else None
         out.raw = (any if kind == "param" else all)(value.raw or value.kind == "const" for value in values)
         return out
 
@@ -692,7 +693,7 @@ def _operand(value: Value) -> Operand:
 
 
 def _same_facts(a: Value, b: Value) -> bool:
-    if (a.kind, a.const, set(a.views), a.raw) != (b.kind, b.const, set(b.views), b.raw):
+    if (a.kind, a.const, set(a.views), a.raw, a.power) != (b.kind, b.const, set(b.views), b.raw, b.power):
         return False
     if a.scale.total is None or b.scale.total is None:
         return a.scale.total is b.scale.total

@@ -177,6 +177,18 @@ ZERO: Final = Scale(0.0)
 UNKNOWN: Final = Scale(None)
 
 
+class Power(NamedTuple):
+    """A power of a readout's product.
+
+    Attributes:
+        path: the parameter: its product sums over an axis that grows and leaves none that does.
+        exponent: the exponent.
+    """
+
+    path: str
+    exponent: float
+
+
 @dataclasses.dataclass(slots=True)
 class Value:
     """The facts about one value.
@@ -198,6 +210,7 @@ class Value:
         parity: how its sign follows the parameters' and, where random numbers of mean zero are in it, theirs;
             None where not yet known.
         clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
+        power: the power of a readout's product that the value is, up to factors and terms that do not grow.
         spread: of random numbers, the distribution of the entries; None where it is not known.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
@@ -216,6 +229,7 @@ class Value:
     raw: bool = False
     parity: Parity | None = None
     clipped: tuple[float, Parity] | None = None
+    power: Power | None = None
     spread: Spread | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 

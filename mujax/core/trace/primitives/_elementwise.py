@@ -26,6 +26,7 @@ from mujax.core.trace._values import (
 )
 from mujax.core.trace.primitives._fold import fold_constants
 from mujax.core.trace.primitives._moves import broadcast_pending, broadcast_view
+from mujax.core.trace.primitives._readouts import power_of_readout
 
 ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scale]
 """Scale of a result from the operands and the scales that they bring."""
@@ -333,6 +334,7 @@ class Elementwise:
                 if open_:
                     pending.append(Pending(use, broadcast_view(view, value, shape, base), not linear))
         out = Value(shape, base, kind, scale=scale, pending=tuple(pending))
+        out.power = power_of_readout(interp, pair, ins)
         if self.logits:
             out.products = frozenset[EqnPath]().union(*(value.products for value in ins))
             out.linear_in = frozenset[str]().union(*(value.linear_in for value in ins))

@@ -11,6 +11,7 @@ from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
     Pending,
+    Power,
     Scale,
     Shape,
     Value,
@@ -229,7 +230,10 @@ def _multiply(
         if other.value.kind != "const" and kind == "contraction":
             _report_kernel(interp, pair, side)
         return dataclasses.replace(
-            data, linear_in=_kernels(side.value, side.contract), pending=tuple(pending)
+            data,
+            linear_in=_kernels(side.value, side.contract),
+            pending=tuple(pending),
+            power=_read_out(side.value, side.gone, side.contract),
         )
 
     def activation(side: _Side) -> None:
@@ -357,6 +361,16 @@ def _contracts_width(view: View, contract: Sequence[int]) -> bool:
     return not view.reduced and any(f.grows for axis in contract for f in view.axes[axis])
 
 
+def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int]) -> Power | None:
+    """The product of a readout: it contracts an axis that grows and leaves none."""
+    if _leaves_width(value, gone):
+        return None
+    return next(
+        (Power(view.path, 1.0) for view in value.views if _contracts_width(view, contract)),
+        None,
+    )
+
+
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
     """The parameters in a function of parameters whose own axes are contracted."""
     return frozenset(
@@ -476,4 +490,7 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
             interp.becomes_data(pair, value)
         if lhs.kind == rhs.kind == "data":
             interp.product(pair, contracted, lhs, rhs)
-    return [dataclasses.replace(data, linear_in=_kernels(rhs, (in_axis, *space)))]
+    contract = (in_axis, *space)
+    return [
+        dataclasses.replace(data, linear_in=_kernels(rhs, contract), power=_read_out(rhs, contract, contract))
+    ]
