@@ -208,10 +208,12 @@ class Interpreter:
             if not mine:
                 continue
             touched = True
+            kept = [n for n in range(len(pending.view.axes)) if n not in mine]
+            batch = [n for n in kept if pending.view.parameter_axes([n]) & pending.shared]
             use = Use(
                 pending.view.path,
                 "contraction",
-                tuple(self._axes(pending.view, mine, (), "stack")),
+                tuple(self._axes(pending.view, mine, batch, "stack")),
                 pair.site,
                 value.sizes(mine),
                 pair.place,

@@ -89,12 +89,15 @@ class Pending:
         entrywise: whether the value is any entrywise function of the parameter and not linear in it.
         product: whether the value is a function of the parameter's product, whose axes the view shows. The
             use is decided; which of those axes are copies shows where they are a batch of another product.
+        shared: the parameter's axes that the activation it was multiplied with has too. Those that are not
+            summed are a batch of the product.
     """
 
     use: int
     view: View
     entrywise: bool = False
     product: bool = False
+    shared: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

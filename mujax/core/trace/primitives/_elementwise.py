@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import EqnPath
+from mujax.core.program import EqnPath, shape_of
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._parity import Parity, product_of, sum_of
 from mujax.core.trace._uses import Pair
@@ -332,7 +332,9 @@ class Elementwise:
                 open_ = linear or _may_be_kernel(view)
                 use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=not open_)
                 if open_:
-                    pending.append(Pending(use, broadcast_view(view, value, shape, base), not linear))
+                    placed = broadcast_view(view, value, shape, base)
+                    shared = placed.parameter_axes(_axes_of_data(interp, ins, shape))
+                    pending.append(Pending(use, placed, not linear, shared=shared))
         out = Value(shape, base, kind, scale=scale, pending=tuple(pending))
         out.power = power_of_readout(interp, pair, ins)
         if self.logits:
@@ -354,6 +356,37 @@ class Elementwise:
         if kind == "param":
             out.parity, out.clipped = _clipped(pair, ins, scale) or (self.sign(pair, ins), None)
         return out
+
+
+def _axes_of_data(interp: Interpreter, ins: Sequence[Value], shape: Shape) -> frozenset[int]:
+    """The axes of a result along which the activations in it are not repeated."""
+    own: set[int] = set()
+    seen: set[EqnPath | None] = set()
+    left = [(value.origin, value.shape) for value in ins if value.kind == "data"]
+    while left:
+        site, given = left.pop()
+        if given != shape:
+            # An axis of size 1 is repeated.
+            own |= {axis for axis, size in enumerate(given) if size == shape[axis]}
+            continue
+        if site in seen:
+            continue
+        seen.add(site)
+        visit = None if site is None else interp.record.flow.visits.get(site)
+        eqn = None if visit is None else visit.eqn
+        if visit is None or eqn is None or eqn.primitive.name not in {"broadcast_in_dim", *ELEMENTWISE}:
+            return frozenset(range(len(shape)))
+        sizes = [shape_of(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "broadcast_in_dim":
+            axes = eqn.params["broadcast_dimensions"]
+            own |= {axis for axis, size in zip(axes, sizes[0], strict=True) if size == shape[axis]}
+        else:
+            left += [
+                (operand.origin, size)
+                for operand, size in zip(visit.operands, sizes, strict=True)
+                if operand.kind == "data"
+            ]
+    return frozenset(own)
 
 
 def _are_weights(ins: Sequence[Value], shape: Shape, base: Shape) -> bool:
