@@ -106,10 +106,9 @@ def _report_unlike_terms(
 ) -> None:
     """Reports a kernel that is added to something which does not scale as it does."""
     views = [view for value in ins for view in value.views]
-    shown = [view for view in views if (view.growing > 1 or view.inner) and not view.bent]
+    shown = [view for view in views if view.growing > 1 and not view.bent]
     # A product of parameters is known relative to its prescribed scale only.
-    noise = any(value.kind == "data" and not value.state for value in ins)
-    if not interp.scales_are_known or not shown or (any(view.inner for view in views) and not noise):
+    if not interp.scales_are_known or not shown or any(view.inner for view in views):
         return
     terms = ", ".join(
         f"{scale.total:.4g}" for value, scale in zip(ins, scales, strict=True) if scale.total is not None

@@ -407,13 +407,6 @@ def test_the_factor_is_on_the_low_rank_term_alone():
     np.testing.assert_allclose(outs[0], outs[1], rtol=1e-4, atol=1e-4)
 
 
-def test_noise_on_a_product_of_parameters_is_reported():
-    build = low_rank(lambda p, h, key: h @ (p["a"] @ p["b"] + noise(key, p["k"])) + h @ p["k"])
-    with pytest.warns(mujax.MujaxWarning):
-        mup = mujax.mup_init(build(64), build(BASE), X, KEY)
-    assert [finding.kind for finding in mup.findings] == ["unlike terms"]
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_kernel_that_is_rolled_is_a_kernel(axis):
     param = read(lambda k, h, key, step: h @ jnp.roll(k, 1, axis)).spec["k"]
