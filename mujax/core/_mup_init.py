@@ -274,7 +274,7 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
     } | {Fraction(*use.contracted[::-1]) for uses in analysis.uses.values() for use in uses}
     for path in analysis.output_params:
         param = spec[path]
-        if param.role != "hidden" or _is_given(path, roles):
+        if param.role != "hidden" or _is_given(path, roles) or _feeds_a_layer(path, analysis):
             continue
         for axis in set(param.fan_out) & set(param.infinite):
             size, base = param.shape[axis], param.base_shape[axis]
@@ -287,6 +287,22 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
                     remedy="give base and target the same size there, or say that it is a width with "
                     f'roles={{"{path}": "hidden"}}',
                 )
+
+
+def _feeds_a_layer(path: str, analysis: Analysis) -> bool:
+    """Whether a later product of growing fan-in is computed from a parameter's product: it is no head."""
+    reached = {use.site for use in analysis.uses[path]}
+    for site, visit in analysis.flow.visits.items():
+        if site in reached or not any(operand.origin in reached for operand in visit.operands):
+            continue
+        if any(
+            use.kind == "contraction" and role == "fan_in" and size != base
+            for use in visit.uses
+            for _, role, size, base in use.axes
+        ):
+            return True
+        reached.add(site)
+    return False
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:
