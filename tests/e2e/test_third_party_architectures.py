@@ -23,11 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 import mujax
 from mujax import rules
-from mujax.check._taps import FALLS_AT_FIRST, Tap, downstream, find_taps
+from mujax.check._taps import Tap, downstream, find_taps
 
 third_party = pytest.importorskip("test_third_party", exc_type=ImportError)
 Row, vector, embedding, hidden, scaled_hidden, readout, FINITE = (
@@ -302,7 +301,7 @@ WAV2VEC2 = Model(
         "wav2vec2/feature_projection/projection/kernel": hidden(2, 3),
         "wav2vec2/feature_projection/projection/bias": vector(3),
         "wav2vec2/masked_spec_embed": vector(3),
-        # Weight norm over both channels, stored with the fan-out first; He's normal takes that for fan-in, too.
+        # Weight norm over both channels. Stored with the fan-out first, which He's normal takes for fan-in.
         ENCODER + "pos_conv_embed/conv/weight_v": Row("hidden", (1, 2), (0,), 3, 3, 3**0.5),
         ENCODER + "pos_conv_embed/conv/weight_g": Row("finite", (2,), (0, 1)),
         ENCODER + "pos_conv_embed/conv/bias": vector(3),
@@ -665,6 +664,8 @@ quiet = pytest.mark.filterwarnings("ignore::mujax.MujaxWarning")
 def text(where: str) -> str:
     """The line that is named, and what follows of its statement."""
     file, _, line = where.rpartition(":")
+    if not file:  # An output of the model.
+        return where
     return "".join(linecache.getline(file, int(line) + n) for n in range(3))
 
 
@@ -721,9 +722,7 @@ def test_factors_and_findings(name: str) -> None:
 
 
 @quiet
-@pytest.mark.parametrize(
-    "name", [name for name, model in MODELS.items() if "Flax" in repr(model.build(BASE))]
-)
+@pytest.mark.parametrize("name", ["albert", "mbart", "whisper", "wav2vec2", "regnet", "t5", "experts"])
 def test_training_gets_the_factors_of_evaluation(name: str) -> None:
     """With dropout, batch statistics of the batch, masks."""
     training = MODELS[name].wrap(TARGET, deterministic=False)
@@ -736,8 +735,8 @@ def test_training_gets_the_factors_of_evaluation(name: str) -> None:
 # ---- sizes at initialisation -----------------------------------------------------------------------
 
 
-def sizes(mup: mujax.MupModel, taps: tuple[Tap, ...], seeds: int = 4) -> np.ndarray:
-    """Root mean square of each tap, with the constants behind it, over some seeds."""
+def sizes(mup: mujax.MupModel, taps: tuple[Tap, ...], seeds: int = 16) -> np.ndarray:
+    """Mean absolute entry of each tap, with the constants behind it, over some seeds."""
     replay = mup.replay
     inserted = {site: math.prod(map(float, one.factors)) for site, one in replay.insertions.items()}
 
@@ -753,30 +752,33 @@ def sizes(mup: mujax.MupModel, taps: tuple[Tap, ...], seeds: int = 4) -> np.ndar
             record = records[tap.site]
             later = downstream(replay.program, replay.analysis, inserted, tap.site)
             found.append(later * (record.out if tap.reads is None else record.operands[tap.reads]))
-        return jnp.stack([jnp.mean(jnp.abs(x) ** 2) for x in found])
+        return jnp.stack([jnp.mean(jnp.abs(x)) for x in found])
 
     keys = jax.random.split(jax.random.key(0), seeds)
-    return np.sqrt(np.mean(jax.jit(jax.vmap(run))(keys), axis=0))
+    return np.mean(jax.jit(jax.vmap(run))(keys), axis=0)
 
 
 def slopes(name: str, **kwargs: Any) -> dict[Tap, float]:
     """How each activation grows with width, from the base to `WIDER`."""
     small, large = (MODELS[name].wrap(at, **kwargs) for at in (BASE, WIDER))
-    # Which axes grow shows in the larger one only.
-    taps = find_taps(large.replay.program, large.replay.analysis, MODELS[name].wrap(WIDER).spec, ["output"])
+    taps = find_taps(large.replay.program, large.replay.analysis, large.spec, ["output"])
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.log(sizes(large, taps) / sizes(small, taps)) / math.log(WIDER.features)
     return {tap: slope for tap, slope in zip(taps, found, strict=True) if np.isfinite(slope)}
 
 
 # What seeds and the few entries of a small batch make of an exponent.
-NOISE = 0.35
+NOISE = 0.3
+
+
+# One of each kind, for the time that compiling takes.
+MEASURED = ("albert", "wav2vec2", "regnet", "t5-gated", "experts", "graph-sage", "mamba2", "fourier")
 
 
 @quiet
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("t5", "t5-heads")])
+@pytest.mark.parametrize("name", MEASURED)
 def test_sizes(name: str) -> None:
-    """Nothing grows but what is reported. What reads out may fall as the root of the width, as may sums with it."""
+    """Nothing grows but what is reported; what reads out, and what is added to it, may fall."""
     reported = [line for _, line in MODELS[name].findings]
     for tap, slope in slopes(name).items():
         if any(line in text(tap.where) for line in reported):
@@ -786,8 +788,7 @@ def test_sizes(name: str) -> None:
         assert least - NOISE < slope < NOISE, (tap, slope)
 
 
-@pytest.mark.parametrize("name", ["albert", "experts"])
-def test_sizes_without_mup_grow(name: str) -> None:
-    """The twin: the standard parametrization of the same models, where initial values do not depend on width."""
-    grown = {tap.params for tap, slope in slopes(name, parametrization="sp").items() if slope > NOISE}
-    assert grown
+def test_sizes_without_mup_grow() -> None:
+    """The twin: ALBERT's kernels have the same initial values at every width."""
+    found = slopes("albert", parametrization="sp")
+    assert sum(slope > NOISE for tap, slope in found.items() if tap.kind == "product") > 10

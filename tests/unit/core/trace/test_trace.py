@@ -535,7 +535,7 @@ def test_features_of_a_backbone_grow_with_its_layers(case):
 
 @pytest.mark.parametrize("feeds", [True, False])
 def test_a_projection_that_feeds_layers_is_no_head(feeds):
-    """Parts of fixed size beside the width, as in Mamba's `in_proj`, and an output: the cache of the next call."""
+    """Parts of fixed size beside the width, as in Mamba's `in_proj`, and an output: its cache."""
 
     def at(width):
         shapes = {"first": (4, width), "mixed": (width, width + 8), "last": (width, 3)}
