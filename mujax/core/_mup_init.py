@@ -282,7 +282,7 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
     } | {Fraction(*use.contracted[::-1]) for uses in analysis.uses.values() for use in uses}
     for path in analysis.last_params:
         param = spec[path]
-        if param.role != "hidden" or _is_given(path, roles):
+        if param.role != "hidden" or _is_given(path, roles) or _feeds_a_layer(path, analysis):
             continue
         for axis in set(param.fan_out) & set(param.infinite):
             size, base = param.shape[axis], param.base_shape[axis]
@@ -319,6 +319,22 @@ def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], pla
         for path in sorted(product.left | product.right)
         if spec[path].role == "hidden" and init_scales.get(path, 1.0) > 1.001
     ]
+
+
+def _feeds_a_layer(path: str, analysis: Analysis) -> bool:
+    """Whether a later product of growing fan-in is computed from a parameter's product: it is no head."""
+    reached = {use.site for use in analysis.uses[path]}
+    for site, visit in analysis.flow.visits.items():
+        if site in reached or not any(operand.origin in reached for operand in visit.operands):
+            continue
+        if any(
+            use.kind == "contraction" and role == "fan_in" and size != base
+            for use in visit.uses
+            for _, role, size, base in use.axes
+        ):
+            return True
+        reached.add(site)
+    return False
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:
