@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -84,9 +84,7 @@ def _npy(path: pathlib.Path) -> np.ndarray:
 
 
 def _raw(path: pathlib.Path, dtype: str) -> np.ndarray:
-    kind = np.dtype(dtype).newbyteorder("<")
-    if kind.kind not in "iu":
-        raise ConfigError(where="dtype", expected="a type of whole numbers, such as uint16", got=dtype)
+    kind = _whole_numbers(dtype)
     try:
         size = path.stat().st_size
         if size % kind.itemsize:
@@ -104,6 +102,16 @@ def _raw(path: pathlib.Path, dtype: str) -> np.ndarray:
         if isinstance(error, DataError):
             raise
         raise _unreadable(path, "a file of raw tokens", error) from error
+
+
+def _whole_numbers(dtype: str) -> np.dtype[Any]:
+    try:
+        kind = np.dtype(dtype).newbyteorder("<")
+    except TypeError:
+        kind = None
+    if kind is None or kind.kind not in "iu":
+        raise ConfigError(where="dtype", expected="a type of whole numbers, such as uint16", got=dtype)
+    return kind
 
 
 def _unreadable(path: pathlib.Path, expected: str, error: BaseException) -> DataError:

@@ -425,7 +425,8 @@ def _sigterm(received: threading.Event) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0].rstrip(".")
+    # tensorstore goes on with the address of a function.
+    text = str(error).strip().partition("\n")[0].partition(" See full ")[0].rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
