@@ -25,7 +25,6 @@ from mujax.data._splits import (
     digest as digest,
 )
 from mujax.data._streams import (
-    Source as Source,
     Stream as Stream,
     grain_stream as grain_stream,
     image_stream as image_stream,

@@ -134,6 +134,9 @@ class Checkpoints:
             save_decision_policy=policies.AnySavePolicy(due),
             preservation_policy=policies.LatestN(keep),
             cleanup_tmp_directories=True,
+            # A folder that cannot be made in the background keeps other threads of Orbax waiting for 5 minutes,
+            # before which the process cannot end.
+            async_options=self._ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         path = os.fspath(directory)
         try:
@@ -427,6 +430,7 @@ def _sigterm(received: threading.Event) -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     # tensorstore goes on with the address of a function.
     text = str(error).strip().partition("\n")[0].partition(" See full ")[0].rstrip(".")
+    text = text if len(text) < 200 else f"{text[:200]} …"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

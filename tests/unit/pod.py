@@ -1,5 +1,6 @@
 """A small run with checkpoints on any mesh, and as a script the processes of a pod that are killed."""
 
+import functools
 import itertools
 import json
 import os
@@ -27,28 +28,35 @@ def net(width):
     return nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(width), nn.relu, nn.Dense(4)])
 
 
+@functools.cache
+def built(width=16, base=8, **mup_kwargs):
+    """The model, the optimizer and the step, compiled once for all runs on one device."""
+    mup = mujax.mup_init(net(width), net(base), X[:1], **mup_kwargs)
+    tx = mujax.mup_adam(0.05, mup.spec)
+
+    def loss(params, model_state, batch, key):
+        inputs, targets = batch
+        # Noise that depends on the key and the step, so that both must be restored.
+        logits = mup.apply({"params": params}, inputs + 0.01 * jax.random.normal(key, inputs.shape))
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
+        return losses.mean(), (model_state, {})
+
+    return mup, tx, train_step(loss, tx)
+
+
 class Run:
     """A model, its state and its batches on a mesh; on one device without one."""
 
-    def __init__(self, mesh=None, *, width=16, base=8, optimizer=mujax.mup_adam, rate=0.05, **mup_kwargs):
-        self.mup = mujax.mup_init(net(width), net(base), X[:1], **mup_kwargs)
-        self.tx = optimizer(rate, self.mup.spec)
+    def __init__(self, mesh=None):
+        self.mup, self.tx, self.step = built()
         self.mesh = mesh
         self.stream = data.image_stream(
             data.Examples(X, Y), jax.random.key(1), batch=BATCH, sharding=self.on("data"), prefetch=0
         )
-        self.step = train_step(self.loss, self.tx)
         self.losses = []
 
     def on(self, *spec):
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*spec))
-
-    def loss(self, params, model_state, batch, key):
-        inputs, targets = batch
-        # Noise that depends on the key and the step, so that both must be restored.
-        logits = self.mup.apply({"params": params}, inputs + 0.01 * jax.random.normal(key, inputs.shape))
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
-        return losses.mean(), (model_state, {})
 
     def create(self):
         params = self.mup.init(jax.random.key(0), X[:1])["params"]
@@ -195,7 +203,7 @@ def process(folder, port, number):
     with run.checkpoints(folder, every_steps=5) as checkpoints:
         state = run.start()
         print("started", flush=True)
-        run.train(state, 1000, checkpoints, pause=0.05)
+        run.train(state, 1000, checkpoints, pause=0.1)
         print(
             json.dumps({"preempted": checkpoints.preempted, "losses": run.losses, "total": sum_of_list}),
             flush=True,

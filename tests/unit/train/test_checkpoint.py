@@ -23,7 +23,7 @@ from mujax.errors import CheckpointError, ConfigError, DataError
 from mujax.train import Checkpoints
 from mujax.train._checkpoint import _compare_processes, _sums
 
-SPEC = pod.Run().mup.spec
+SPEC = pod.built()[0].spec
 STATE = {"w": jnp.arange(64.0).reshape(8, 8), "step": jnp.int32(4)}
 
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_with_a_part_missing_is_refused(tmp_path):
 
 
 def spec_of(**options):
-    return pod.Run(**options).mup.spec
+    return pod.built(**options)[0].spec
 
 
 class _Other:
