@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -174,9 +175,9 @@ class _Placement:
         except ValueError as error:
             raise ConfigError(
                 where="batch",
-                expected=f"a number of examples that {sharding} cuts into equal parts",
+                expected=f"a multiple of {_parts(sharding)}, the parts that the sharding cuts it into",
                 got=batch,
-                remedy="take a multiple of the devices along the batch's axis",
+                remedy="take such a number, or a mesh with fewer devices along the batch",
             ) from error
         held = [self.rows[index[0]] for index in parts.values() if index is not None]
         self.rows = np.unique(np.concatenate(held))
@@ -196,6 +197,14 @@ class _Placement:
 
         assert self._sharding is not None
         return jax.make_array_from_callback((self._batch, *leaf.shape[1:]), self._sharding, part)
+
+
+def _parts(sharding: Sharding) -> int:
+    """The number of parts that the leading axis is cut into."""
+    if not isinstance(sharding, NamedSharding) or not sharding.spec:
+        return sharding.num_devices
+    axes = sharding.spec[0] or ()
+    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def _leading(sharding: Sharding) -> Sharding:

@@ -134,8 +134,8 @@ class Checkpoints:
             save_decision_policy=policies.AnySavePolicy(due),
             preservation_policy=policies.LatestN(keep),
             cleanup_tmp_directories=True,
-            # A folder that cannot be made in the background keeps other threads of Orbax waiting for 5 minutes,
-            # before which the process cannot end.
+            # A folder that cannot be made in the background keeps Orbax's other threads waiting, and so the
+            # end of the process, for 5 minutes.
             async_options=self._ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         path = os.fspath(directory)

@@ -487,8 +487,8 @@ def test_a_stream_is_the_same_on_any_mesh(eight_devices):
     # A function of the user's is compiled for the mesh, and may round otherwise.
     assert found["streams"].pop("function") < 1e-6
     assert found["streams"] == {"text": 0, "two axes": 0, "list": 0, "grain": 0}
-    assert re.search(
-        r"batch: expected a number of examples that .* cuts into equal parts, got 6", found["batch"]
+    assert found["batch"].startswith(
+        "batch: expected a multiple of 4, the parts that the sharding cuts it into"
     )
 
 
