@@ -25,6 +25,7 @@ from mujax.core.frontends import Functional as Functional
 from mujax.core.trace import Finding as Finding
 from mujax.errors import (
     AuditError as AuditError,
+    CheckpointError as CheckpointError,
     ConfigError as ConfigError,
     DataError as DataError,
     DepthError as DepthError,

@@ -11,7 +11,7 @@ from mujax.data._splits import Examples
 from mujax.errors import ConfigError, DataError
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(
@@ -40,7 +40,7 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
     >>> batch_indices(jax.random.key(0), 10, batch=4, steps=3).shape
     (3, 4)
     """
-    _check_sizes(batch=batch, steps=steps)
+    check_sizes(batch=batch, steps=steps)
     if n < batch:
         raise DataError(
             where="batch",
@@ -50,8 +50,12 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
         )
     per_epoch = n // batch
     epochs = jnp.arange(-(-steps // per_epoch))
-    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), n))(epochs)
+    order = jax.vmap(lambda epoch: epoch_order(key, epoch, n))(epochs)
     return order[:, : per_epoch * batch].reshape(-1, batch)[:steps]
+
+
+def epoch_order(key: Key[Array, ""], epoch: Int[Array, ""] | int, n: int) -> Int[Array, " n"]:
+    return jax.random.permutation(jax.random.fold_in(key, epoch), n)
 
 
 def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps: int) -> Examples:
@@ -78,7 +82,7 @@ def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps:
     return Examples(jnp.asarray(examples.inputs)[order], jnp.asarray(examples.targets)[order])
 
 
-def _need_tokens(n: int, length: int) -> None:
+def need_tokens(n: int, length: int) -> None:
     if n <= length:
         raise DataError(
             where="text",
@@ -111,13 +115,15 @@ def text_starts(
     >>> starts.shape, bool((starts + 8 < 100).all())
     ((5, 2), True)
     """
-    _check_sizes(batch=batch, length=length, steps=steps)
-    _need_tokens(n, length)
+    check_sizes(batch=batch, length=length, steps=steps)
+    need_tokens(n, length)
+    return jax.vmap(lambda step: step_starts(key, step, n - length, batch))(jnp.arange(steps))
 
-    def starts(step: Int[Array, ""]) -> Int[Array, " batch"]:
-        return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, n - length)
 
-    return jax.vmap(starts)(jnp.arange(steps))
+def step_starts(
+    key: Key[Array, ""], step: Int[Array, ""] | int, places: int, batch: int
+) -> Int[Array, " batch"]:
+    return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, places)
 
 
 def text_window(
@@ -142,8 +148,8 @@ def text_window(
     >>> inputs.tolist(), targets.tolist()
     ([[97, 98, 99], [100, 101, 102]], [[98, 99, 100], [101, 102, 103]])
     """
-    _check_sizes(length=length)
-    _need_tokens(len(tokens), length)
+    check_sizes(length=length)
+    need_tokens(len(tokens), length)
     places = jnp.add.outer(jnp.asarray(starts), jnp.arange(length + 1))
     windows = jnp.asarray(tokens)[places].astype(jnp.int32)
     return Examples(windows[..., :-1], windows[..., 1:])
@@ -200,8 +206,8 @@ def text_windows(
     >>> text_windows(np.frombuffer(b"abcdefg", np.uint8), length=3).targets.tolist()
     [[98, 99, 100], [101, 102, 103]]
     """
-    _check_sizes(length=length, **({} if limit is None else {"limit": limit}))
-    _need_tokens(len(tokens), length)
+    check_sizes(length=length, **({} if limit is None else {"limit": limit}))
+    need_tokens(len(tokens), length)
     count = min((len(tokens) - 1) // length, limit or len(tokens))
     ahead = jnp.asarray(tokens[: count * length + 1]).astype(jnp.int32)
     return Examples(ahead[:-1].reshape(count, length), ahead[1:].reshape(count, length))

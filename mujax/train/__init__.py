@@ -1,6 +1,12 @@
 """One training run: step, batches, hyperparameters, losses, and many runs of one compiled program."""
 
-from mujax.train._batches import Batches as Batches, as_batches as as_batches, check_batches as check_batches
+from mujax.train._batches import (
+    Batches as Batches,
+    as_batches as as_batches,
+    check_batches as check_batches,
+    stream as stream,
+)
+from mujax.train._checkpoint import Checkpoints as Checkpoints, Saved as Saved
 from mujax.train._compile import effort as effort, steps_in_python as steps_in_python
 from mujax.train._hyperparameters import (
     HYPERPARAMETERS as HYPERPARAMETERS,

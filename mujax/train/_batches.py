@@ -1,15 +1,20 @@
-"""Batches as pure functions, made from a list or a function of the user's."""
+"""Batches as pure functions or as a stream, from a list, a function or a grain dataset of the user's."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from mujax.data import Stream, grain_stream, is_grain
 from mujax.errors import ConfigError
 
 
@@ -32,18 +37,25 @@ class Batches:
     limit: int | None = None
 
 
-def as_batches(batches: Any) -> Batches:
+def as_batches(batches: Any, *, batch: int = 1, steps: int | None = None) -> Batches:
     """Turns the user's batches into `Batches`.
 
     Args:
         batches: `Batches`; an iterable of (inputs, targets), all of the same shapes, which every run sees in
-            the same order; or a pure function (key, step) -> (inputs, targets).
+            the same order; a pure function (key, step) -> (inputs, targets); or a grain dataset of single
+            examples (inputs, targets), of which the batches of a run are read into memory.
+        batch: examples a step, of a grain dataset.
+        steps: number of batches to read of a grain dataset; by default all.
 
     Raises:
         ConfigError: anything else, or shapes that differ.
+        DataError: a grain dataset of fewer examples than a batch takes.
     """
     if isinstance(batches, Batches):
         return batches
+    if is_grain(batches):
+        with contextlib.closing(grain_stream(batches, batch=batch, prefetch=0)) as read:
+            return as_batches([tuple(pair) for pair in itertools.islice(read, steps)])
     if callable(batches):
 
         def keys(_: PyTree, key: Key[Array, ""], batch: int, steps: int) -> PyTree:
@@ -55,7 +67,8 @@ def as_batches(batches: Any) -> Batches:
     if not isinstance(batches, Iterable):
         raise ConfigError(
             where="batches",
-            expected="an iterable of (inputs, targets) or a function (key, step) -> (inputs, targets)",
+            expected="an iterable of (inputs, targets), a function (key, step) -> (inputs, targets) or a "
+            "grain dataset",
             got=type(batches).__name__,
         )
     listed = check_batches(batches)
@@ -96,3 +109,93 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
                 remedy="drop the rest at the end of the data",
             )
     return [tuple(batch) for batch in listed]
+
+
+def stream(
+    batches: Any,
+    key: Key[Array, ""],
+    *,
+    batch: int,
+    steps: int,
+    sharding: NamedSharding | None = None,
+    prefetch: int = 2,
+) -> Stream:
+    """The batches of a run one after the other, for a loop in Python, from step 0 or a restored position.
+
+    They are those that `training_run` trains on. Only the position and not the batches depend on how often
+    the run is interrupted, on the mesh and on the number of processes.
+
+    Args:
+        batches: a `mujax.data.Stream`, which is returned; a grain dataset of single examples; or what else
+            `as_batches` takes, which every process has in memory.
+        key: determines the order, where that is not fixed.
+        batch: examples a step, of all processes together, for batches of any size.
+        steps: of the whole run.
+        sharding: of a batch; needed with several processes.
+        prefetch: number of batches of a grain dataset to read ahead.
+
+    Raises:
+        ConfigError: anything else, shapes that differ, or a batch that the sharding does not divide.
+
+    >>> pairs = [(jnp.full(2, step), jnp.zeros(2)) for step in range(3)]
+    >>> first = stream(pairs, jax.random.key(0), batch=2, steps=3)
+    >>> _ = next(first)
+    >>> again = stream(pairs, jax.random.key(0), batch=2, steps=3)
+    >>> again.set_state(first.get_state())
+    >>> [inputs.tolist() for inputs, _ in again]
+    [[1, 1], [2, 2]]
+    """
+    if isinstance(batches, Stream):
+        return batches
+    if is_grain(batches):
+        return grain_stream(batches, batch=batch, sharding=sharding, prefetch=prefetch)
+    return _Drawn(as_batches(batches), key, batch, steps, sharding)
+
+
+class _Drawn(Stream):
+    """Of `Batches`, whose data every process has."""
+
+    def __init__(
+        self, batches: Batches, key: Key[Array, ""], batch: int, steps: int, sharding: NamedSharding | None
+    ) -> None:
+        data = np.asarray(jax.random.key_data(key))
+        super().__init__({"key": data.ravel().tolist(), **({"batch": batch} if batches.sized else {})})
+        if batches.limit is not None and steps > batches.limit:
+            raise ConfigError(
+                where="steps", expected=f"at most {batches.limit}, the number of batches", got=steps
+            )
+        if sharding is None and jax.process_count() > 1:
+            raise ConfigError(
+                where="sharding",
+                expected=f"how a batch is spread over the devices of all {jax.process_count()} processes",
+                got="none",
+                remedy="pass sharding=, such as NamedSharding(mesh, PartitionSpec('data'))",
+            )
+        self._steps = steps
+        whole = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+        self._data = batches.data if whole is None else _everywhere(batches.data, whole)
+
+        def draw(data: PyTree, key_data: np.ndarray) -> PyTree:
+            given = jax.random.wrap_key_data(jnp.asarray(key_data), impl=jax.random.key_impl(key))
+            return batches.draw(data, given, batch, steps)
+
+        def fetch(data: PyTree, drawn: PyTree, step: Any) -> PyTree:
+            return batches.fetch(data, jax.tree.map(lambda leaf: leaf[step], drawn))
+
+        self._drawn = jax.jit(draw, out_shardings=whole)(self._data, data)
+        self._fetch = jax.jit(fetch, out_shardings=sharding)
+
+    def _open(self) -> Any:
+        return (
+            self._fetch(self._data, self._drawn, np.int32(step)) for step in range(self.step, self._steps)
+        )
+
+
+def _everywhere(data: PyTree, whole: NamedSharding) -> PyTree:
+    """Data that each process has, on all devices of all processes."""
+
+    def place(leaf: Any) -> Array:
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, whole, lambda index: array[index])
+
+    return jax.tree.map(place, data)

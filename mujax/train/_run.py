@@ -449,7 +449,7 @@ def training_run(
     held_out = None if valid is None else as_batches(valid)
     return Training(
         model=make,
-        batches=as_batches(batches),
+        batches=as_batches(batches, batch=batch, steps=steps),
         optimizer=optimizer,
         loss=loss,
         default_steps=steps,
