@@ -42,9 +42,8 @@ class Growth(NamedTuple):
     def text(self) -> str:
         """The exponents in words."""
         parts = (("at initialisation", self.initial), ("by its update", self.update))
-        return " and ".join(
-            f"as width^{round(value, 2) + 0.0:.2f} {when}" for when, value in parts if value is not None
-        )
+        known = (f"as width^{round(value, 2) + 0.0:.2f} {when}" for when, value in parts if value is not None)
+        return " and ".join(known) or "beyond all bounds"
 
     @property
     def worst(self) -> float:
