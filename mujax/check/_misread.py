@@ -126,7 +126,7 @@ class _Reading:
 
     def blamed(self, tap: Tap, paths: Sequence[str], growth: Growth) -> Violation | None:
         """The first parameter whose growth another role explains."""
-        if not rules.mup_share(self._clean.spec.parametrization):
+        if not any(rules.mup_share(mup.spec.parametrization) for mup in self._models.values()):
             # Roles change nothing in the standard parametrization.
             return None
         for path in sorted(paths, key=lambda path: not self._is_doubtful(tap, path)):
@@ -144,7 +144,8 @@ class _Reading:
 
     def unfit(self, tap: Tap, growth: Growth) -> Violation:
         """A product that grows by itself, whatever the role."""
-        roles = self._with_roles(tap.params)
+        one = f"it is read as {self._clean.spec[tap.params[0]].role}"
+        roles = one if tap.params == (tap.name,) else self._with_roles(tap.params)
         message = (
             f"{tap.name}: {roles}; its product scales {growth.text()} and should not depend on width, and no "
             "role would change that; look at the constants on it and at what is done to its parameters"
@@ -199,9 +200,15 @@ class _Reading:
     def _fitting(self, tap: Tap, path: str, growth: Growth) -> Role | None:
         """The role that would bring both exponents into what is allowed; first the one that its use shows."""
         param = relative(self._clean, self._models, path)
+        if len(param.shape) < 2 and not any(use.kind == "contraction" for use in self._uses.get(path, ())):
+            # A bias or a gain: what grows is what it meets.
+            return None
         narrow, *_, wide = self._models
         log2_width_ratio = math.log2(wide / narrow)
         own = self._exponents(path, param, log2_width_ratio)
+        if self._linear[path] and growth.initial is not None:
+            # A gradient depends on what comes later too: a norm makes up for a product that is too small.
+            growth = Growth(growth.initial, None)
         fits: dict[Role, float] = {}
         for role in ROLES:
             try:

@@ -12,7 +12,7 @@ import pytest
 
 import mujax
 from mujax.check._measure import STATS
-from mujax.check._misread import find_misread, overruled
+from mujax.check._misread import Growth, _Reading, find_misread, overruled
 from mujax.check._slopes import judge
 from mujax.check._taps import find_taps
 
@@ -90,7 +90,7 @@ def test_a_role_that_no_one_gave():
     """The reading itself is wrong: a product that is said to be hidden behaves as a readout's does."""
     (one,) = found({"hidden/kernel": (0.0, 1.0)})
     assert one.rule == "activation"
-    assert "hidden/kernel is read as hidden; its product scales" in one.message
+    assert "hidden/kernel: it is read as hidden; its product scales" in one.message
     assert "no role would change that" in one.message
 
 
@@ -104,6 +104,21 @@ def test_what_grows_in_no_product_is_sought_between_the_taps():
     (one,) = found({"output": (0.5, 0.5)})
     assert (one.name, one.rule) == ("output", "activation")
     assert "it is the first tap that differs from the theory; look at the constants" in one.message
+
+
+def test_no_bias_is_blamed_for_what_it_meets():
+    """As a readout's its factor would make up for the growth; a kernel's does, read as an input's."""
+    models = {
+        width: mujax.mup_init(Net(width), Net(8), X, delta=Net(32), roles={"last/kernel": "input"})
+        for width in WIDTHS
+    }
+    clean = models[32]
+    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, ["output"])
+    reading = _Reading(clean, models, dict.fromkeys(clean.spec, False))
+    assert reading.blamed(taps[-1], ["last/bias"], Growth(0.5, 1.0)) is None
+    one = reading.blamed(taps[-1], ["last/bias", "last/kernel"], Growth(0.5, 1.0))
+    assert one is not None
+    assert one.name == "last/kernel"
 
 
 def test_in_the_standard_parametrization_roles_change_nothing():
