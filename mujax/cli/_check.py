@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import jax
 
 from mujax import rules
-from mujax.check import CheckProgress, CoordCheck, TapReport, coord_check
+from mujax.check import CheckProgress, CoordCheck, TapReport, coord_check, made_up_inputs
 from mujax.cli._arguments import numbers, option, positional
-from mujax.cli._builtin import BUILTIN, made_up
+from mujax.cli._builtin import BUILTIN
 from mujax.cli._display import (
     StoppedError,
     as_folder,
@@ -122,7 +122,7 @@ def _to_check(options: CoordCheckOptions) -> _Checked:
         options.model,
         lambda width: build_model(options.model, factory, width)[0],
         widths,
-        {"inputs": made_up(inputs, mup, key)},
+        {"inputs": made_up_inputs(inputs, mup, key)},
     )
 
 

@@ -360,23 +360,3 @@ def _sizes(target: Initial, base: Initial) -> dict[str, tuple[tuple[int, ...], t
         )
         for path, shape in big.items()
     }
-
-
-def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, ...]:
-    """Returns, as data, the width-dependent operations that mujax cannot correct; use it in your own tests.
-
-    Args:
-        model: as for `mup_init`.
-        base: as for `mup_init`.
-        *inputs: as for `mup_init`.
-        **kwargs: as for `mup_init`.
-
-    Returns:
-        The findings; empty where the model trains in µP as it stands.
-
-    Raises:
-        MujaxError: as `mup_init` does.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MujaxWarning)
-        return mup_init(model, base, *inputs, **kwargs).findings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from jax.extend import core as jex
 from mujax import rules
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import explain
+from mujax.core._other_calls import FirstCall
 from mujax.core._replay import Replay
 from mujax.core.depth import Depth
 from mujax.core.frontends import Call, Frontend, Result, base_call
@@ -30,7 +32,7 @@ from mujax.core.program import (
     under_named_axes,
 )
 from mujax.core.trace import Finding
-from mujax.errors import ConfigError, SpecMismatchError
+from mujax.errors import ConfigError, MujaxWarning, SpecMismatchError
 from mujax.spec import MupSpec, ParamSpec
 
 _PASS_VARIABLES: Final = "pass the variables that mup.init returns"
@@ -76,6 +78,15 @@ class _KnownCalls:
 
     def __init__(self) -> None:
         self._calls: collections.OrderedDict[Hashable, _KnownCall] = collections.OrderedDict()
+        self._said: set[Finding] = set()
+
+    def report(self, findings: Sequence[Finding]) -> None:
+        """Warns of what a new call showed, each thing once."""
+        for finding in findings:
+            if finding not in self._said:
+                self._said.add(finding)
+                # The user's line: above are `_read`, its caller in `get`, `get` and `apply`.
+                warnings.warn(MujaxWarning(f"{finding.where}: {finding.message}."), stacklevel=6)
 
     def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> tuple[_KnownCall, bool]:
         """A call, read where it is new, and whether it is kept for the next time.
@@ -241,6 +252,7 @@ class MupModel:
             )
             base, _ = small.trace()
             plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
+            self._known_calls.report(self._first_call.differences(program, plan))
         return _KnownCall(program, result.build, plan, self._param_factors(call))
 
     def with_multipliers(
@@ -267,6 +279,11 @@ class MupModel:
         given = {"output_mult": output_mult, "attention_mult": attention_mult, "input_mult": input_mult}
         chosen = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self, _multipliers={**self._multipliers, **chosen})
+
+    @functools.cached_property
+    def _first_call(self) -> FirstCall:
+        program, *_ = self._example
+        return FirstCall(self.spec, program, self._plan)
 
     @functools.cached_property
     def replay(self) -> Replay:

@@ -264,7 +264,7 @@ def test_result_is_text_and_json(tmp_path):
     assert {one["rule"] for one in stored["faults"]} >= {"learning rate", "forward factor"}
     tap = next(tap for tap in stored["taps"] if tap["name"] == "layers_2/kernel")
     # (widths, steps + 1, quantities), and None for what can't be: nothing has changed at first.
-    assert np.shape(tap["sizes"]["0.0078125"]) == (3, 3, 4)
+    assert np.shape(tap["sizes"]["0.0078125"]) == (3, 3, 5)
 
 
 def test_assert_mup(monkeypatch):

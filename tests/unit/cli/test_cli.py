@@ -21,7 +21,8 @@ from trials import report_of
 from mujax import cli
 from mujax.check import Progress, Run
 from mujax.check._coord_check import CheckProgress, CoordCheck
-from mujax.cli import _check, _display, _transfer_check
+from mujax.cli import _check, _display, _explain, _transfer_check
+from mujax.core.trace import Finding
 from mujax.errors import DataError, MujaxWarning
 from mujax.tune._width_sweep import Report, TransferConfig
 
@@ -363,6 +364,41 @@ def test_explain_takes_another_parametrization(capsys: Captured) -> None:
     sizes = ["--width", "256", "--base-width", "64"]
     assert cli.main(["explain", "mlp", *sizes, "--parametrization", "table3"]) == 0
     assert "table3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("found", [(), (Finding("measured role", "k: it is read as input", "net.py:3"),)])
+def test_explain_measures_at_three_widths_from_the_base_on(
+    found: tuple[Finding, ...], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    asked: list[tuple[list[int], int, int, dict[str, Any]]] = []
+
+    def disagreements(
+        models: dict[int, Any], base: int, target: int, inputs: Any, progress: Any, **options: Any
+    ) -> tuple[Finding, ...]:
+        progress(CheckProgress(0, 12, 0.5, "width 32"))
+        asked.append((list(models), base, target, options))
+        return found
+
+    monkeypatch.setattr(_explain, "disagreements", disagreements)
+    command = "explain mlp --width 256 --base-width 16 --measure --parametrization table3"
+    assert cli.main(command.split()) == len(found)
+    assert asked == [([16, 32, 64], 16, 64, {"parametrization": "table3"})]
+    captured = capsys.readouterr()
+    assert "readout/kernel" in captured.out
+    _, measured = captured.out.split("Measured at widths 16, 32, 64, where it disagrees with this reading:\n")
+    expected = "measured role at net.py:3: k: it is read as input" if found else "nowhere"
+    assert measured == f"  {expected}\n"
+    assert "width 32" in captured.err
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(("parametrization", "code"), [("mup", 0), ("sp", 1)])
+def test_explain_measures_the_users_model(parametrization: str, code: int, capsys: Captured) -> None:
+    command = "explain own.nets:both --width 64 --base-width 16 --measure --parametrization"
+    assert cli.main([*command.split(), parametrization]) == code
+    measured = capsys.readouterr().out.partition("Measured at widths 16, 32, 64")[2]
+    assert ("nowhere" in measured) == (code == 0)
+    assert ("last/kernel: the constants on its product" in measured) == (code == 1)
 
 
 # ---- mujax coord-check ----------------------------------------------------------------------------------
