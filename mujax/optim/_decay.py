@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from mujax import rules
 from mujax.errors import ConfigError, ParametrizationError
+from mujax.optim._arguments import checked
 from mujax.optim._rescale import Factors, Rule, check_spec, factors, lr_rule, rescaled
 from mujax.spec import ROLES, MupSpec, Role
 
@@ -151,6 +152,7 @@ def decayed_weights(
     )
 
 
+@checked
 def mup_add_decayed_weights(
     spec: MupSpec,
     weight_decay: optax.ScalarOrSchedule = 0.0,

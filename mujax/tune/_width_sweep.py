@@ -480,8 +480,20 @@ def sweep_widths(
         runs = train_runs(wanted, job, steps=config.steps, stored=stored, progress=progress)
     report = summarise(config, runs)
     if config.out is not None:
-        # Written aside and moved, so that a report is never incomplete.
-        aside = config.out / (REPORT + ".part")
-        aside.write_text(report.to_json(), encoding="utf-8")
-        aside.replace(config.out / REPORT)
+        _save_report(report, config.out)
     return report
+
+
+def _save_report(report: Report, folder: pathlib.Path) -> None:
+    """Written aside and moved, so that a report is never incomplete."""
+    aside = folder / (REPORT + ".part")
+    try:
+        aside.write_text(report.to_json(), encoding="utf-8")
+        aside.replace(folder / REPORT)
+    except OSError as error:
+        raise ConfigError(
+            where="out",
+            expected=f"{folder / REPORT} to be a file that can be written",
+            got=f"an error ({error.strerror or error})",
+            remedy="make room for it and run the same again: the finished runs are stored",
+        ) from error
