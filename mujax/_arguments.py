@@ -15,7 +15,7 @@ import operator
 import os
 import pathlib
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 import jax
@@ -25,7 +25,7 @@ import numpy as np
 from mujax.errors import ConfigError, MujaxError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_LONGEST: Final = 80
+_LONGEST: Final = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +56,24 @@ class Kind:
         """Whether a value is of the kind."""
         try:
             return bool(self.holds(value))
-        except Exception:
-            # What a value of another type does in a comparison or as an iterable is its own affair.
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError):
+            # A value of another type, in a comparison or as an iterable.
             return False
 
 
-def check(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
+def check_arguments(kinds: Mapping[str, Kind], values: Mapping[str, Any]) -> None:
     """Refuses the first value that is not of the kind of its name; names without a kind may be anything.
 
     Raises:
         MujaxError: a value is refused; see `Kind.error`.
     """
-    for name, value in values.items():
-        kind = kinds.get(name)
-        if kind is not None and not kind.accepts(value):
+    for name, kind in kinds.items():
+        if name in values and not kind.accepts(values[name]):
             raise kind.error(
-                where=name, expected=kind.expected, got=shown(value), remedy=f"pass {name}={kind.example}"
+                where=name,
+                expected=kind.expected,
+                got=shown(values[name]),
+                remedy=f"pass {name}={kind.example}",
             )
 
 
@@ -98,7 +100,7 @@ def takes(**kinds: Kind) -> Callable[[_Function], _Function]:
             except TypeError:
                 # Python's own error names the function and the argument that is missing or unknown.
                 return function(*args, **kwargs)
-            check(kinds, given)
+            check_arguments(kinds, given)
             return function(*args, **kwargs)
 
         return checked  # pyright: ignore[reportReturnType]
@@ -118,7 +120,9 @@ def shown(value: Any) -> str:
     if value is not None and (not isinstance(value, plain) or hasattr(value, "_fields")):
         return f"an instance of {type(value).__name__}"
     text = " ".join(reprlib.repr(value).split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    if len(text) > _LONGEST and isinstance(value, Collection) and not isinstance(value, str | bytes):
+        return f"a {type(value).__name__} of {len(value)}"
+    return text
 
 
 # ---- numbers --------------------------------------------------------------------------------------------
@@ -246,6 +250,12 @@ TEXTS: Final = several("a sequence of texts", TEXT, '("name",)')
 WIDTHS: Final = several(
     "at least two different widths, whole numbers of at least 1", COUNT, "(64, 128, 256)", different=2
 )
+LOG2_LRS: Final = several(
+    "at least three different powers of two from -126 to 126",
+    Kind("a number from -126 to 126", lambda value: _is_number(value) and abs(value) <= 126, ""),
+    "range(-10, -3)",
+    different=3,
+)
 NAMED: Final = Kind(
     "a mapping with texts as keys",
     lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
@@ -317,4 +327,9 @@ KEY: Final = Kind(
         and (jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or value.dtype == np.uint32)
     ),
     "jax.random.key(0)",
+)
+TRANSFORM: Final = Kind(
+    "an optax transform",
+    lambda value: callable(value.init) and callable(value.update),
+    "optax.scale_by_lion()",
 )

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import numbers
 import operator
 import os
 import pathlib
@@ -33,7 +34,7 @@ from mujax._arguments import (
     POSITIVE,
     TEXT,
     Kind,
-    check,
+    check_arguments,
     instance,
     takes,
 )
@@ -93,7 +94,7 @@ class Parametrization:
     depth_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        check({"weights": _WEIGHTS, "depth_alpha": NUMBER | NONE}, vars(self))
+        check_arguments({"weights": _WEIGHTS, "depth_alpha": NUMBER | NONE}, vars(self))
         object.__setattr__(self, "weights", tuple((name, weight) for name, weight in self.weights))
 
     def __str__(self) -> str:
@@ -135,7 +136,7 @@ class ParamSpec:
     depth: float = 1.0
 
     def __post_init__(self) -> None:
-        check({"tied": FLAG, "depth": POSITIVE}, vars(self))
+        check_arguments({"tied": FLAG, "depth": POSITIVE}, vars(self))
         # One way of writing each spec, so that specs of the same parameter compare and hash alike.
         for name in ("shape", "base_shape"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
@@ -274,7 +275,7 @@ class MupSpec(Mapping[str, ParamSpec]):
     __slots__ = ("_hash", "_params", "parametrization")
 
     def __init__(self, params: Mapping[str, ParamSpec], parametrization: Parametrization) -> None:
-        check(
+        check_arguments(
             {"params": _PARAMS, "parametrization": _PARAMETRIZATION},
             {"params": params, "parametrization": parametrization},
         )

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from mujax import models
+from mujax._arguments import COUNT, NONE, check_arguments
 from mujax.cli._arguments import numbers, option, positional
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxError
-from mujax.tune import build, check_counts, imported, summary_of
+from mujax.tune import build, imported, summary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options:
 
 def run(options: Explain) -> None:
     """Prints the role table."""
-    check_counts(width=options.width, base_width=options.base_width)
+    widths = {"width": options.width, "base_width": options.base_width}
+    check_arguments(dict.fromkeys(widths, COUNT | NONE), widths)
     factory = factory_of(options.model)
     model, inputs = build_model(options.model, factory, options.width)
     base, _ = build_model(options.model, factory, options.base_width)

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.extend import core as jex
 
 from mujax import rules
+from mujax._arguments import NONE, SCALAR, takes
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import explain
 from mujax.core._replay import Replay
@@ -244,6 +245,7 @@ class MupModel:
             plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
         return _KnownCall(program, result.build, plan, self._param_factors(call))
 
+    @takes(output_mult=SCALAR | NONE, attention_mult=SCALAR | NONE, input_mult=SCALAR | NONE)
     def with_multipliers(
         self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
     ) -> MupModel:
@@ -291,7 +293,9 @@ class MupModel:
         return explain(self.spec, self.init_scales, self.init_shifts, self.corrections, self.findings)
 
     def _check(self, call: Call) -> None:
-        found = {path: tuple(call.leaves[position].shape) for position, path in call.params.items()}
+        found = {
+            path: tuple(getattr(call.leaves[position], "shape", ())) for position, path in call.params.items()
+        }
         for path, param in self.spec.items():
             if path not in found:
                 raise SpecMismatchError(

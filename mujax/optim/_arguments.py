@@ -24,6 +24,7 @@ from mujax._arguments import (
     SEED,
     TEXT,
     TEXTS,
+    TRANSFORM,
     TREE,
     Kind,
     at_least,
@@ -44,11 +45,6 @@ def _is_mask(value: Any) -> bool:
 
 
 SPEC: Final = instance(MupSpec, "a MupSpec", "mup.spec, of the result of mup_init")
-TRANSFORM: Final = Kind(
-    "an optax transform",
-    lambda value: callable(value.init) and callable(value.update),
-    "optax.scale_by_lion()",
-)
 SCHEDULE: Final = function("a schedule of the step", 1, "optax.constant_schedule(0.01)")
 MASK: Final = Kind("a tree of True and False", _is_mask, "None") | function(
     "a function from parameters to one", 1, ""
@@ -81,9 +77,11 @@ _BY_NAME: Final[Mapping[str, Kind]] = {
     "spec": SPEC,
     "tx": TRANSFORM,
     "gradients": TREE,
-    "decay_roles": several(
+    # What these name is checked against the spec, where they are read.
+    "decay_roles": TEXT
+    | several(
         f"a tuple out of {', '.join(map(repr, ROLES))}",
-        one_of(ROLES),
+        TEXT,
         '("hidden", "output")',
         error=ParametrizationError,
     )
@@ -151,7 +149,9 @@ def _kind(parameter: inspect.Parameter) -> Kind | None:
     if name == "family" or name.endswith("dimension_numbers"):
         return None
     kind = SCALAR_NOT_NEGATIVE if name.startswith(_NOT_NEGATIVE) else SCALAR
-    if any(typing.get_origin(option) is collections.abc.Callable for option in options):
+    if name == "weight_decay" or any(
+        typing.get_origin(option) is collections.abc.Callable for option in options
+    ):
         kind = _with_schedule(kind)
     return kind | NONE if default is None or type(None) in options else kind
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 import optax
 
 from mujax import rules
-from mujax._arguments import check
+from mujax._arguments import check_arguments
 from mujax.errors import ConfigError
 from mujax.optim._alias import mup_adam, mup_adamw
 from mujax.optim._arguments import kinds_of
@@ -170,7 +170,7 @@ def _made(
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{function.__name__}() {error}") from None
-        check(kinds, bound.arguments)
+        check_arguments(kinds, bound.arguments)
         bound.apply_defaults()
         given = dict(bound.arguments)
         spec = given.pop("spec")

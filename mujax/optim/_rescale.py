@@ -18,6 +18,7 @@ import optax
 from jax.typing import ArrayLike
 
 from mujax import rules
+from mujax._arguments import SCALAR_NOT_NEGATIVE, shown
 from mujax.errors import MujaxError, ParametrizationError
 from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec
 
@@ -249,17 +250,11 @@ def lr_multiples(spec: MupSpec, lr_mults: LrMults | None) -> Factors:
     """
     if lr_mults is None:
         return _NO_FACTORS
-    if not isinstance(lr_mults, Mapping):
-        raise ParametrizationError(
-            where="lr_mults",
-            expected='a dict of multiples by role or by glob of parameter paths, such as {"hidden": 2.0}',
-            got=type(lr_mults).__name__,
-        )
     found: list[Factors] = []
     for name, multiple in lr_mults.items():
-        if isinstance(multiple, int | float) and not multiple >= 0:
+        if not SCALAR_NOT_NEGATIVE.accepts(multiple):
             raise ParametrizationError(
-                where="lr_mults", expected="multiples of at least 0", got=f"{multiple} for {name!r}"
+                where="lr_mults", expected="multiples of at least 0", got=f"{shown(multiple)} for {name!r}"
             )
         if name in ROLES:
             spec.require_roles(f"lr_mults {name!r}")

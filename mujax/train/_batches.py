@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
+from mujax._arguments import COUNT, FLAG, NONE, check_arguments, function, shown
 from mujax.errors import ConfigError
+
+_DRAW: Final = function(
+    "a function of data, key, batch size and steps", 4, "lambda data, key, batch, steps: ..."
+)
+_FETCH: Final = function("a function of data and what draw returned", 2, "lambda data, drawn: ...")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Batches:
     fetch: Callable[[PyTree, PyTree], tuple[Any, Any]]
     sized: bool = True
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments({"draw": _DRAW, "fetch": _FETCH, "sized": FLAG, "limit": COUNT | NONE}, vars(self))
 
 
 def as_batches(batches: Any) -> Batches:
@@ -56,7 +65,8 @@ def as_batches(batches: Any) -> Batches:
         raise ConfigError(
             where="batches",
             expected="an iterable of (inputs, targets) or a function (key, step) -> (inputs, targets)",
-            got=type(batches).__name__,
+            got=shown(batches),
+            remedy="pass batches=[(inputs, targets), ...], one pair for each step",
         )
     listed = check_batches(batches)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *listed)
@@ -69,23 +79,41 @@ def as_batches(batches: Any) -> Batches:
     )
 
 
+def _is_arrays(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") or isinstance(leaf, int | float)
+
+
 def check_batches(batches: Any) -> list[tuple[Any, Any]]:
     """The batches as a list, each an (inputs, targets) pair of arrays of the same shapes.
 
     Raises:
         ConfigError: there are none, one is not a pair, or shapes differ.
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
+        raise ConfigError(
+            where="batches",
+            expected="a sequence of (inputs, targets) pairs",
+            got=shown(batches),
+            remedy="pass batches=[(inputs, targets), ...], one pair for each step",
+        )
     listed = list(batches)
     if not listed:
         raise ConfigError(where="batches", expected="at least one (inputs, targets) pair", got="none")
     shapes: list[PyTree] = []
     for step, batch in enumerate(listed):
-        if not isinstance(batch, tuple) or len(batch) != 2:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError(
                 where="batches",
                 expected="an (inputs, targets) pair at every step",
                 got=f"{type(batch).__name__} at step {step}",
                 remedy="give a sequence of pairs, one for each step",
+            )
+        if not jax.tree.leaves(batch[0]) or not all(map(_is_arrays, jax.tree.leaves(tuple(batch)))):
+            raise ConfigError(
+                where="batches",
+                expected="arrays as inputs and targets of every step",
+                got=f"{shown(tuple(batch))} at step {step}",
+                remedy="give NumPy or JAX arrays",
             )
         shapes.append(jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tuple(batch)))
         if shapes[step] != shapes[0]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from mujax._arguments import COUNT, FACTORY, LOSS, NONE, OPTIMIZER, instance, takes
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
@@ -377,6 +378,15 @@ def _keywords(factory: Callable[..., Any]) -> frozenset[str]:
     return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
 
 
+@takes(
+    model=FACTORY | instance(MupModel, "a MupModel", ""),
+    optimizer=OPTIMIZER,
+    steps=COUNT,
+    width=COUNT | NONE,
+    base_width=COUNT | NONE,
+    batch=COUNT,
+    loss=LOSS,
+)
 def training_run(
     model: Callable[..., Any] | MupModel,
     batches: Any,

@@ -506,7 +506,7 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune cifar", "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
         ("tune mine:net", "width: expected the proxy's width for a model of your own, got none."),
         ("tune mine:net --width 8", "data: expected either a file of data or batches"),
-        ("tune --trials 0", "trials: expected at least 1, got 0."),
+        ("tune --trials 0", "trials: expected a whole number of at least 1, got 0; pass trials=4."),
         ("tune --trials many", "--trials: expected a whole number, got 'many'"),
         (
             "tune --objective accuracy",

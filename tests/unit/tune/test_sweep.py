@@ -300,8 +300,8 @@ def test_progress_and_finished_trials_are_reported():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"trials": 0}, "trials: expected at least 1, got 0"),
-        ({"seeds": 0}, "seeds: expected at least 1, got 0"),
+        ({"trials": 0}, "trials: expected a whole number of at least 1, got 0"),
+        ({"seeds": 0}, "seeds: expected a whole number of at least 1, got 0"),
         ({"mode": "pmap"}, "mode: expected one of 'loop', 'map', 'vmap' or None, got 'pmap'"),
         ({"fixed": {"x": 1.0}}, "x: expected it in the space or fixed, got it in both"),
         ({"sampler": "best"}, "sampler: expected one of"),
