@@ -33,6 +33,7 @@ if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2*
 
 # Files whose tests trace at the most: `pytest -m abstract` is what one runs while working.
 _ABSTRACT = {
+    "test_arguments.py",
     "test_config_file.py",
     "test_cost.py",
     "test_faults.py",

@@ -211,10 +211,9 @@ def transfer_check(
     """
     rates = tuple(sorted({float(rate) for rate in log2_lrs}))
     listed = check_batches(batches)
+    make = optimizer_of(optimizer)
     models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
-    runs = train_models(
-        models, listed, optimizer_of(optimizer), loss or default_loss, rates, range(seed, seed + seeds)
-    )
+    runs = train_models(models, listed, make, loss or default_loss, rates, range(seed, seed + seeds))
     return judge_runs(rates, runs, max_drift=max_drift, max_regret=max_regret)
 
 

@@ -203,6 +203,7 @@ def wider_is_better(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Section 8.
     """
     listed = check_batches(batches)
+    make = optimizer_of(optimizer)
     size = max(1, len(listed) // _LOOKS) if window is None else window
     if not 1 <= size <= len(listed):
         raise ConfigError(where="window", expected=f"from 1 to the number of steps, {len(listed)}", got=size)
@@ -210,7 +211,7 @@ def wider_is_better(
     runs = train_models(
         models,
         listed,
-        optimizer_of(optimizer),
+        make,
         loss or default_loss,
         [math.log2(learning_rate)],
         range(seed, seed + seeds),

@@ -91,7 +91,11 @@ class _KnownCalls:
             # A program may hold the sizes of axes that are no part of the call.
             return read(), False
         settings = tuple(getattr(jax.config, name, None) for name in self._SETTINGS)
-        types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        try:
+            types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        except TypeError:
+            # Not an array; reading the call names it.
+            return read(), False
         key = (corrected, call.static, types, settings, jax.sharding.get_abstract_mesh())
         try:
             known = self._calls.get(key)

@@ -50,21 +50,20 @@ MASK: Final = Kind("a tree of True and False", _is_mask, "None") | function(
     "a function from parameters to one", 1, ""
 )
 DTYPE: Final = Kind(
-    "a dtype", lambda value: value is not None and jnp.dtype(value) is not None, "jnp.float32"
+    "a floating-point dtype",
+    lambda value: value is not None and jnp.issubdtype(jnp.dtype(value), jnp.inexact),
+    "jnp.float32",
 )
 LR_MULTS: Final = Kind(
     "a dict of multiples by role or by glob of parameter paths",
-    lambda value: (
-        isinstance(value, Mapping)
-        and all(isinstance(name, str) and SCALAR_NOT_NEGATIVE.accepts(each) for name, each in value.items())
-    ),
+    lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
     '{"hidden": 2.0}',
     ParametrizationError,
 )
 
 
 def _are_numbers(value: Any) -> bool:
-    return not isinstance(value, str) and bool(value) and all(map(SCALAR.accepts, value))
+    return not isinstance(value, str | bytes) and len(value) > 0 and all(map(SCALAR.accepts, value))
 
 
 COEFFICIENTS: Final = Kind("the name of a preset", lambda value: isinstance(value, str), '"standard"') | Kind(
@@ -73,15 +72,23 @@ COEFFICIENTS: Final = Kind("the name of a preset", lambda value: isinstance(valu
     "",
 )
 
+_DIMENSIONS = optax.contrib.MuonDimensionNumbers
+DIMENSION_NUMBERS: Final = Kind(
+    "a tree of optax.contrib.MuonDimensionNumbers and None",
+    lambda value: all(
+        isinstance(leaf, _DIMENSIONS)
+        for leaf in jax.tree.leaves(value, is_leaf=lambda node: isinstance(node, _DIMENSIONS))
+    ),
+    "None",
+) | function("a function from parameters to one", 1, "")
+
 _BY_NAME: Final[Mapping[str, Kind]] = {
     "spec": SPEC,
     "tx": TRANSFORM,
     "gradients": TREE,
-    # What these name is checked against the spec, where they are read.
-    "decay_roles": TEXT
-    | several(
+    "decay_roles": several(
         f"a tuple out of {', '.join(map(repr, ROLES))}",
-        TEXT,
+        one_of(ROLES),
         '("hidden", "output")',
         error=ParametrizationError,
     )
@@ -109,8 +116,8 @@ _NOT_NEGATIVE: Final = (
     "clip",
 )
 
-# Step sizes of each entry, which are part of the state: a schedule has no meaning there.
-_WITHOUT_SCHEDULE: Final = frozenset({"mup_rprop", "mup_scale_by_rprop"})
+# optax's own take no schedule: Rprop's step sizes are part of its state.
+_WITHOUT_SCHEDULE: Final = frozenset({"mup_optimistic_adam", "mup_rprop", "mup_scale_by_rprop", "mup_sm3"})
 
 
 def kinds_of(name: str, signature: inspect.Signature) -> dict[str, Kind]:
@@ -121,9 +128,11 @@ def kinds_of(name: str, signature: inspect.Signature) -> dict[str, Kind]:
         signature: with its annotations evaluated.
 
     Returns:
-        By argument. `family`, and dimension numbers of Muon, are checked where they are read.
+        By argument. `family` is checked where it is read.
     """
-    found = {each.name: kind for each in signature.parameters.values() if (kind := _kind(each)) is not None}
+    # The spec first: where learning rate and spec are swapped, the spec is what to name.
+    ordered = sorted(signature.parameters.values(), key=lambda each: each.name != "spec")
+    found = {each.name: kind for each in ordered if (kind := _kind(each)) is not None}
     if "learning_rate" in found and name not in _WITHOUT_SCHEDULE:
         found["learning_rate"] = _with_schedule(found["learning_rate"])
     return found
@@ -146,12 +155,13 @@ def _kind(parameter: inspect.Parameter) -> Kind | None:
         return Kind("a function", callable, name)
     if isinstance(default, str):
         return one_of(options, ParametrizationError)
-    if name == "family" or name.endswith("dimension_numbers"):
+    if name.endswith("dimension_numbers"):
+        return DIMENSION_NUMBERS | NONE
+    if name == "family":
         return None
     kind = SCALAR_NOT_NEGATIVE if name.startswith(_NOT_NEGATIVE) else SCALAR
-    if name == "weight_decay" or any(
-        typing.get_origin(option) is collections.abc.Callable for option in options
-    ):
+    takes_schedule = any(typing.get_origin(option) is collections.abc.Callable for option in options)
+    if takes_schedule or name == "weight_decay":
         kind = _with_schedule(kind)
     return kind | NONE if default is None or type(None) in options else kind
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PyTree
 
-from mujax._arguments import COUNT, FLAG, NONE, check_arguments, function, shown
+from mujax._arguments import COUNT, FLAG, NONE, TEXT, check_arguments, function, shown, takes
 from mujax.errors import ConfigError
 
 _DRAW: Final = function(
@@ -41,12 +41,14 @@ class Batches:
         check_arguments({"draw": _DRAW, "fetch": _FETCH, "sized": FLAG, "limit": COUNT | NONE}, vars(self))
 
 
-def as_batches(batches: Any) -> Batches:
+@takes(name=TEXT)
+def as_batches(batches: Any, name: str = "batches") -> Batches:
     """Turns the user's batches into `Batches`.
 
     Args:
         batches: `Batches`; an iterable of (inputs, targets), all of the same shapes, which every run sees in
             the same order; or a pure function (key, step) -> (inputs, targets).
+        name: the argument that they were given as, for errors.
 
     Raises:
         ConfigError: anything else, or shapes that differ.
@@ -63,12 +65,12 @@ def as_batches(batches: Any) -> Batches:
         return Batches((), keys, lambda _, drawn: tuple(draw(*drawn)), sized=False)
     if not isinstance(batches, Iterable):
         raise ConfigError(
-            where="batches",
+            where=name,
             expected="an iterable of (inputs, targets) or a function (key, step) -> (inputs, targets)",
             got=shown(batches),
-            remedy="pass batches=[(inputs, targets), ...], one pair for each step",
+            remedy=f"pass {name}=[(inputs, targets), ...], one pair for each step",
         )
-    listed = check_batches(batches)
+    listed = check_batches(batches, name)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *listed)
     return Batches(
         stacked,
@@ -83,34 +85,39 @@ def _is_arrays(leaf: Any) -> bool:
     return hasattr(leaf, "shape") or isinstance(leaf, int | float)
 
 
-def check_batches(batches: Any) -> list[tuple[Any, Any]]:
+@takes(name=TEXT)
+def check_batches(batches: Any, name: str = "batches") -> list[tuple[Any, Any]]:
     """The batches as a list, each an (inputs, targets) pair of arrays of the same shapes.
+
+    Args:
+        batches: the pairs.
+        name: the argument that they were given as, for errors.
 
     Raises:
         ConfigError: there are none, one is not a pair, or shapes differ.
     """
     if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
         raise ConfigError(
-            where="batches",
+            where=name,
             expected="a sequence of (inputs, targets) pairs",
             got=shown(batches),
-            remedy="pass batches=[(inputs, targets), ...], one pair for each step",
+            remedy=f"pass {name}=[(inputs, targets), ...], one pair for each step",
         )
     listed = list(batches)
     if not listed:
-        raise ConfigError(where="batches", expected="at least one (inputs, targets) pair", got="none")
+        raise ConfigError(where=name, expected="at least one (inputs, targets) pair", got="none")
     shapes: list[PyTree] = []
     for step, batch in enumerate(listed):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError(
-                where="batches",
+                where=name,
                 expected="an (inputs, targets) pair at every step",
                 got=f"{type(batch).__name__} at step {step}",
                 remedy="give a sequence of pairs, one for each step",
             )
         if not jax.tree.leaves(batch[0]) or not all(map(_is_arrays, jax.tree.leaves(tuple(batch)))):
             raise ConfigError(
-                where="batches",
+                where=name,
                 expected="arrays as inputs and targets of every step",
                 got=f"{shown(tuple(batch))} at step {step}",
                 remedy="give NumPy or JAX arrays",
@@ -118,7 +125,7 @@ def check_batches(batches: Any) -> list[tuple[Any, Any]]:
         shapes.append(jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tuple(batch)))
         if shapes[step] != shapes[0]:
             raise ConfigError(
-                where="batches",
+                where=name,
                 expected=f"the shapes and dtypes {shapes[0]} of the first step at every step",
                 got=f"{shapes[step]} at step {step}",
                 remedy="drop the rest at the end of the data",

@@ -456,7 +456,9 @@ def training_run(
             model, width=width, base_width=width if base_width is None else base_width, **mup_kwargs
         )
         static = _keywords(model)
-    held_out = None if valid is None else as_batches(valid)
+    if isinstance(optimizer, str):
+        optimizer_by_name(optimizer)
+    held_out = None if valid is None else as_batches(valid, "valid")
     return Training(
         model=make,
         batches=as_batches(batches),

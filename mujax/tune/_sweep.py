@@ -28,6 +28,7 @@ from mujax._arguments import (
     NAMED,
     NONE,
     NOT_NEGATIVE,
+    PATH,
     POSITIVE,
     SEED,
     TEXT,
@@ -49,6 +50,12 @@ Run = Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
 
 RUNGS: Final = 10
 """Evaluations of a run, the last one included: divergence is noticed there, and a pruner may stop the run."""
+
+
+STORAGE: Final = PATH | Kind(
+    "a storage of Optuna's", lambda value: callable(value.create_new_study), '"sqlite:///mujax.db"'
+)
+"""The address of a database, or the path of an SQLite file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +89,7 @@ class Study:
         check_arguments(
             {
                 "name": NAME | NONE,
+                "storage": STORAGE | NONE,
                 "settings": NAMED,
                 "attributes": NAMED,
                 "heartbeat": POSITIVE,
@@ -145,6 +153,7 @@ def _as_study(study: str | Study | None, storage: Any, old: Mapping[str, Any]) -
     fixed=NAMED | NONE,
     objective=TEXT,
     study=NAME | instance(Study, "a mujax.Study", "") | NONE,
+    storage=STORAGE | NONE,
     rungs=COUNT,
     mode=one_of(MODES) | NONE,
     lanes=COUNT | NONE,

@@ -40,7 +40,7 @@ from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
 from mujax.train import MODES, Batches, Mode, Training, as_batches, as_its_kind, default_loss, training_run
 from mujax.tune._results import Sweep, SweepProgress, Trial, read_trials
-from mujax.tune._sweep import RUNGS, Study, study_module, sweep
+from mujax.tune._sweep import RUNGS, STORAGE, Study, study_module, sweep
 from mujax.tune._tasks import TASKS, Task, in_batches, powers
 from mujax.tune._user_code import build, imported
 
@@ -67,6 +67,7 @@ _KINDS: Final[Mapping[str, Kind]] = {
     "objective": one_of(_OBJECTIVES),
     "seed": SEED,
     "study": NAME | instance(Study, "a mujax.Study", "") | NONE,
+    "storage": STORAGE | NONE,
     "mode": one_of(MODES) | NONE,
     "heartbeat": POSITIVE,
     "patience": NOT_NEGATIVE,
