@@ -170,6 +170,8 @@ POSITIVE: Final = Kind("a positive finite number", lambda value: _is_number(valu
 NOT_NEGATIVE: Final = Kind(
     "a finite number of at least 0", lambda value: _is_number(value) and value >= 0, "0.1"
 )
+SECONDS: Final = dataclasses.replace(POSITIVE, expected="a number of seconds, more than 0", example="60.0")
+PATIENCE: Final = dataclasses.replace(NOT_NEGATIVE, expected="a number of seconds", example="300.0")
 SHARE: Final = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1, "0.5")
 SCALAR: Final = Kind("a number, or an array of one", _is_scalar, "1.0")
 SCALAR_NOT_NEGATIVE: Final = Kind(
@@ -189,7 +191,9 @@ FLAG: Final = Kind("True or False", lambda value: isinstance(value, bool | np.bo
 
 NONE: Final = Kind("None", lambda value: value is None, "None")
 TEXT: Final = Kind("a text", lambda value: isinstance(value, str), '"loss"')
-NAME: Final = Kind("a text that is not empty", lambda value: isinstance(value, str) and value != "", '"loss"')
+NAME: Final = Kind(
+    "a name of 1 to 400 characters", lambda value: isinstance(value, str) and 0 < len(value) <= 400, '"mlp"'
+)
 PATH: Final = Kind(
     "a path", lambda value: isinstance(value, str | os.PathLike) and str(value) != "", '"folder/file"'
 )

@@ -23,9 +23,9 @@ from mujax._arguments import (
     NAME,
     NAMED,
     NONE,
-    NOT_NEGATIVE,
     PATH,
-    POSITIVE,
+    PATIENCE,
+    SECONDS,
     SEED,
     TEXT,
     Kind,
@@ -69,8 +69,8 @@ _KINDS: Final[Mapping[str, Kind]] = {
     "study": NAME | instance(Study, "a mujax.Study", "") | NONE,
     "storage": STORAGE | NONE,
     "mode": one_of(MODES) | NONE,
-    "heartbeat": POSITIVE,
-    "patience": NOT_NEGATIVE,
+    "heartbeat": SECONDS,
+    "patience": PATIENCE,
 }
 
 

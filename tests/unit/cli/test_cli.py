@@ -585,7 +585,7 @@ SIZES = "--width 32 --base-width 8"
         ("explain", "Missing from mujax explain: MODEL --width N --base-width N; see mujax --help."),
         (
             "explain mlp --width 0 --base-width 8",
-            "width: expected a whole number of at least 1, got 0;",
+            "width: expected a whole number of at least 1 or None, got 0;",
         ),
         (f"explain mpl {SIZES}", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
         (
@@ -614,7 +614,7 @@ SIZES = "--width 32 --base-width 8"
         ("coord-check mlp --widths 0,8", "widths: expected at least two different positive numbers"),
         (
             "coord-check mlp --base-width 0",
-            "base_width: expected a whole number of at least 1, got 0;",
+            "base_width: expected a whole number of at least 1 or None, got 0;",
         ),
         ("coord-check mlp --steps 0", "steps: expected a whole number of at least 1, got 0; pass steps=4."),
         ("coord-check mlp --seeds 0", "seeds: expected a whole number of at least 1, got 0; pass seeds=4."),

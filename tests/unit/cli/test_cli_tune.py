@@ -510,10 +510,13 @@ def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: 
         ("tune --trials many", "--trials: expected a whole number, got 'many'"),
         (
             "tune --objective accuracy",
-            "objective: expected one of loss, mean_loss, valid_loss, got 'accuracy'.",
+            "objective: expected one of 'loss', 'mean_loss', 'valid_loss', got 'accuracy'; pass",
         ),
         ("tune --optimizer adamm", "optimizer: expected one of 'acprop', "),
-        ("tune --zero-init head", "zero_init: expected 'readout' or 'query', got 'head'."),
+        (
+            "tune --zero-init head",
+            "zero_init: expected a sequence of 'readout' and 'query' or None, got ('head',);",
+        ),
         ("tune --data a.npz", "data: expected none for the task 'mnist-mlp'"),
         ("tune --mode fast", "mode: expected 'loop' or 'map' or 'vmap'"),
         ("tune --tune learning_rate", "tune: expected NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=VALUE,VALUE"),

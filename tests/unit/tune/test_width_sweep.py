@@ -185,9 +185,15 @@ def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
         ({"task": "cifar"}, "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
         ({"task": toy_model}, "data: expected either a file of data or batches"),
         ({"optimizer": "adamm"}, "optimizer: expected one of 'acprop', "),
-        ({"parametrizations": ("sp", "ntk")}, "got 'ntk'."),
-        ({"parametrizations": ()}, "parametrizations: expected at least one, got none."),
-        ({"widths": ()}, "widths: expected at least one, got none."),
+        (
+            {"parametrizations": ("sp", "ntk")},
+            "parametrizations: expected at least one of 'mup', 'table3', 'table9', 'sp', got (",
+        ),
+        (
+            {"parametrizations": ()},
+            "parametrizations: expected at least one of 'mup', 'table3', 'table9', 'sp', got ();",
+        ),
+        ({"widths": ()}, "widths: expected at least one width, whole numbers of at least 1, got ();"),
         (
             {"task": "mnist-mlp", "widths": (0, 32)},
             "widths: expected at least one width, whole numbers of at least 1, got (0,",
@@ -200,12 +206,15 @@ def toy_model(width: int) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
         ({"task": "text-transformer", "widths": (32, 40)}, "multiples of 16"),
         ({"log2_lrs": (-8, -7)}, "log2_lrs: expected at least three different powers of two"),
         ({"log2_lrs": (-8, -7, math.nan)}, "log2_lrs: expected"),
-        ({"log2_lrs": (-8, -7, 1000)}, "from -126 to 126, got (-8.0, -7.0, 1000.0)."),
+        ({"log2_lrs": (-8, -7, 1000)}, "from -126 to 126, got (-8, -7, 1000);"),
         ({"seeds": 0}, "seeds: expected a whole number of at least 1, got 0; pass seeds=4."),
         ({"steps": 0}, "steps: expected a whole number of at least 1, got 0; pass steps=4."),
         ({"batch": -4}, "batch: expected a whole number of at least 1, got -4; pass batch=4."),
-        ({"seed": -1}, "seed: expected a number from 0 up to 2^31, got -1."),
-        ({"momentum": 1.0}, "momentum: expected a number from 0 up to 1, 1 excluded, got 1.0."),
+        ({"seed": -1}, "seed: expected a whole number from 0 up to 2^31, got -1; pass seed=0."),
+        (
+            {"momentum": 1.0},
+            "momentum: expected a number from 0 up to 1, 1 excluded, got 1.0; pass momentum=0.9.",
+        ),
         (
             {"task": "mnist-mlp", "text": pathlib.Path("a.txt")},
             "text: the task 'mnist-mlp' does not read a text",
