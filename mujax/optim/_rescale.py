@@ -19,8 +19,8 @@ from jax.typing import ArrayLike
 
 from mujax import rules
 from mujax._arguments import SCALAR_NOT_NEGATIVE, shown
-from mujax.errors import MujaxError, ParametrizationError
-from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec
+from mujax.errors import MujaxError, ParametrizationError, SpecMismatchError
+from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec, leaf_path
 
 Factors = Mapping[str, Any]
 """A factor for each path of a spec; empty for 1 everywhere."""
@@ -157,6 +157,7 @@ def rescaled(
         updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
         matched = spec.match(updates, units, what="updates")
+        _check_same_part(updates, params)
         if arguments is not None:
             extra_args["arguments"] = jax.tree.map(lambda unit: unit.argument, matched)
         updates = jax.tree.map(lambda leaf, unit: _times(leaf, unit.gradient), updates, matched)
@@ -164,6 +165,25 @@ def rescaled(
         return jax.tree.map(lambda leaf, unit: _times(leaf, unit.update), updates, matched), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_same_part(updates: Any, params: Any) -> None:
+    """Requires updates for all of the parameters, where both are an `nnx.State`, which a filter may cut down.
+
+    Raises:
+        SpecMismatchError: parameters have no updates.
+    """
+    if not (hasattr(updates, "filter") and hasattr(params, "filter")):
+        return
+    given = {leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf_path(path) not in given:
+            raise SpecMismatchError(
+                where=leaf_path(path),
+                expected=f"an update of shape {tuple(leaf.shape)}, as for the other parameters",
+                got="none",
+                remedy="give the gradient the filter of the optimizer: nnx.DiffState(0, wrt), wrt=wrt",
+            )
 
 
 def grouped(make: Callable[[Any], optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:

@@ -200,4 +200,4 @@ def test_bad_options_are_one_line(scripts, capsys, script, option):
     with pytest.raises(SystemExit) as stop:
         scripts[script].main([option, "0"])
     assert stop.value.code == 2
-    assert "expected a whole number of at least 1, got 0" in capsys.readouterr().err
+    assert "expected at least 1, got 0" in capsys.readouterr().err
