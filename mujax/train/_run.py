@@ -321,7 +321,7 @@ class Training:
 def _mean(losses: Float[Array, " steps"], start: Any, end: Any) -> Float[Array, ""]:
     places = jnp.arange(len(losses))
     inside: Bool[Array, " steps"] = (places >= start) & (places < end)
-    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1)
+    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1).astype(losses.dtype)
 
 
 def _scaled(params: PyTree, spec: MupSpec, multiple: Any) -> PyTree:
