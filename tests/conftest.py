@@ -49,9 +49,9 @@ _ABSTRACT = {
     "test_trace.py",
 }
 
-# Files whose tests run mujax's own arithmetic, where a user may forbid implicit promotion. Models in other tests
-# are written as users write them, with `x + bias`; and of optax's own, every optimizer that counts its steps
-# (Adam and its kin) divides integers by floats.
+# Files whose tests run mujax's own arithmetic, where a user may forbid implicit promotion. Models in other
+# tests are written as users write them, with `x + bias`; and every optimizer of optax's that counts its steps
+# (Adam and its kin) mixes integers and floats.
 _STRICT_DTYPES = {
     "test_batches.py",
     "test_cost.py",
