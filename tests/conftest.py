@@ -1,5 +1,6 @@
 """How JAX and XLA run under test, in workers and in subprocesses; which tests are marked as abstract."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -48,19 +49,46 @@ _ABSTRACT = {
     "test_trace.py",
 }
 
-# Files that test mujax's own arrays, which must not be broadcast over ranks: a user may forbid it. Models in
-# other tests are written as users write them, with `x + bias`.
-_STRICT_RANKS = {"test_data.py", "test_models.py", "test_optim_registry.py"}
+# Files whose tests run mujax's own arithmetic, where a user may forbid implicit promotion. Models in other
+# tests are written as users write them, with `x + bias`; and every optimizer of optax's that counts its steps
+# (Adam and its kin) mixes integers and floats.
+_STRICT_DTYPES = {
+    "test_batches.py",
+    "test_cost.py",
+    "test_data.py",
+    "test_faults.py",
+    "test_hyperparameters.py",
+    "test_lanes.py",
+    "test_optimum.py",
+    "test_rules.py",
+    "test_slopes.py",
+    "test_spec.py",
+    "test_specs.py",
+}
+_STRICT_RANKS = {
+    *_STRICT_DTYPES,
+    "test_frozen_parts.py",
+    "test_models.py",
+    "test_optim_registry.py",
+    "test_optim_trees.py",
+    "test_run.py",
+    "test_wider.py",
+    "test_width_runs.py",
+}
 
 
 @pytest.fixture(autouse=True)
-def ranks_are_strict(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.path.name not in _STRICT_RANKS:
+def promotion_is_strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = request.node.path.name
+    if name not in _STRICT_RANKS:
         yield
         return
     import jax
 
-    with jax.numpy_rank_promotion("raise"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_rank_promotion("raise"))
+        if name in _STRICT_DTYPES:
+            stack.enter_context(jax.numpy_dtype_promotion("strict"))
         yield
 
 

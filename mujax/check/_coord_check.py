@@ -22,6 +22,21 @@ from typing import Any, Final
 import jax
 import numpy as np
 
+from mujax._arguments import (
+    ARRAYS,
+    CALLBACK,
+    COUNT,
+    FACTORY,
+    LOSS,
+    NAMED,
+    NONE,
+    OPTIMIZER,
+    POSITIVE,
+    SEED,
+    WIDTHS,
+    several,
+    takes,
+)
 from mujax.check._faults import Violation, alike, find_faults
 from mujax.check._made_up import loss_of_one, made_up
 from mujax.check._measure import STATS, Batch, Measured, Program, Subject, floating
@@ -35,11 +50,15 @@ from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import OPTIMIZERS
 from mujax.spec import ParamSpec, Role
-from mujax.train import OutputLoss, as_inputs
+from mujax.train import OutputLoss, as_inputs, check_batches
 
 # Large, as the guide of microsoft/mup recommends, and a second one further up: a small rate can hide a fault
 # behind the initial values.
 _RATES: Final[Mapping[bool, tuple[float, float]]] = {True: (2.0**-5, 2.0**-3), False: (2.0**-9, 2.0**-7)}
+
+_LEARNING_RATES: Final = several(
+    "at least one positive finite learning rate", POSITIVE, "(2**-9, 2**-7)", least=1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +250,21 @@ class CheckProgress:
     doing: str
 
 
+@takes(
+    factory=FACTORY,
+    widths=WIDTHS,
+    inputs=ARRAYS | NONE,
+    optimizer=OPTIMIZER,
+    loss=LOSS | NONE,
+    learning_rates=_LEARNING_RATES | NONE,
+    steps=COUNT,
+    seeds=COUNT,
+    seed=SEED,
+    base=FACTORY | NONE,
+    base_width=COUNT | NONE,
+    kwargs=NAMED | NONE,
+    progress=CALLBACK | NONE,
+)
 def coord_check(
     factory: Callable[[int], Any],
     widths: Sequence[int],
@@ -297,19 +331,17 @@ def coord_check(
     """
     if (inputs is None) == (batches is None):
         raise ConfigError(where="inputs", expected="either inputs or batches", got="both or neither")
-    for name, value, least in (("steps", steps, 1), ("seeds", seeds, 1)):
-        if value < least:
-            raise ConfigError(where=name, expected=f"at least {least}", got=value)
     if batches is None and loss is not None:
         raise ConfigError(
             where="loss", expected="batches with targets beside a loss of your own", got="inputs only"
         )
-    examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
+    listed = None if batches is None else check_batches(batches)
+    examples = as_inputs(inputs) if listed is None else as_inputs(listed[0][0])
     clean, models, checked = prepare(
         factory, widths, examples, optimizer, base, base_width, kwargs, **mup_kwargs
     )
-    given = [(as_inputs(x), y) for x, y in batches or ()] or made_up(clean, examples, seed)
-    rates = tuple(learning_rates) if learning_rates else _default_rates(optimizer)
+    given = [(as_inputs(x), y) for x, y in listed or ()] or made_up(clean, examples, seed)
+    rates = _default_rates(optimizer) if learning_rates is None else tuple(map(float, learning_rates))
     numbers = range(seed, seed + seeds)
     measured = measure(checked, loss or loss_of_one, given, rates, steps, numbers, progress)
     return report(

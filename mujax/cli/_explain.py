@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from mujax import models
+from mujax._arguments import COUNT, NONE, check_arguments
 from mujax.check import CheckProgress, disagreements
 from mujax.cli._arguments import numbers, option, positional
 from mujax.cli._display import StoppedError, display, gentle_interrupts
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxError
-from mujax.tune import build, check_counts, imported, summary_of
+from mujax.tune import build, imported, summary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _sentences(name: str) -> Iterator[None]:
 
 def run(options: Explain) -> int:
     """Prints the role table; 1 if measurements disagree with it, else 0."""
-    check_counts(width=options.width, base_width=options.base_width)
+    widths = {"width": options.width, "base_width": options.base_width}
+    check_arguments(dict.fromkeys(widths, COUNT | NONE), widths)
     factory = factory_of(options.model)
     model, inputs = build_model(options.model, factory, options.width)
     base, _ = build_model(options.model, factory, options.base_width)

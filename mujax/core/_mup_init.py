@@ -7,9 +7,10 @@ import fnmatch
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from mujax import rules
+from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments
 from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
 from mujax.core._mup_model import MupModel
@@ -54,6 +55,27 @@ def _traced(end: Frontend, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _Tr
     initial = end.trace_init(inputs, kwargs)
     call = end.example(initial.variables, inputs, kwargs)
     return _Traced(end, initial, call, *call.trace())
+
+
+_OPTIONS: Final = {
+    "roles": ArgumentKind(
+        "a dict of roles or ParamSpecs by glob of parameter paths",
+        lambda value: all(isinstance(role, str | ParamSpec) for role in value.values()),
+        '{"*/kernel": "hidden"}',
+        RoleError,
+    )
+    | NONE,
+    "corrections": ArgumentKind(
+        "a dict of True or False by kind",
+        lambda value: all(map(FLAG.accepts, value.values())),
+        '{"attention": False}',
+    )
+    | NONE,
+    "zero_init": TEXTS,
+    "depth_alpha": NUMBER,
+    "residual": TEXTS,
+    "strict": FLAG,
+}
 
 
 def mup_init(
@@ -130,6 +152,17 @@ def mup_init(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9. For depth: Dey et al., arXiv
         2505.01618, Table 1; Yang et al., Tensor Programs VI, arXiv 2310.02244.
     """
+    check_arguments(
+        _OPTIONS,
+        {
+            "roles": roles,
+            "corrections": corrections,
+            "zero_init": zero_init,
+            "depth_alpha": depth_alpha,
+            "residual": residual,
+            "strict": strict,
+        },
+    )
     table = with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
     disabled = disabled_kinds(corrections or {})
     ends = frontend(model, "model"), frontend(base, "base")

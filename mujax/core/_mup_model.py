@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.extend import core as jex
 
 from mujax import rules
+from mujax._arguments import NONE, SCALAR, takes
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import explain
 from mujax.core._other_calls import FirstCall
@@ -100,7 +101,11 @@ class _KnownCalls:
             # A program may hold the sizes of axes that are no part of the call.
             return read(), False
         settings = tuple(getattr(jax.config, name, None) for name in self._SETTINGS)
-        types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        try:
+            types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        except TypeError:
+            # Not an array; reading the call names it.
+            return read(), False
         key = (corrected, call.static, types, settings, jax.sharding.get_abstract_mesh())
         try:
             known = self._calls.get(key)
@@ -255,6 +260,7 @@ class MupModel:
             self._known_calls.report(self._first_call.differences(program, plan))
         return _KnownCall(program, result.build, plan, self._param_factors(call))
 
+    @takes(output_mult=SCALAR | NONE, attention_mult=SCALAR | NONE, input_mult=SCALAR | NONE)
     def with_multipliers(
         self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
     ) -> MupModel:
@@ -307,7 +313,9 @@ class MupModel:
         return explain(self.spec, self.init_scales, self.init_shifts, self.corrections, self.findings)
 
     def _check(self, call: Call) -> None:
-        found = {path: tuple(call.leaves[position].shape) for position, path in call.params.items()}
+        found = {
+            path: tuple(getattr(call.leaves[position], "shape", ())) for position, path in call.params.items()
+        }
         for path, param in self.spec.items():
             if path not in found:
                 raise SpecMismatchError(

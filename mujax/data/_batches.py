@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, Key
 
+from mujax._arguments import COUNT, KEY, NONE, Kind, instance, takes
 from mujax.data._splits import Examples
-from mujax.errors import ConfigError, DataError
+from mujax.errors import DataError
+
+_EXAMPLES: Final = instance(Examples, "Examples", "data.train")
+_TOKENS: Final = Kind(
+    "an array of tokens, whole numbers along one axis",
+    lambda value: len(value.shape) == 1 and jnp.issubdtype(value.dtype, jnp.integer),
+    "data.train",
+)
+_STARTS: Final = Kind(
+    "an array of whole numbers", lambda value: jnp.issubdtype(value.dtype, jnp.integer), "text_starts(...)"
+)
 
 
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(
-                where=name,
-                expected="at least 1",
-                got=size,
-            )
-
-
+@takes(key=KEY, n=COUNT, batch=COUNT, steps=COUNT)
 def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int[Array, "steps batch"]:
     """The examples of each batch: a new permutation in each epoch.
 
@@ -40,7 +44,6 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
     >>> batch_indices(jax.random.key(0), 10, batch=4, steps=3).shape
     (3, 4)
     """
-    check_sizes(batch=batch, steps=steps)
     if n < batch:
         raise DataError(
             where="batch",
@@ -58,6 +61,7 @@ def epoch_order(key: Key[Array, ""], epoch: Int[Array, ""] | int, n: int) -> Int
     return jax.random.permutation(jax.random.fold_in(key, epoch), n)
 
 
+@takes(examples=_EXAMPLES, key=KEY, batch=COUNT, steps=COUNT)
 def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps: int) -> Examples:
     """Batches of labelled examples, with a leading step axis.
 
@@ -92,6 +96,7 @@ def need_tokens(n: int, length: int) -> None:
         )
 
 
+@takes(n=COUNT, key=KEY, batch=COUNT, length=COUNT, steps=COUNT)
 def text_starts(
     n: int, key: Key[Array, ""], *, batch: int, length: int, steps: int
 ) -> Int[Array, "steps batch"]:
@@ -115,7 +120,6 @@ def text_starts(
     >>> starts.shape, bool((starts + 8 < 100).all())
     ((5, 2), True)
     """
-    check_sizes(batch=batch, length=length, steps=steps)
     need_tokens(n, length)
     return jax.vmap(lambda step: step_starts(key, step, n - length, batch))(jnp.arange(steps))
 
@@ -126,6 +130,7 @@ def step_starts(
     return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, places)
 
 
+@takes(tokens=_TOKENS, starts=_STARTS, length=COUNT)
 def text_window(
     tokens: Integer[np.ndarray | Array, " n"], starts: Int[np.ndarray | Array, "*shape"], *, length: int
 ) -> Examples:
@@ -148,13 +153,13 @@ def text_window(
     >>> inputs.tolist(), targets.tolist()
     ([[97, 98, 99], [100, 101, 102]], [[98, 99, 100], [101, 102, 103]])
     """
-    check_sizes(length=length)
     need_tokens(len(tokens), length)
     places = jnp.add.outer(jnp.asarray(starts), jnp.arange(length + 1))
     windows = jnp.asarray(tokens)[places].astype(jnp.int32)
     return Examples(windows[..., :-1], windows[..., 1:])
 
 
+@takes(tokens=_TOKENS, key=KEY, batch=COUNT, length=COUNT, steps=COUNT)
 def text_batches(
     tokens: Integer[np.ndarray | Array, " n"], key: Key[Array, ""], *, batch: int, length: int, steps: int
 ) -> Examples:
@@ -186,6 +191,7 @@ def text_batches(
     return text_window(tokens, starts, length=length)
 
 
+@takes(tokens=_TOKENS, length=COUNT, limit=COUNT | NONE)
 def text_windows(
     tokens: Integer[np.ndarray | Array, " n"], *, length: int, limit: int | None = None
 ) -> Examples:
@@ -206,7 +212,6 @@ def text_windows(
     >>> text_windows(np.frombuffer(b"abcdefg", np.uint8), length=3).targets.tolist()
     [[98, 99, 100], [101, 102, 103]]
     """
-    check_sizes(length=length, **({} if limit is None else {"limit": limit}))
     need_tokens(len(tokens), length)
     count = min((len(tokens) - 1) // length, limit or len(tokens))
     ahead = jnp.asarray(tokens[: count * length + 1]).astype(jnp.int32)

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from mujax._arguments import PATH, takes
 from mujax.data._splits import (
     HELD_OUT,
     MIN_EXAMPLES,
@@ -91,6 +92,7 @@ class _Part(NamedTuple):
     targets_name: str
 
 
+@takes(path=PATH)
 def load(path: str | os.PathLike[str]) -> Data:
     """The user's own data: labelled examples, or a text as tokens. The path determines the format.
 

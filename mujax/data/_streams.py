@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Integer, Key, PyTree
 
-from mujax.data._batches import check_sizes, epoch_order, need_tokens, step_starts
+from mujax.data._batches import epoch_order, need_tokens, step_starts
 from mujax.data._splits import Examples
 from mujax.errors import ConfigError, DataError
 
@@ -268,7 +268,6 @@ class _Text:
     def __init__(
         self, tokens: np.ndarray, key: Key[Array, ""], batch: int, length: int, vocab_size: int | None
     ) -> None:
-        check_sizes(batch=batch, length=length)
         need_tokens(len(tokens), length)
         self._tokens, self._draw = tokens, _Drawer(key)
         self.batch, self.steps = batch, _ENDLESS
@@ -338,7 +337,6 @@ def text_stream(
 
 class _Images:
     def __init__(self, examples: Examples, key: Key[Array, ""], batch: int) -> None:
-        check_sizes(batch=batch)
         n = len(examples.targets)
         if n < batch:
             raise DataError(
@@ -397,7 +395,6 @@ def image_stream(
 
 class _Map:
     def __init__(self, dataset: Any, batch: int) -> None:
-        check_sizes(batch=batch)
         self._dataset, self.batch = dataset, batch
         self.steps = min(len(dataset) // batch, _ENDLESS)
         if not self.steps:
@@ -444,7 +441,6 @@ class _Sequential(Stream):
     """Of a dataset that can only be read in its order: every process reads it all and keeps its own rows."""
 
     def __init__(self, dataset: Any, batch: int, sharding: Sharding | None) -> None:
-        check_sizes(batch=batch)
         super().__init__({"batch": batch})
         self._dataset = dataset.batch(batch, drop_remainder=True, batch_fn=_stacked)
         self._placement = _Placement(sharding, batch)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from mujax._arguments import COUNT, FLAG, NONE, TEXT, check_arguments, function, shown, takes
 from mujax.data import Stream, grain_stream, is_grain
 from mujax.errors import ConfigError
+
+_DRAW: Final = function(
+    "a function of data, key, batch size and steps", 4, "lambda data, key, batch, steps: ..."
+)
+_FETCH: Final = function("a function of data and what draw returned", 2, "lambda data, drawn: ...")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +42,19 @@ class Batches:
     sized: bool = True
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        check_arguments({"draw": _DRAW, "fetch": _FETCH, "sized": FLAG, "limit": COUNT | NONE}, vars(self))
 
-def as_batches(batches: Any, *, batch: int = 1, steps: int | None = None) -> Batches:
+
+@takes(name=TEXT, batch=COUNT, steps=COUNT | NONE)
+def as_batches(batches: Any, name: str = "batches", *, batch: int = 1, steps: int | None = None) -> Batches:
     """Turns the user's batches into `Batches`.
 
     Args:
         batches: `Batches`; an iterable of (inputs, targets), all of the same shapes, which every run sees in
             the same order; a pure function (key, step) -> (inputs, targets); or a grain dataset of single
             examples (inputs, targets), of which the batches of a run are read into memory.
+        name: the argument that they were given as, for errors.
         batch: examples a step, of a grain dataset.
         steps: number of batches to read of a grain dataset; by default all.
 
@@ -55,7 +66,7 @@ def as_batches(batches: Any, *, batch: int = 1, steps: int | None = None) -> Bat
         return batches
     if is_grain(batches):
         with contextlib.closing(grain_stream(batches, batch=batch, prefetch=0)) as read:
-            return as_batches([tuple(pair) for pair in itertools.islice(read, steps)])
+            return as_batches([tuple(pair) for pair in itertools.islice(read, steps)], name)
     if callable(batches):
 
         def keys(_: PyTree, key: Key[Array, ""], batch: int, steps: int) -> PyTree:
@@ -66,12 +77,13 @@ def as_batches(batches: Any, *, batch: int = 1, steps: int | None = None) -> Bat
         return Batches((), keys, lambda _, drawn: tuple(draw(*drawn)), sized=False)
     if not isinstance(batches, Iterable):
         raise ConfigError(
-            where="batches",
+            where=name,
             expected="an iterable of (inputs, targets), a function (key, step) -> (inputs, targets) or a "
             "grain dataset",
-            got=type(batches).__name__,
+            got=shown(batches),
+            remedy=f"pass {name}=[(inputs, targets), ...], one pair for each step",
         )
-    listed = check_batches(batches)
+    listed = check_batches(batches, name)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *listed)
     return Batches(
         stacked,
@@ -82,28 +94,51 @@ def as_batches(batches: Any, *, batch: int = 1, steps: int | None = None) -> Bat
     )
 
 
-def check_batches(batches: Any) -> list[tuple[Any, Any]]:
+def _is_arrays(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") or isinstance(leaf, int | float)
+
+
+@takes(name=TEXT)
+def check_batches(batches: Any, name: str = "batches") -> list[tuple[Any, Any]]:
     """The batches as a list, each an (inputs, targets) pair of arrays of the same shapes.
+
+    Args:
+        batches: the pairs.
+        name: the argument that they were given as, for errors.
 
     Raises:
         ConfigError: there are none, one is not a pair, or shapes differ.
     """
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping):
+        raise ConfigError(
+            where=name,
+            expected="a sequence of (inputs, targets) pairs",
+            got=shown(batches),
+            remedy=f"pass {name}=[(inputs, targets), ...], one pair for each step",
+        )
     listed = list(batches)
     if not listed:
-        raise ConfigError(where="batches", expected="at least one (inputs, targets) pair", got="none")
+        raise ConfigError(where=name, expected="at least one (inputs, targets) pair", got="none")
     shapes: list[PyTree] = []
     for step, batch in enumerate(listed):
-        if not isinstance(batch, tuple) or len(batch) != 2:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ConfigError(
-                where="batches",
+                where=name,
                 expected="an (inputs, targets) pair at every step",
                 got=f"{type(batch).__name__} at step {step}",
                 remedy="give a sequence of pairs, one for each step",
             )
+        if not jax.tree.leaves(batch[0]) or not all(map(_is_arrays, jax.tree.leaves(tuple(batch)))):
+            raise ConfigError(
+                where=name,
+                expected="arrays as inputs and targets of every step",
+                got=f"{shown(tuple(batch))} at step {step}",
+                remedy="give NumPy or JAX arrays",
+            )
         shapes.append(jax.tree.map(lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))), tuple(batch)))
         if shapes[step] != shapes[0]:
             raise ConfigError(
-                where="batches",
+                where=name,
                 expected=f"the shapes and dtypes {shapes[0]} of the first step at every step",
                 got=f"{shapes[step]} at step {step}",
                 remedy="drop the rest at the end of the data",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from mujax._arguments import shown
 from mujax.errors import ConfigError
 
 OutputLoss = Callable[[Any, Any], Float[Array, ""]]
@@ -36,14 +37,17 @@ def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
     1.0
     """
     leaves = jax.tree.leaves((outputs, targets))
-    if len(leaves) == 2:
+    if len(leaves) == 2 and all(hasattr(leaf, "dtype") for leaf in leaves):
         logits, wanted = leaves
         classes = jnp.issubdtype(wanted.dtype, jnp.integer)
         if (logits.shape[:-1] if classes else logits.shape) == wanted.shape:
             if classes:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
             return jnp.square(logits - wanted).mean()
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (outputs, targets)]
+    shapes = [
+        jax.tree.map(lambda leaf: tuple(leaf.shape) if hasattr(leaf, "dtype") else shown(leaf), tree)
+        for tree in (outputs, targets)
+    ]
     raise ConfigError(
         where="loss",
         expected="one output array, of the targets' shape or, for integer targets, with one more axis of "

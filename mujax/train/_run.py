@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from mujax._arguments import COUNT, FACTORY, LOSS, NONE, OPTIMIZER, instance, takes
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
@@ -320,7 +321,7 @@ class Training:
 def _mean(losses: Float[Array, " steps"], start: Any, end: Any) -> Float[Array, ""]:
     places = jnp.arange(len(losses))
     inside: Bool[Array, " steps"] = (places >= start) & (places < end)
-    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1)
+    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1).astype(losses.dtype)
 
 
 def _scaled(params: PyTree, spec: MupSpec, multiple: Any) -> PyTree:
@@ -377,6 +378,15 @@ def _keywords(factory: Callable[..., Any]) -> frozenset[str]:
     return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
 
 
+@takes(
+    model=FACTORY | instance(MupModel, "a MupModel", ""),
+    optimizer=OPTIMIZER,
+    steps=COUNT,
+    width=COUNT | NONE,
+    base_width=COUNT | NONE,
+    batch=COUNT,
+    loss=LOSS,
+)
 def training_run(
     model: Callable[..., Any] | MupModel,
     batches: Any,
@@ -446,7 +456,9 @@ def training_run(
             model, width=width, base_width=width if base_width is None else base_width, **mup_kwargs
         )
         static = _keywords(model)
-    held_out = None if valid is None else as_batches(valid)
+    if isinstance(optimizer, str):
+        optimizer_by_name(optimizer)
+    held_out = None if valid is None else as_batches(valid, "valid")
     return Training(
         model=make,
         batches=as_batches(batches, batch=batch, steps=steps),

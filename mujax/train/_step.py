@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,13 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key, PyTree
 
+from mujax._arguments import COUNT, FLAG, KEY, NONE, TRANSFORM, TREE, function, takes
 from mujax.errors import MujaxError
 from mujax.spec import leaf_path
+
+_LOSS: Final = function(
+    "a function of params, model state, batch and key", 4, "lambda params, model_state, batch, key: ..."
+)
 
 
 @runtime_checkable
@@ -63,6 +68,7 @@ class TrainState:
     step: PyTree
 
 
+@takes(params=TREE, tx=TRANSFORM, key=KEY | NONE)
 def init_state(
     params: PyTree,
     tx: optax.GradientTransformation,
@@ -226,6 +232,7 @@ def _pure_step(loss: Loss, tx: optax.GradientTransformation) -> Step:
     return step
 
 
+@takes(loss=_LOSS, tx=TRANSFORM, donate=FLAG)
 def train_step(loss: Loss, tx: optax.GradientTransformation, *, donate: bool = True) -> JittedStep:
     """One optimizer step, jitted.
 
@@ -255,6 +262,7 @@ def train_step(loss: Loss, tx: optax.GradientTransformation, *, donate: bool = T
     return _jitted(_pure_step(loss, tx), donate)
 
 
+@takes(loss=_LOSS, tx=TRANSFORM, donate=FLAG, unroll=COUNT)
 def train_scan(
     loss: Loss, tx: optax.GradientTransformation, *, donate: bool = True, unroll: int = 1
 ) -> JittedStep:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 
+from mujax._arguments import Kind, check_arguments
 from mujax.core.frontends._call import Call, Initial, Static, call_of, paths_of, sample, trace
 from mujax.spec import leaf_path
+
+_FUNCTION: Final = Kind("a function", callable, "model.init or model.apply, a pure function")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Functional:
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        check_arguments({"init": _FUNCTION, "apply": _FUNCTION}, vars(self))
 
 
 @dataclasses.dataclass(frozen=True)

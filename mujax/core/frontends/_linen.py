@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import jax
 from flax import linen as nn
 from flax.core import DenyList
 
+from mujax._arguments import KEY, Kind, check_arguments, instance
 from mujax.core.frontends._call import Call, Initial, Static, call_of, sample, trace
 from mujax.spec import leaf_path
+
+_KEY: Final = KEY | Kind(
+    "a dict of them", lambda value: bool(value) and all(map(KEY.accepts, value.values())), ""
+)
+_VARIABLES: Final = instance(Mapping, "the variables that mup.init returns", 'mup.init(key), {"params": ...}')
 
 
 def _linen_paths(variables: Any) -> tuple[dict[int, str], dict[int, str]]:
@@ -44,6 +50,7 @@ class LinenFrontend:
         return sample(self.model.init, key, inputs, kwargs, pick)
 
     def init(self, key: Any, inputs: Sequence[Any], kwargs: Static) -> Any:
+        check_arguments({"key": _KEY}, {"key": key})
         return self.model.init(key, *inputs, **kwargs)
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
@@ -64,6 +71,7 @@ class LinenFrontend:
         return dataclasses.replace(call, output=lambda out: out[0]) if kwargs["mutable"] else call
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        check_arguments({"variables": _VARIABLES}, {"variables": variables})
         return call_of(self.model.apply, variables, inputs, kwargs, *_linen_paths(variables))
 
     def leaves(self, variables: Any) -> list[Any]:

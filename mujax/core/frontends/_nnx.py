@@ -7,14 +7,18 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 from flax import nnx
 
+from mujax._arguments import KEY, SEED, check_arguments, instance
 from mujax.core.frontends._call import Call, Initial, Static, split
 from mujax.errors import MujaxError, ShapeMismatchError
 from mujax.spec import leaf_path
+
+_KEY: Final = KEY | instance(nnx.Rngs, "nnx.Rngs", "") | SEED
+_MODULE: Final = instance(nnx.Module, "the module that mup.init returns", "mup.init(key)")
 
 
 def _nnx_paths(state: Any) -> tuple[dict[int, str], dict[int, str]]:
@@ -117,6 +121,7 @@ class NNXFrontend:
         return jax.jit(pick)(key)
 
     def init(self, key: Any, inputs: Sequence[Any], kwargs: Static) -> Any:
+        check_arguments({"key": _KEY}, {"key": key})
         return self._build(key)
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
@@ -129,6 +134,7 @@ class NNXFrontend:
         return self.call(self.abstract(), inputs, kwargs)
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        check_arguments({"variables": _MODULE}, {"variables": variables})
         graph, state = nnx.split(variables)
         leaves, structure = jax.tree.flatten(state)
         kwargs = dict(kwargs)

@@ -6,9 +6,10 @@ error function. As long as the distribution stays symmetric about its middle, it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,8 @@ from mujax.core.program import IDENTITIES, RESHAPES, JaxprEqn, dtype_of, shape_o
 _CLOSE: Final = 1e-5
 
 
-class Spread(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Spread:
     """A distribution that is symmetric about its middle.
 
     Attributes:

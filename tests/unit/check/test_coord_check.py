@@ -297,8 +297,8 @@ def test_progress_ends_at_one():
     ("given", "message"),
     [
         ({}, "inputs: expected either inputs or batches, got both or neither."),
-        ({"inputs": X, "steps": 0}, "steps: expected at least 1, got 0."),
-        ({"inputs": X, "seeds": 0}, "seeds: expected at least 1, got 0."),
+        ({"inputs": X, "steps": 0}, "steps: expected a whole number of at least 1, got 0; pass steps=4."),
+        ({"inputs": X, "seeds": 0}, "seeds: expected a whole number of at least 1, got 0; pass seeds=4."),
         (
             {"inputs": X, "loss": default_loss},
             "loss: expected batches with targets beside a loss of your own, got inputs only.",
