@@ -185,6 +185,8 @@ def mup_init(
         init_shifts={path: shift for path, shift in shifts.items() if init_scales.get(path) != 0},
         corrections=plan.in_order(),
         findings=merged((*_unused(roles or {}, spec, analysis), *findings, *plan.findings)),
+        shapes=target.initial.variables,
+        _annotations=target.end.annotations(target.initial),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),

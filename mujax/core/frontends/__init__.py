@@ -5,6 +5,7 @@
 """
 
 from mujax.core.frontends._call import (
+    Annotation as Annotation,
     Call as Call,
     Frontend as Frontend,
     Initial as Initial,

@@ -137,6 +137,30 @@ class Initial:
         return {path: tuple(leaves[position].shape) for position, path in which.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """The names that a model gives the axes of a parameter, to split it over a mesh.
+
+    Attributes:
+        names: for each axis a logical name, an axis of the mesh, several of them, or None.
+        rules: the model's own rules from logical names to axes of the mesh, if it has any.
+    """
+
+    names: tuple[Any, ...]
+    rules: tuple[Any, ...] | None = None
+
+
+def explicit_axes(initial: Initial) -> dict[str, Annotation]:
+    """The axes of an explicit mesh that an initialiser itself splits its parameters over."""
+    found: dict[str, Annotation] = {}
+    for position, path in initial.params.items():
+        sharding = getattr(initial.program.out_avals[position], "sharding", None)
+        names = tuple(getattr(sharding, "spec", ()))
+        if any(name is not None for name in names):
+            found[path] = Annotation(names)
+    return found
+
+
 class Frontend(Protocol):
     """A model of one kind, as mujax uses it."""
 
@@ -154,6 +178,26 @@ class Frontend(Protocol):
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
         """The variables with each parameter replaced by `scale(path, parameter)`."""
+        ...
+
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        """The axis names that the model gives its parameters, by path."""
+        ...
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        """The parameters, and the other state, of variables (or of a module)."""
+        ...
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        """The output of `apply` on such parts, and the other state after it; `key` is for random streams."""
         ...
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
