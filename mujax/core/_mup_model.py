@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec
 from mujax import rules
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import Split, explain
+from mujax.core._meshes import check_same_places
 from mujax.core._partition import Rules, partition, sizes_of
 from mujax.core._replay import Replay
 from mujax.core.depth import Depth
-from mujax.core.frontends import Annotation, Call, Frontend, Result, base_call
+from mujax.core.frontends import Annotation, Call, Frontend, Result, base_call, on_one_device
 from mujax.core.program import (
     ClosedJaxpr,
     EqnPath,
@@ -246,7 +247,11 @@ class MupModel:
                 self._base, self._target, variables, inputs, kwargs, call, self._sizes, _unused(program)
             )
             base, _ = small.trace()
-            plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
+            read = program
+            if small.one_device:
+                read, _ = on_one_device(call).trace()
+                check_same_places(program, read)
+            plan = plan_call(self.spec, self._disabled, self._stored, base, read, call, self._depth)
         return _KnownCall(program, result.build, plan, self._param_factors(call))
 
     def with_multipliers(

@@ -99,7 +99,7 @@ def init_state(
 
 
 def _copied(leaf: Any) -> Any:
-    if getattr(leaf, "is_fully_addressable", True) or isinstance(leaf, Tracer):
+    if isinstance(leaf, Tracer) or getattr(leaf, "is_fully_addressable", True):
         return jax.device_put(leaf, may_alias=False)
     # `device_put` cannot copy what other processes hold a part of; a program can.
     return jax.jit(jnp.copy, out_shardings=leaf.sharding)(leaf)
@@ -138,7 +138,20 @@ def _replicated(params: PyTree) -> NamedSharding | None:
 def _place(state: TrainState, sharding: NamedSharding | None) -> TrainState:
     if sharding is None:
         return state
-    return jax.tree.map(lambda leaf: leaf if _sharding(leaf) else jax.device_put(leaf, sharding), state)
+    leaves, structure = jax.tree.flatten(state)
+    is_open = [not _sharding(leaf) for leaf in leaves]
+    put = iter(whole([leaf for leaf, is_one in zip(leaves, is_open, strict=True) if is_one], sharding.mesh))
+    placed = [next(put) if is_one else leaf for leaf, is_one in zip(leaves, is_open, strict=True)]
+    return jax.tree.unflatten(structure, placed)
+
+
+def whole(tree: PyTree, mesh: Any) -> PyTree:
+    """Puts arrays on a mesh, whole on each device; every process gives the same ones."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    # `device_put` does not reach the devices of other processes; a program runs on all of them.
+    return jax.jit(lambda tree: tree, out_shardings=sharding)(tree)
 
 
 Step = Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]
@@ -243,8 +256,12 @@ def _graded(loss: Loss, compute_dtype: Any) -> Callable[[PyTree, PyTree, PyTree,
     return graded
 
 
-def _accumulated(graded: Callable[..., _Graded], parts: int) -> Callable[..., _Graded]:
-    """The means over parts of the batch, one part after the other."""
+def in_parts(batch: PyTree, parts: int) -> PyTree:
+    """Splits the leading axis of each array, the examples', in two: that of the parts, and that of each one.
+
+    Raises:
+        ConfigError: the parts do not divide the batch.
+    """
 
     def split(leaf: Any) -> Any:
         if leaf.shape[0] % parts:
@@ -255,6 +272,12 @@ def _accumulated(graded: Callable[..., _Graded], parts: int) -> Callable[..., _G
             )
         # Each part is every n-th example: where the batch is split over devices, none has to move.
         return leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _accumulated(graded: Callable[..., _Graded], parts: int) -> Callable[..., _Graded]:
+    """The means over parts of the batch, one part after the other."""
 
     def run(params: PyTree, model_state: PyTree, batch: PyTree, key: Key[Array, ""]) -> _Graded:
         def one(carry: tuple[PyTree, PyTree], part: Any) -> Any:
@@ -267,7 +290,7 @@ def _accumulated(graded: Callable[..., _Graded], parts: int) -> Callable[..., _G
 
         start = model_state, jax.tree.map(jnp.zeros_like, params)
         (model_state, total), (values, metrics) = jax.lax.scan(
-            one, start, (jax.tree.map(split, batch), jnp.arange(parts))
+            one, start, (in_parts(batch, parts), jnp.arange(parts))
         )
         metrics = jax.tree.map(lambda leaf: leaf.mean(0), metrics)
         return values.mean(), model_state, metrics, jax.tree.map(lambda leaf: leaf / parts, total)

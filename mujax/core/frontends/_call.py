@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
+from mujax.core.frontends._mesh import mesh_of_one, moved
 from mujax.spec import leaf_path
 
 Shape = tuple[int, ...]
@@ -33,6 +34,7 @@ class Call:
         output: takes the model's own output out of the result of `function`.
         static: everything else that `function` depends on; equal where two functions of one model do the
             same.
+        one_device: whether it is traced on a mesh of one device in place of the one in context.
     """
 
     function: Callable[..., Any]
@@ -42,6 +44,7 @@ class Call:
     inputs: tuple[range, range] = (range(0), range(0))
     output: Callable[[Any], Any] = lambda result: result
     static: tuple[Any, ...] = ()
+    one_device: bool = False
 
     def trace(self) -> tuple[ClosedJaxpr, Result]:
         """The function's program and its result."""
@@ -52,7 +55,12 @@ class Call:
             builds.append(build)
             return outputs
 
-        program, shapes = jax.make_jaxpr(flat, return_shape=True)(*self.leaves)
+        traced = jax.make_jaxpr(flat, return_shape=True)
+        if self.one_device:
+            with mesh_of_one():
+                program, shapes = traced(*map(moved, self.leaves))
+        else:
+            program, shapes = traced(*self.leaves)
         return program, Result(shapes, builds[-1])
 
 
