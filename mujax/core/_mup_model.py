@@ -319,7 +319,8 @@ class MupModel:
         Args:
             mesh: a mesh, or the sizes of its axes by name.
             rules: pairs of a logical axis name of the model and the mesh axis, or axes, that split it, in
-                order of precedence; by default those of `nn.logical_axis_rules` as the model was traced.
+                order of precedence; by default those of `nn.logical_axis_rules` as the model was traced. Or a
+                mapping from globs of parameter paths to `PartitionSpec`s, in place of annotations.
 
         Returns:
             The split of each parameter, by path.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
@@ -14,8 +15,9 @@ from mujax.core.trace import Flow
 from mujax.errors import ConfigError, ShapeMismatchError
 from mujax.spec import MupSpec, ParamSpec
 
-Rules: TypeAlias = Iterable[tuple[str, str | Sequence[str] | None]]
-"""Pairs of a logical axis name and the mesh axis, or axes, that split it; the first that fits counts."""
+Rules: TypeAlias = Iterable[tuple[str, str | Sequence[str] | None]] | Mapping[str, PartitionSpec]
+"""Pairs of a logical axis name and the mesh axis, or axes, that split it, in order of precedence; or a
+mapping from globs of parameter paths to splits, in place of the model's annotations."""
 
 DATA: Final = "data"
 FSDP: Final = "fsdp"
@@ -53,12 +55,15 @@ def partition(
         flow: which value of the program is computed from which.
         annotations: the axis names that the model itself gives, by path.
         sizes: of the mesh's axes, by name.
-        rules: from the annotations' logical names to mesh axes.
+        rules: from the annotations' logical names to mesh axes, or a split by glob of paths.
 
     Raises:
-        ConfigError: a name that is no axis of the mesh, or an axis that splits no parameter.
+        ConfigError: a name that is no axis of the mesh, an axis that splits no parameter, or a glob without
+            match.
         ShapeMismatchError: an annotated axis is not divisible.
     """
+    if isinstance(rules, Mapping):
+        annotations, rules = _by_glob(rules, spec), None
     if annotations:
         table = None if rules is None else list(rules)
         return {
@@ -73,8 +78,8 @@ def partition(
                 where="mesh",
                 expected=f"axes out of {', '.join(map(repr, AXES))}, since the model annotates no parameter",
                 got=repr(name),
-                remedy="rename the axis, or annotate the parameters with axis names (nn.with_partitioning, "
-                "nnx.with_partitioning)",
+                remedy="rename the axis, annotate the parameters with axis names (nn.with_partitioning, "
+                'nnx.with_partitioning), or give splits by path, rules={"*/kernel": PartitionSpec(...)}',
             )
     if rules is not None:
         raise ConfigError(
@@ -102,6 +107,17 @@ def largest_axis(shape: Sequence[int], size: int, skip: Iterable[int] = ()) -> i
     skipped = set(skip)
     fits = [axis for axis, length in enumerate(shape) if axis not in skipped and length % size == 0 != length]
     return max(fits, key=lambda axis: (shape[axis], -axis), default=None)
+
+
+def _by_glob(rules: Mapping[str, PartitionSpec], spec: MupSpec) -> dict[str, Annotation]:
+    found: dict[str, Annotation] = {}
+    for pattern, split in rules.items():
+        paths = [path for path in spec if fnmatch.fnmatchcase(path, pattern)]
+        if not paths:
+            raise ConfigError(where="rules", expected="globs that match parameters", got=repr(pattern))
+        for path in paths:
+            found.setdefault(path, Annotation(tuple(split)))
+    return found
 
 
 # ---- annotations -----------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from mujax.train._losses import (
 from mujax.train._run import Training as Training, training_run as training_run
 from mujax.train._sharding import (
     batch_sharding as batch_sharding,
+    batch_share as batch_share,
     create_state as create_state,
     make_mesh as make_mesh,
     put_batch as put_batch,

@@ -143,7 +143,7 @@ class Training:
         valid: held-out (inputs, targets), with leading axes (batches, batch), if any.
         static: names of hyperparameters that are Python values.
         mesh: the mesh that one run is split over; None for a single device. See `on`.
-        rules: from the logical axis names of the model to mesh axes.
+        rules: as for `MupModel.partition`.
         accumulate: parts of each batch whose gradients are computed one after the other.
     """
 
@@ -179,14 +179,14 @@ class Training:
 
         Args:
             mesh: as `make_mesh` returns it.
-            rules: from the logical axis names of the model to mesh axes.
+            rules: as for `MupModel.partition`.
             accumulate: as for `train_step`.
 
         Raises:
             ConfigError: the mesh does not divide the batch, or as `MupModel.partition` does.
             ShapeMismatchError: as `MupModel.partition` does.
         """
-        held = None if rules is None else tuple(rules)
+        held = rules if rules is None or isinstance(rules, Mapping) else tuple(rules)
         return dataclasses.replace(self, mesh=mesh, rules=held, accumulate=accumulate, _built={})
 
     def shardings(self, static: Mapping[str, Any], state: PyTree) -> PyTree:

@@ -82,7 +82,7 @@ def shardings(mup: MupModel, mesh: Mesh, tree: PyTree = None, *, rules: Rules | 
         mesh: the mesh.
         tree: arrays or shapes: variables, a train state of any kind, an optimizer's state. By default what
             `mup.init` returns; for NNX the module's `nnx.State`.
-        rules: from the logical axis names of the model to mesh axes.
+        rules: as for `MupModel.partition`.
 
     Returns:
         A tree of the same structure, with a `NamedSharding` for each array.
@@ -132,7 +132,7 @@ def batch_sharding(mesh: Mesh, *, rules: Rules | None = None, leading: int = 0) 
 
     Args:
         mesh: the mesh.
-        rules: from logical axis names to mesh axes.
+        rules: as for `MupModel.partition`.
         leading: axes of an array before the batch's, such as that of the steps for `train_scan`.
 
     Raises:
@@ -142,7 +142,8 @@ def batch_sharding(mesh: Mesh, *, rules: Rules | None = None, leading: int = 0) 
 
 
 def _batch_axes(mesh: Mesh, rules: Rules | None) -> tuple[str, ...]:
-    named = next((target for name, target in rules or () if name == "batch"), _BATCH)
+    pairs = () if rules is None or isinstance(rules, Mapping) else rules
+    named = next((target for name, target in pairs if name == "batch"), _BATCH)
     axes = (named,) if isinstance(named, str) else tuple(named or ())
     for axis in axes if named is not _BATCH else ():
         if axis not in mesh.shape:
@@ -174,8 +175,8 @@ def put_batch(batch: PyTree, mesh: Mesh, *, rules: Rules | None = None, leading:
     """Puts a batch on a mesh: each process gives its own share of the examples.
 
     Args:
-        batch: a tree of arrays, whose examples are this process's share of the global batch, in the order of
-            the processes; all of it where there is one process, or where no axis splits the batch.
+        batch: a tree of arrays, whose examples are this process's share of the global batch, as `batch_share`
+            numbers them; all of it where there is one process.
         mesh: the mesh.
         rules: as for `batch_sharding`.
         leading: as for `batch_sharding`.
@@ -187,7 +188,7 @@ def put_batch(batch: PyTree, mesh: Mesh, *, rules: Rules | None = None, leading:
         ConfigError: a number of examples that the mesh does not divide.
     """
     sharding = batch_sharding(mesh, rules=rules, leading=leading)
-    shares = _shares(mesh, rules)
+    _, shares = batch_share(mesh, rules=rules)
 
     def put(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
@@ -198,15 +199,30 @@ def put_batch(batch: PyTree, mesh: Mesh, *, rules: Rules | None = None, leading:
     return jax.tree.map(put, batch)
 
 
-def _shares(mesh: Mesh, rules: Rules | None) -> int:
-    """In how many different shares of a batch the processes hold it."""
+def batch_share(mesh: Mesh, *, rules: Rules | None = None) -> tuple[int, int]:
+    """Which share of each global batch this process reads, for `put_batch`.
+
+    Processes between which only parameters are split (`tensor`) read the same share.
+
+    Args:
+        mesh: the mesh.
+        rules: as for `MupModel.partition`.
+
+    Returns:
+        The number of the share, from 0, and the number of shares.
+
+    >>> batch_share(make_mesh({"fsdp": -1}))
+    (0, 1)
+    """
     axes = _batch_axes(mesh, rules)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     held = NamedSharding(mesh, PartitionSpec(axes)).devices_indices_map((parts,))
-    by_process: dict[int, set[Any]] = {}
+    first: dict[int, int] = {}
     for device, (index,) in held.items():
-        by_process.setdefault(device.process_index, set()).add(index.indices(parts))
-    return len({frozenset(shares) for shares in by_process.values()})
+        start = index.indices(parts)[0]
+        first[device.process_index] = min(start, first.get(device.process_index, start))
+    starts = sorted(set(first.values()))
+    return starts.index(first[jax.process_index()]), len(starts)
 
 
 def create_state(
@@ -227,7 +243,7 @@ def create_state(
         tx: the optimizer.
         key: for the initial values and for the training; `jax.random.key(0)` by default.
         mesh: None for the default device.
-        rules: from the logical axis names of the model to mesh axes.
+        rules: as for `MupModel.partition`.
 
     Returns:
         The state, with `params` and `model_state` as `mup.split` gives them.
