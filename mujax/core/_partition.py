@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 
 from jax.sharding import PartitionSpec
 
+from mujax.core.depth import scanned_layers
 from mujax.core.frontends import Annotation
 from mujax.core.trace import Flow
 from mujax.errors import ConfigError, ShapeMismatchError
@@ -162,7 +163,7 @@ def _obey(
         if param.shape[axis] % parts:
             raise ShapeMismatchError(
                 where=path,
-                expected=f"a multiple of {parts} entries along axis {axis}, which {'x'.join(axes)} splits",
+                expected=f"a multiple of {parts} entries along axis {axis}, which {' x '.join(axes)} splits",
                 got=param.shape[axis],
                 remedy="take a width that the mesh divides, or another mesh",
             )
@@ -197,15 +198,25 @@ def _spec(place: Sequence[tuple[str, ...]]) -> PartitionSpec:
 
 def _derived(spec: MupSpec, flow: Flow, sizes: Mapping[str, int]) -> dict[str, list[tuple[str, ...]]]:
     tensor = _over_tensor(spec, flow, sizes[TENSOR]) if sizes.get(TENSOR, 1) > 1 else {}
-    widest = max((size for param in spec.values() for size in param.shape), default=1)
+    scanned = scanned_layers(flow)
+    layers = {path: {*param.layers, *scanned.get(path, ())} for path, param in spec.items()}
+    widest = max(
+        (
+            size
+            for path, param in spec.items()
+            for axis, size in enumerate(param.shape)
+            if axis not in layers[path]
+        ),
+        default=1,
+    )
     out: dict[str, list[tuple[str, ...]]] = {}
     for path, param in spec.items():
         place: list[tuple[str, ...]] = [()] * len(param.shape)
         if path in tensor:
             place[tensor[path]] = (TENSOR,)
-        if (size := sizes.get(FSDP, 1)) > 1 and not _is_vector(param, widest):
+        if (size := sizes.get(FSDP, 1)) > 1 and not _is_vector(param, layers[path], widest):
             taken = [tensor[path]] if path in tensor else []
-            axis = largest_axis(param.shape, size, (*param.layers, *taken))
+            axis = largest_axis(param.shape, size, (*layers[path], *taken))
             if axis is not None:
                 place[axis] = (FSDP,)
             elif taken and param.shape[taken[0]] % (size * sizes[TENSOR]) == 0:
@@ -214,10 +225,9 @@ def _derived(spec: MupSpec, flow: Flow, sizes: Mapping[str, int]) -> dict[str, l
     return out
 
 
-def _is_vector(param: ParamSpec, widest: int) -> bool:
+def _is_vector(param: ParamSpec, layers: Iterable[int], widest: int) -> bool:
     """Biases and gains, of several axes too; a table of positions has more entries than any axis."""
-    layers = math.prod(param.shape[axis] for axis in param.layers)
-    return not param.fan_in and math.prod(param.shape) <= widest * layers
+    return not param.fan_in and math.prod(param.shape) <= widest * math.prod(param.shape[a] for a in layers)
 
 
 @dataclasses.dataclass
