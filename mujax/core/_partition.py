@@ -16,7 +16,7 @@ from mujax.core.trace import Flow
 from mujax.errors import ConfigError, ShapeMismatchError
 from mujax.spec import MupSpec, ParamSpec
 
-Rules: TypeAlias = Iterable[tuple[str, str | Sequence[str] | None]] | Mapping[str, PartitionSpec]
+Rules: TypeAlias = Sequence[tuple[str, str | Sequence[str] | None]] | Mapping[str, PartitionSpec]
 """Pairs of a logical axis name and the mesh axis, or axes, that split it, in order of precedence; or a
 mapping from globs of parameter paths to splits, in place of the model's annotations."""
 

@@ -474,7 +474,7 @@ class _Looped:
             )
             for lane in range(len(keys))
         ]
-        self._states = started or self._each(
+        self._states: dict[int, PyTree] = dict(started or {}) or self._each(
             "init", {lane: (self._put(key),) for lane, key in enumerate(keys)}
         )
 

@@ -48,7 +48,8 @@ ROWS = (
 @pytest.mark.parametrize("row", ROWS)
 def test_the_mesh_changes_no_loss(eight, row):
     one, split = eight["pairs"][row]
-    tolerance = 2e-5 if row.endswith("bf16") else 1e-6
+    # Sums in another order round otherwise, in 16 bits by up to 4e-3.
+    tolerance = 5e-4 if row.endswith("bf16") else 1e-6
     np.testing.assert_allclose(split["losses"], one["losses"], rtol=tolerance)
     assert split["losses"][-1] < split["losses"][0]
 

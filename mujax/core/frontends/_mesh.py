@@ -39,7 +39,7 @@ def mesh_of_one() -> Iterator[None]:
 def moved(leaf: Any) -> Any:
     """The type of an array, on the mesh in context."""
     aval = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+    spec: Any = getattr(getattr(aval, "sharding", None), "spec", None) or ()
     mesh = jax.sharding.get_abstract_mesh()
     is_named = not mesh.empty and any(name is not None for name in spec)
     return jax.ShapeDtypeStruct(
