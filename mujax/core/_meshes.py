@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from mujax.core._corrections import Plan
 from mujax.core.program import ClosedJaxpr, equations, mesh_sizes, source_line
 from mujax.core.trace import Finding
 from mujax.errors import TraceMismatchError
@@ -33,21 +34,30 @@ def refuse_own_mesh(program: ClosedJaxpr, error: Exception) -> None:
         ) from error
 
 
-def other_mesh(base: ClosedJaxpr, target: ClosedJaxpr) -> list[Finding]:
-    """Reports a base that runs over another number of devices than the target."""
-    small, big = (
-        [(eqn, sizes) for _, eqn in equations(each) if (sizes := mesh_sizes(eqn))] for each in (base, target)
+def other_mesh(base: ClosedJaxpr, target: ClosedJaxpr, plan: Plan) -> list[Finding]:
+    """Reports factors that may come from a base that runs over another number of devices than the target.
+
+    A mean over devices divides by their number, a constant of the program as any other. A sum does not, and
+    with nothing but sums no constant of the model is held at its base value.
+    """
+    small, big = ([mesh_sizes(eqn) for _, eqn in equations(each)] for each in (base, target))
+    meshes = next(
+        (pair for pair in zip(filter(None, small), filter(None, big), strict=False) if pair[0] != pair[1]),
+        None,
     )
+    if meshes is None:
+        return []
+    here, there = map(dict, meshes)
     return [
         Finding(
             "another mesh",
-            f"the base runs over {dict(here)} and the target over {dict(there)}: numbers that come from the "
-            "size of the mesh, as in a mean over devices, are taken for ones that come from the width; leave "
-            "out mesh= in the model and call mup_init under jax.set_mesh(mesh)",
-            source_line(eqn),
+            f"the base runs over {here} and the target over {there}, so the factor {correction.factor:.4g} "
+            "may come from a mean over devices and not from the width; leave out mesh= in the model and call "
+            "mup_init under jax.set_mesh(mesh)",
+            correction.where,
         )
-        for (_, here), (eqn, there) in zip(small, big, strict=False)
-        if here != there
+        for correction in plan.in_order()
+        if correction.kind == "scale"
     ]
 
 

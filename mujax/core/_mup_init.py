@@ -205,7 +205,7 @@ def mup_init(
         _refuse_layers_alone(spec)
         plan = plan_call(spec, disabled, stored, *programs)
     _refuse_readouts_without_product(roles or {}, spec, plan)
-    findings = (*findings, *other_mesh(small.program, read.program))
+    findings = (*findings, *other_mesh(small.program, read.program, plan))
     if zero_init:
         spec.require_roles("zero_init")
     init_scales = {

@@ -332,8 +332,8 @@ class MupModel:
         >>> import mujax, flax.linen as nn
         >>> net = lambda width: nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(10)])
         >>> mup = mujax.mup_init(net(64), net(16), jax.ShapeDtypeStruct((8, 4), "float32"))
-        >>> mup.partition({"fsdp": 8})["layers_0/kernel"]
-        PartitionSpec(None, 'fsdp')
+        >>> tuple(mup.partition({"fsdp": 8})["layers_0/kernel"])
+        (None, 'fsdp')
         """
         return partition(self.spec, self._plan.analysis.flow, self._annotations, sizes_of(mesh), rules)
 
