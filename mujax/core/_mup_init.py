@@ -13,6 +13,7 @@ from mujax import rules
 from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments
 from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
+from mujax.core._meshes import check_same_places, other_mesh, refuse_own_mesh
 from mujax.core._mup_model import MupModel
 from mujax.core._param_specs import check_same_parameters, describe_parameters
 from mujax.core.depth import (
@@ -25,10 +26,10 @@ from mujax.core.depth import (
     with_depth,
     with_depth_of_branches,
 )
-from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
+from mujax.core.frontends import Call, Frontend, Initial, OneDevice, Result, frontend, is_split
 from mujax.core.program import ClosedJaxpr
 from mujax.core.trace import Analysis, Finding, InitialValues, analyse, merged
-from mujax.errors import AuditError, MujaxWarning, RoleError, ShapeMismatchError
+from mujax.errors import AuditError, MujaxError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
 
@@ -76,6 +77,36 @@ _OPTIONS: Final = {
     "residual": TEXTS,
     "strict": FLAG,
 }
+
+
+def _traced_base(
+    end: Frontend, target: _Traced, inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[_Traced, _Traced]:
+    """The base, and the target as it is read beside it.
+
+    Where the mesh does not divide the base's widths, both are traced on one device: numbers in the programs
+    that depend on the size of the mesh, as in a mean over devices, are then the same in both.
+
+    Raises:
+        TraceMismatchError: the model's code names the mesh itself, or does not run on one device.
+    """
+    try:
+        return _traced(end, inputs, kwargs), target
+    except MujaxError:
+        raise
+    except (ValueError, TypeError) as error:
+        if not is_split():
+            refuse_own_mesh(target.program, error)
+            raise
+        try:
+            small, read = (_traced(OneDevice(one), inputs, kwargs) for one in (end, target.end))
+        except MujaxError:
+            raise
+        except (ValueError, TypeError, AssertionError):
+            refuse_own_mesh(target.program, error)
+            raise error from None
+    check_same_places(target.program, read.program)
+    return small, read
 
 
 def mup_init(
@@ -130,7 +161,8 @@ def mup_init(
 
     Raises:
         ShapeMismatchError: base and target differ in something other than widths.
-        TraceMismatchError: their programs differ in structure.
+        TraceMismatchError: their programs differ in structure, or the base's widths do not fit a mesh that
+            the model's code names.
         RoleError: the role of a parameter cannot be read.
         DepthError: the residual branches cannot be determined, or they have factors for depth already.
         ConfigError: options that make no sense together.
@@ -166,12 +198,14 @@ def mup_init(
     table = with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
     disabled = disabled_kinds(corrections or {})
     ends = frontend(model, "model"), frontend(base, "base")
-    target, small = (_traced(end, inputs, kwargs) for end in ends)
+    target = _traced(ends[0], inputs, kwargs)
+    small, read = _traced_base(ends[1], target, inputs, kwargs)
     check_same_parameters("target", target.initial, small.initial)
     # Where there is a delta, infinite axes and roles are read off it.
-    wide = target
+    wide = read
     if delta is not None:
-        wide = _traced(frontend(delta, "delta"), inputs, kwargs)
+        end = frontend(delta, "delta")
+        wide = _traced(end if read is target else OneDevice(end), inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
     spec = describe_parameters(
@@ -184,18 +218,18 @@ def mup_init(
         scanned_layers(analysis.flow),
     )
     _refuse_growing_classes(roles or {}, spec, analysis)
-    values = initial_values(target.end, small.end, target.initial, small.initial, inputs, kwargs)
+    values = initial_values(read.end, small.end, read.initial, small.initial, inputs, kwargs)
     ratios = {path: value.ratio or 0.0 for path, value in values.items()}
-    stored = stored_scales(target.initial, small.initial)
-    programs = (small.program, target.program, target.call)
+    stored = stored_scales(read.initial, small.initial)
+    programs = (small.program, read.program, read.call)
     layout, findings = None, ()
     if depth is not None:
         layout = plan_depth(depth, residual, spec)
-        if wide is not target:
-            analysis = analyse(small.program, target.program, target.call.params)
+        if wide is not read:
+            analysis = analyse(small.program, read.program, read.call.params)
         branches = plan_branches(layout, analysis.flow)
         spec = with_depth_of_branches(spec, branches, layout)
-        refuse_scaled_init(spec, branches, layout, ratios, target.initial.program, target.initial.params)
+        refuse_scaled_init(spec, branches, layout, ratios, read.initial.program, read.initial.params)
         findings = findings_of_depth(branches)
         plan = plan_call(spec, disabled, stored, *programs, layout)
         if "residual" not in disabled:
@@ -204,6 +238,7 @@ def mup_init(
         _refuse_layers_alone(spec)
         plan = plan_call(spec, disabled, stored, *programs)
     _refuse_readouts_without_product(roles or {}, spec, plan)
+    findings = (*findings, *other_mesh(small.program, read.program, plan))
     if zero_init:
         spec.require_roles("zero_init")
     init_scales = {
@@ -226,6 +261,8 @@ def mup_init(
                 *_scales_in_initialisers(spec, init_scales, plan),
             )
         ),
+        shapes=target.initial.variables,
+        _annotations=target.end.annotations(target.initial),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),

@@ -9,9 +9,19 @@ from typing import Any, Final
 import jax
 from flax import linen as nn
 from flax.core import DenyList
+from flax.core.meta import AxisMetadata
 
 from mujax._arguments import KEY, Kind, check_arguments, instance
-from mujax.core.frontends._call import Call, Initial, Static, call_of, sample, trace
+from mujax.core.frontends._call import (
+    Annotation,
+    Call,
+    Initial,
+    Static,
+    call_of,
+    explicit_axes,
+    sample,
+    trace,
+)
 from mujax.spec import leaf_path
 
 _KEY: Final = KEY | Kind(
@@ -60,6 +70,39 @@ class LinenFrontend:
             lambda p, leaf: scale(leaf_path(p), leaf), variables["params"]
         )
         return {**variables, "params": params}
+
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        boxes = jax.tree_util.tree_leaves_with_path(
+            dict(initial.variables).get("params", {}), is_leaf=lambda leaf: isinstance(leaf, AxisMetadata)
+        )
+        found: dict[str, Annotation] = {}
+        for path, box in boxes:
+            if isinstance(box, nn.Partitioned) and any(name is not None for name in box.names):
+                own = getattr(box, "rules", None)
+                is_logical = isinstance(box, nn.LogicallyPartitioned)
+                rules = (own or nn.get_logical_axis_rules()) if is_logical else None
+                found[leaf_path(path)] = Annotation(tuple(box.names), tuple(rules) if rules else None)
+        return found or explicit_axes(initial)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        rest = {name: leaves for name, leaves in variables.items() if name != "params"}
+        return variables.get("params", {}), rest
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        kwargs = {"rngs": key, **kwargs}
+        if not state:
+            return apply({"params": params}, *inputs, **kwargs), state
+        kwargs = {"mutable": list(state), **kwargs}
+        out, changed = apply({"params": params, **state}, *inputs, **kwargs)
+        return out, {**state, **changed}
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         # One key serves every random stream; sown intermediates are left out.

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from mujax._arguments import KEY, SEED, check_arguments, instance
-from mujax.core.frontends._call import Call, Initial, Static, split
+from mujax.core.frontends._call import Annotation, Call, Initial, Static, explicit_axes, split
 from mujax.errors import MujaxError, ShapeMismatchError
 from mujax.spec import leaf_path
 
@@ -129,6 +129,34 @@ class NNXFrontend:
         scaled = jax.tree_util.tree_map_with_path(lambda path, leaf: scale(leaf_path(path), leaf), state)
         nnx.update(variables, scaled)
         return variables
+
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        specs = nnx.get_partition_spec(initial.variables)
+        found: dict[str, Annotation] = {}
+        for path, variable in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_variable):
+            names = tuple(variable.get_value() or ()) if isinstance(variable, nnx.Param) else ()
+            if any(name is not None for name in names):
+                found[leaf_path(path)] = Annotation(names)
+        return found or explicit_axes(initial)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        return nnx.state(variables, nnx.Param), nnx.state(variables, nnx.Not(nnx.Param))
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        # The module's own streams are part of its state.
+        del key
+        module = nnx.merge(_abstract_parts(self)[0], params, state)
+        out = apply(module, *inputs, **kwargs)
+        return out, nnx.state(module, nnx.Not(nnx.Param))
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         return self.call(self.abstract(), inputs, kwargs)
