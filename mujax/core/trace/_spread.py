@@ -67,7 +67,7 @@ def spread_of_result(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread 
         return None
     repeats = len(set(map(id, eqn.invars))) < len(eqn.invars)
     shared = out.shared or repeats or any(value is not None and value.shared for value in spreads)
-    return out._replace(shared=shared and out.reach > 0)
+    return dataclasses.replace(out, shared=shared and out.reach > 0)
 
 
 def _of_known(rule: Callable[..., Spread | None]) -> _Rule:
@@ -131,7 +131,7 @@ def _inverse_erf(reach: float) -> float:
 def _broadcast(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:
     (value,) = spreads[:1]
     sizes = [math.prod(shape_of(atom)) for atom in (eqn.invars[0], eqn.outvars[0])]
-    return value if value is None or sizes[0] == sizes[1] else value._replace(shared=True)
+    return value if value is None or sizes[0] == sizes[1] else dataclasses.replace(value, shared=True)
 
 
 def _first(_: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:
