@@ -33,6 +33,8 @@ from mujax.errors import (
     MujaxError as MujaxError,
     MujaxWarning as MujaxWarning,
     ParametrizationError as ParametrizationError,
+    PreemptedError as PreemptedError,
+    ProcessError as ProcessError,
     RoleError as RoleError,
     ShapeMismatchError as ShapeMismatchError,
     SpecMismatchError as SpecMismatchError,

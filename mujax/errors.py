@@ -114,6 +114,14 @@ class CheckpointError(MujaxError):
     """
 
 
+class PreemptedError(MujaxError):
+    """A run was asked to end, by SIGTERM, and has saved a checkpoint to go on from."""
+
+
+class ProcessError(MujaxError):
+    """The processes of one run do not fit together, or one of them has ended."""
+
+
 class StudyError(MujaxError):
     """A study's database cannot be opened, reached or written.
 

@@ -156,7 +156,7 @@ def _on_signals(handler: Callable[..., Any], *signals: signal.Signals) -> Iterat
 
 
 @contextlib.contextmanager
-def gentle_interrupts() -> Iterator[Callable[[], None]]:
+def gentle_interrupts(*, sigterm: bool = True) -> Iterator[Callable[[], None]]:
     """Ctrl-C and SIGTERM wait for the run under way; a second one does not.
 
     Yields a function that raises the waiting one. An exception inside of a callback of JAX's garbage
@@ -174,7 +174,8 @@ def gentle_interrupts() -> Iterator[Callable[[], None]]:
         if waiting:
             raise KeyboardInterrupt
 
-    with _on_signals(interrupt, *_INTERRUPTS):
+    # On several processes JAX's preemption service has SIGTERM: a handler of Python's would take it away.
+    with _on_signals(interrupt, *(_INTERRUPTS if sigterm else (signal.SIGINT,))):
         yield check
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import importlib
+import math
 import pathlib
+import socket
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mujax.cli import _arguments, _config_file as config_files
 from mujax.cli._arguments import numbers, option
 from mujax.cli._display import (
+    Display,
     StoppedError,
     as_folder,
     display,
@@ -26,9 +33,17 @@ from mujax.cli._display import (
     shown,
     write_aside,
 )
-from mujax.errors import ConfigError
+from mujax.errors import ConfigError, PreemptedError, ProcessError
 from mujax.train import hyperparameter
-from mujax.tune import TargetProgress, Transferred, TuneConfig, study_module, transfer
+from mujax.tune import (
+    CheckpointRules,
+    TargetProgress,
+    Transferred,
+    TuneConfig,
+    event_writer,
+    study_module,
+    transfer,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +51,15 @@ if TYPE_CHECKING:
 REPORT: Final = "target.json"
 PICTURE: Final = "target.png"
 PARAMS: Final = "params.npz"
+METRICS: Final = "metrics.csv"
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
     """Train the target once with the best hyperparameters of a study that mujax tune has made.
 
-    Writes target.json, target.png and params.npz. Exit code 1 if the target diverges.
+    Writes target.json, target.png, params.npz and metrics.csv. Exit code 1 if the target diverges.
+    On several hosts start the same command on each. SIGTERM saves and ends a run with --checkpoint.
     """
 
     study: Annotated[
@@ -80,6 +97,51 @@ class Transfer:
     )
     out: Annotated[
         pathlib.Path | None, option("DIR", "Folder for the results.", "(default: transfer-STUDY)")
+    ] = None
+    mesh: Annotated[
+        str | None,
+        option(
+            "AXES",
+            "Devices of all processes as a mesh, such as data=2,fsdp=2,tensor=2; -1 for the rest.",
+            "(default: one device)",
+        ),
+    ] = None
+    accumulate: Annotated[
+        int | None,
+        numbers(int),
+        option("N", "Parts of a batch whose gradients are computed one after the other.", "(default: 1)"),
+    ] = None
+    checkpoint: Annotated[
+        pathlib.Path | None,
+        option("DIR", "Save the run there, and go on from its last checkpoint.", "(default: none)"),
+    ] = None
+    keep: Annotated[
+        int | None, numbers(int), option("N", "Number of checkpoints to keep.", "(default: 2)")
+    ] = None
+    every_steps: Annotated[
+        int | None,
+        numbers(int),
+        option("N", "Save after each multiple of so many steps.", "(default: never)"),
+    ] = None
+    every_minutes: Annotated[
+        float | None, numbers(float), option("M", "Save when so many minutes have passed.", "(default: 10)")
+    ] = None
+    tensorboard: Annotated[
+        pathlib.Path | None, option("DIR", "Write TensorBoard events there.", "(default: none)")
+    ] = None
+    coordinator: Annotated[
+        str | None,
+        option(
+            "HOST:PORT",
+            "Train on several processes, of which the first listens there; "
+            "auto: as the cluster's environment (SLURM, Kubernetes, a TPU pod) has it.",
+            "(default: one process)",
+        ),
+    ] = None
+    processes: Annotated[int | None, numbers(int), option("N", "Number of processes.", "")] = None
+    process: Annotated[int | None, numbers(int), option("I", "Number of this one, from 0.", "")] = None
+    wait: Annotated[
+        int | None, numbers(int), option("SECONDS", "How long to wait for the others.", "(default: 300)")
     ] = None
 
 
@@ -141,19 +203,27 @@ def run(options: Transfer) -> int:
     plot = importlib.import_module("mujax.plot")
     study_module()
     fixed = _arguments.fixed("set", options.set or ())
+    checkpoints = _rules(options)
+    join(options.coordinator, options.processes, options.process, options.wait)
+    first, several = jax.process_index() == 0, jax.process_count() > 1
     config = _config(options)
     out = options.out or pathlib.Path(f"transfer-{as_folder(str(config.study))}")
-    make_folder(out)
-
-    def count(now: TargetProgress) -> None:
-        loss = "" if now.loss is None else f", loss {now.loss:.4f}"
-        screen.show(
-            f"seed {now.seed}, step {now.step} of {now.steps}", now.work_done, loss.removeprefix(", ")
-        )
-        check()
+    if first:
+        make_folder(out)
 
     try:
-        with gentle_interrupts() as check, display(Console(stderr=True), "reading data") as screen:
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(_Log(out if first else None, options.tensorboard if first else None))
+            check = stack.enter_context(gentle_interrupts(sigterm=not several))
+            screen = _SILENT
+            if first:
+                screen = stack.enter_context(display(Console(stderr=True), "reading data"))
+
+            def count(now: TargetProgress) -> None:
+                screen.show(f"seed {now.seed}, step {now.step} of {now.steps}", now.work_done, _details(now))
+                log.write(now)
+                check()
+
             found = transfer(
                 config,
                 width=options.width,
@@ -162,21 +232,36 @@ def run(options: Transfer) -> int:
                 batch=options.batch,
                 also=options.also or (),
                 fixed=fixed,
+                mesh=options.mesh,
+                accumulate=1 if options.accumulate is None else options.accumulate,
+                checkpoints=checkpoints,
                 progress=count,
             )
     except KeyboardInterrupt:
-        raise StoppedError("interrupted; nothing was written.") from None
+        rest = (
+            "nothing was written"
+            if checkpoints is None
+            else "the same command goes on from the last checkpoint"
+        )
+        raise StoppedError(f"interrupted; {rest}.") from None
+    except PreemptedError as error:
+        raise StoppedError(str(error)) from None
+    lost = [str(run.seed) for run in found.runs if run.loss is None]
+    if not first:
+        return 1 if lost else 0
+    written = [REPORT, PICTURE]
     write_aside(out / REPORT, found.to_json())
     write_aside(out / PICTURE, lambda path: plot.plot_transfer_run(found, path))
-    write_aside(out / PARAMS, lambda path: save(path, flat(found.params)))
+    if found.params is not None:
+        write_aside(out / PARAMS, lambda path: save(path, flat(found.params)))
+        written.append(PARAMS)
     console = Console()
     console.width = console.width if console.is_terminal else max(console.width, 120)
     _print_hparams(console, found, fixed)
     for sentence in _outcome(found):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    files = ", ".join(str(out / name) for name in (REPORT, PICTURE, PARAMS))
+    files = ", ".join(str(out / name) for name in (*written, METRICS))
     console.print(f"\nWritten: {files}", highlight=False, markup=False, soft_wrap=True)
-    lost = [str(run.seed) for run in found.runs if run.loss is None]
     if lost:
         which = "" if len(found.runs) == 1 else f" with seed {', '.join(lost)}"
         return fail(
@@ -185,6 +270,137 @@ def run(options: Transfer) -> int:
             1,
         )
     return 0
+
+
+def _rules(options: Transfer) -> CheckpointRules | None:
+    """When and where to save; refuses what has no effect without a folder."""
+    given = {"keep": options.keep, "every_steps": options.every_steps, "every_minutes": options.every_minutes}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.checkpoint is None:
+        if given:
+            raise ConfigError(
+                where=f"--{next(iter(given)).replace('_', '-')}",
+                expected="a folder for the checkpoints",
+                got="none",
+                remedy="pass --checkpoint DIR",
+            )
+        return None
+    return CheckpointRules(options.checkpoint, **given)
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None, wait: int | None) -> None:
+    """Joins the processes of the run, if it has several.
+
+    Raises:
+        ConfigError: options that do not fit together.
+        ProcessError: the others do not come.
+    """
+    if coordinator is None:
+        if (processes, process) != (None, None):
+            raise ConfigError(
+                where="--processes",
+                expected="the address of the first process",
+                got="none",
+                remedy="pass --coordinator HOST:PORT, or --coordinator auto on a cluster",
+            )
+        return
+    given: dict[str, Any] = {}
+    if coordinator != "auto":
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(where="--coordinator", expected="HOST:PORT or auto", got=repr(coordinator))
+        if processes is None or process is None or not 0 <= process < processes:
+            raise ConfigError(
+                where="--process",
+                expected="the number of processes, and this one's from 0 to one less",
+                got=f"--processes {processes} --process {process}",
+                remedy="pass both",
+            )
+        given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        if process > 0:
+            _listens(host, int(port), 300 if wait is None else wait)
+    try:
+        jax.distributed.initialize(**given, initialization_timeout=300 if wait is None else wait)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            where="--coordinator",
+            expected=f"all processes at {coordinator}",
+            got=f"an error ({str(error).splitlines()[0]})",
+            remedy="start the same command on each host, with its own --process",
+        ) from error
+
+
+def _listens(host: str, port: int, seconds: float) -> None:
+    """Waits until the first process listens: JAX's own client would end this process with a stack trace."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ProcessError(
+                    where="--coordinator",
+                    expected=f"process 0 to listen at {host}:{port} within {seconds:.0f} s",
+                    got=f"no answer ({error})",
+                    remedy="start the same command with --process 0 on that host, or check the address",
+                ) from error
+            time.sleep(0.2)
+
+
+_SILENT: Final = Display(lambda doing, share, detail="": None, lambda sentence: None)
+"""Of all processes the first one speaks."""
+
+
+def _details(now: TargetProgress) -> str:
+    parts = [] if now.loss is None else [f"loss {now.loss:.4f}"]
+    if now.speed is not None:
+        parts.append(f"{now.speed.examples_per_second:,.0f} examples/s")
+        if now.speed.utilization is not None:
+            parts.append(f"MFU {now.speed.utilization:.0%}")
+    return ", ".join(parts)
+
+
+class _Log:
+    """The metrics of a run while it trains: rows of a CSV, and events for TensorBoard.
+
+    A run that goes on from a checkpoint goes on with the file; of steps that it repeats the last row counts.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, events: pathlib.Path | None) -> None:
+        self._folder, self._events = folder, events
+        self._writers: dict[int, Any] = {}
+
+    def __enter__(self) -> _Log:
+        if self._events is not None:
+            self._summary = event_writer(self._events)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def write(self, now: TargetProgress) -> None:
+        """Adds what is known at a step."""
+        if self._folder is None or now.loss is None:
+            return
+        speed = None if now.speed is None else now.speed.examples_per_second
+        share = None if now.speed is None else now.speed.utilization
+        row = {"loss": now.loss, "examples_per_second": speed, "utilization": share}
+        path = self._folder / METRICS
+        new = not path.exists()
+        with path.open("a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(["seed", "step", *row])
+            rows.writerow([now.seed, now.step, *("" if value is None else value for value in row.values())])
+        if self._events is None:
+            return
+        if now.seed not in self._writers:
+            self._writers[now.seed] = self._summary(f"seed-{now.seed}")
+        for name, value in row.items():
+            if value is not None and math.isfinite(value):
+                self._writers[now.seed].add_scalar(name, value, now.step)
 
 
 def save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:

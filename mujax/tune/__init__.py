@@ -4,8 +4,9 @@ from mujax.tune._cost import Front as Front, front as front
 from mujax.tune._numbers import number as number
 from mujax.tune._results import Sweep as Sweep, SweepProgress as SweepProgress, Trial as Trial
 from mujax.tune._sweep import Study as Study, study_module as study_module, sweep as sweep
+from mujax.tune._target import CheckpointRules as CheckpointRules, Speed as Speed
 from mujax.tune._tasks import TASKS as TASKS
-from mujax.tune._tensorboard import tensorboard_writer as tensorboard_writer
+from mujax.tune._tensorboard import event_writer as event_writer, tensorboard_writer as tensorboard_writer
 from mujax.tune._transfer import (
     TargetProgress as TargetProgress,
     TargetRun as TargetRun,

@@ -13,21 +13,14 @@ from mujax.errors import ConfigError
 from mujax.tune._results import Trial
 
 
-def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
-    """Writes each trial into a separate folder: for `finished` of `mujax.sweep` and `mujax.tune`.
-
-    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each rung
-    before the last, and `final/...`, all final metrics, with its hyperparameters for the tab HParams. Its
-    files are complete when the function returns: no writer needs to be closed.
+def event_writer(folder: str | os.PathLike[str]) -> Callable[..., Any]:
+    """Makes tensorboardX's `SummaryWriter` of a run, by its name, in a folder.
 
     Args:
         folder: for `tensorboard --logdir`; created if it does not exist.
 
     Raises:
         ConfigError: the package tensorboardX is missing, or the folder cannot be created.
-
-    Example:
-        >>> tune(config, finished=writer("logs"))  # doctest: +SKIP
     """
     try:
         import tensorboardX
@@ -51,10 +44,30 @@ def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None
     # A loss that is not a number means divergence, which is not worth a line on stderr.
     logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
 
+    return lambda run, **options: tensorboardX.SummaryWriter(str(path / run), **options)
+
+
+def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
+    """Writes each trial into a separate folder: for `finished` of `mujax.sweep` and `mujax.tune`.
+
+    A trial's run `trial-0007` has the scalars `loss`, of every step, `rungs`, the objective at each rung
+    before the last, and `final/...`, all final metrics, with its hyperparameters for the tab HParams. Its
+    files are complete when the function returns: no writer needs to be closed.
+
+    Args:
+        folder: for `tensorboard --logdir`; created if it does not exist.
+
+    Raises:
+        ConfigError: the package tensorboardX is missing, or the folder cannot be created.
+
+    Example:
+        >>> tune(config, finished=writer("logs"))  # doctest: +SKIP
+    """
+    events_of = event_writer(folder)
+
     def write(trial: Trial) -> None:
-        run = str(path / f"trial-{trial.number:04d}")
         # The hyperparameters are in a second file, which may be created in the same second.
-        with tensorboardX.SummaryWriter(run, filename_suffix=".curve") as events:
+        with events_of(f"trial-{trial.number:04d}", filename_suffix=".curve") as events:
             # In this folder: a folder within it would be a separate run.
             events.add_hparams(_hparams(trial), _metrics(trial), name=".")
             for step, loss in enumerate(() if trial.curve is None else trial.curve):

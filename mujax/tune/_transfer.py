@@ -6,22 +6,36 @@ Reference:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mujax._arguments import CALLBACK, COUNT, NAMED, NONE, TEXTS, instance, takes
+from mujax._arguments import CALLBACK, COUNT, NAMED, NONE, PATH, TEXT, TEXTS, instance, takes
 from mujax.check import Progress
 from mujax.errors import ConfigError
-from mujax.train import CompiledRuns, refuse_untransferable, run_one, transfers
+from mujax.train import CompiledRuns, make_mesh, refuse_untransferable, transfers
 from mujax.tune._cost import Front, front
 from mujax.tune._results import Sweep, Trial
+from mujax.tune._target import (
+    CheckpointRules,
+    Clock,
+    Speed,
+    looks,
+    other_processes,
+    refuse_bad_rules,
+    require_same_on_all,
+    run_target,
+)
 from mujax.tune._tune import TuneConfig, read_study
 from mujax.tune._width_sweep import Report, TransferConfig, sweep_widths
 
@@ -64,7 +78,8 @@ class Transferred:
         direct_flops: operations of the same search at the target.
         proxy_front: the best of the search with fewer trials, at the proxy; None if nothing was found or
             operations are not known.
-        params: the parameters of the first seed after training, a tree of dicts by path.
+        params: the parameters of the first seed after training, a tree of dicts by path; None where several
+            processes hold them, and the last checkpoint has them.
     """
 
     task: str
@@ -136,6 +151,7 @@ class TargetProgress:
         steps: of each run.
         work_done: of all runs, from 0 to 1.
         loss: the latest; None before the first rung.
+        speed: the mean so far; None before the second rung.
     """
 
     seed: int
@@ -143,6 +159,7 @@ class TargetProgress:
     steps: int
     work_done: float
     loss: float | None
+    speed: Speed | None = None
 
 
 @overload
@@ -161,6 +178,9 @@ def transfer(
     batch: int | None = None,
     also: Sequence[str] = (),
     fixed: Mapping[str, Any] | None = None,
+    mesh: Mesh | Mapping[str, int] | str | None = None,
+    accumulate: int = 1,
+    checkpoints: CheckpointRules | str | os.PathLike[str] | None = None,
     progress: Callable[[TargetProgress], None] | None = None,
 ) -> Transferred: ...
 
@@ -174,6 +194,9 @@ def transfer(
     batch=COUNT | NONE,
     also=TEXTS,
     fixed=NAMED | NONE,
+    mesh=instance(Mesh, "a mesh", "make_mesh(...)") | NAMED | TEXT | NONE,
+    accumulate=COUNT,
+    checkpoints=instance(CheckpointRules, "CheckpointRules", "...") | PATH | NONE,
     progress=CALLBACK | NONE,
 )
 def transfer(
@@ -185,6 +208,9 @@ def transfer(
     batch: int | None = None,
     also: Sequence[str] = (),
     fixed: Mapping[str, Any] | None = None,
+    mesh: Mesh | Mapping[str, int] | str | None = None,
+    accumulate: int = 1,
+    checkpoints: CheckpointRules | str | os.PathLike[str] | None = None,
     progress: Callable[[Any], None] | None = None,
 ) -> Report | Transferred:
     """Trains the target once with the best hyperparameters of the proxy's study.
@@ -204,9 +230,17 @@ def transfer(
         batch: examples a step; the proxy's by default.
         also: hyperparameters that do not transfer and are to be taken from the proxy all the same.
         fixed: hyperparameters with values of the target's own.
-        progress: called at each rung.
+        mesh: over all devices of all processes, each of which calls this alike; as for
+            `mujax.train.make_mesh`. None for one device.
+        accumulate: parts of each batch whose gradients are computed one after the other.
+        checkpoints: where and when the run is saved. A later call with the same arguments goes on from the
+            last checkpoint: to the last bit on the same mesh, up to rounding on another.
+        progress: called at each rung; with checkpoints after every ten steps.
 
     Raises:
+        CheckpointError: the last checkpoint is damaged, or is of another run.
+        PreemptedError: SIGTERM ended the run; it is saved.
+        ProcessError: the processes do not fit together, or another one has ended.
         ConfigError: no such study, a study with other settings, or a hyperparameter that does not transfer.
         StudyError: a database that cannot be used.
         MujaxError: as `mup_init` does.
@@ -217,7 +251,19 @@ def transfer(
     if config is None or isinstance(config, TransferConfig):
         return sweep_widths(config, progress=progress)
     return _train_target(
-        config, width, seeds, steps, batch, tuple(also), dict(fixed or {}), progress or (lambda _: None)
+        config,
+        width,
+        seeds,
+        steps,
+        batch,
+        tuple(also),
+        dict(fixed or {}),
+        mesh,
+        accumulate,
+        checkpoints
+        if checkpoints is None or isinstance(checkpoints, CheckpointRules)
+        else CheckpointRules(checkpoints),
+        progress or (lambda _: None),
     )
 
 
@@ -229,6 +275,9 @@ def _train_target(
     batch: int | None,
     also: tuple[str, ...],
     fixed: dict[str, Any],
+    mesh: Mesh | Mapping[str, int] | str | None,
+    accumulate: int,
+    checkpoints: CheckpointRules | None,
     progress: Callable[[TargetProgress], None],
 ) -> Transferred:
     target = config.target if width is None else width
@@ -256,31 +305,61 @@ def _train_target(
     settled = {name: "set" if name in fixed else "taken" for name in best.hparams if not transfers(name)}
     hparams = {**config.all_fixed, **best.hparams, **fixed}
     job = config.training(target, steps=steps, batch=batch)
+    if mesh is not None:
+        job = job.on(mesh if isinstance(mesh, Mesh) else make_mesh(mesh), accumulate=accumulate)
+    elif accumulate != 1 or jax.process_count() > 1:
+        raise ConfigError(
+            where="mesh",
+            expected="a mesh, for several processes and for accumulate",
+            got="none",
+            remedy="pass --mesh data=-1, or mesh={'data': -1}",
+        )
     floats = {name for name, value in hparams.items() if isinstance(value, float) and name not in job.static}
     static = {name: value for name, value in hparams.items() if name not in floats}
     # A single lane is a loop of one.
     group = CompiledRuns(job, static, mode="loop", devices=jax.local_devices()[:1])
     traced = {name: hparams[name] for name in sorted(floats)}
+    refuse_bad_rules(checkpoints, group.steps)
+    built = job.built(static)
+    about = {"task": config.name, "width": target, "steps": group.steps, "batch": built.batch, **hparams}
+    about["accumulate"] = accumulate
+    program = built.mup.replay.program if jax.process_count() > 1 else ""
+    versions = [importlib.metadata.version(name) for name in ("mujax-mup", "jax", "flax", "optax")]
+    require_same_on_all(f"{versions} {about} {seeds} {checkpoints} {program}")
     runs: list[TargetRun] = []
     params: Any = None
     for number, seed in enumerate(range(config.seed, config.seed + seeds)):
+        clock = Clock(group, built.batch)
 
-        def look(step: int, metrics: Mapping[str, Any], number: int = number, seed: int = seed) -> bool:
+        def look(
+            step: int,
+            metrics: Mapping[str, Any],
+            number: int = number,
+            seed: int = seed,
+            clock: Clock = clock,
+        ) -> bool:
             done = (number + step / group.steps) / seeds
             loss = float(metrics["loss"]) if "loss" in metrics else None
-            progress(TargetProgress(seed, step, group.steps, done, loss))
+            progress(TargetProgress(seed, step, group.steps, done, loss, clock.at(step)))
             return loss is None or math.isfinite(loss)
 
         look(0, {})
-        rungs = [round(group.steps * rung / config.rungs) for rung in range(1, config.rungs)]
-        state, metrics = run_one(group, traced, jax.random.key(seed), rungs=rungs, watch=look)
-        runs.append(_target_run(seed, metrics, config.objective))
-        if number == 0:
+        rungs = looks(group.steps, config.rungs, checkpoints)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(other_processes(checkpoints and checkpoints.folder))
+            saved = checkpoints and stack.enter_context(checkpoints.of(seed, built.mup.spec, about))
+            state, metrics = run_target(group, traced, jax.random.key(seed), rungs, look, saved)
+            runs.append(_target_run(seed, metrics, config.objective))
+        if number == 0 and jax.process_count() == 1:
             params = jax.tree.map(np.asarray, state["train"].params)
+    run_flops = group.flops
+    if run_flops is not None and job.mesh is not None:
+        # XLA counts those of one device.
+        run_flops *= job.mesh.size
     direct = None
-    if group.flops is not None and study.flops is not None and best.flops:
+    if run_flops is not None and study.flops is not None and best.flops:
         # Trials that were stopped early, or were smaller than the best, would also be at the target.
-        direct = study.flops / (best.flops / study.seeds) * group.flops
+        direct = study.flops / (best.flops / study.seeds) * run_flops
     return Transferred(
         task=config.name,
         study=config.study_name,
@@ -293,7 +372,7 @@ def _train_target(
         runs=tuple(runs),
         steps=group.steps,
         tuning_flops=study.flops,
-        run_flops=group.flops,
+        run_flops=run_flops,
         direct_flops=direct,
         proxy_front=_proxy_front(study),
         params=params,
