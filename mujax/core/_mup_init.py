@@ -375,19 +375,23 @@ def _centred_but(paths: Collection[str], values: Mapping[str, InitialValues]) ->
 def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], plan: Plan) -> list[Finding]:
     """Reports attention logits without a factor, where 1/sqrt(d) is in the initialiser of query or key."""
     unscaled = {finding.where for finding in plan.findings if finding.kind == "unscaled sum"}
+    paths: dict[str, list[str]] = {}
+    for product in plan.analysis.products:
+        if product.where in unscaled:
+            own = sorted(product.left | product.right)
+            small = [p for p in own if spec[p].role == "hidden" and init_scales.get(p, 1.0) > 1.001]
+            paths.setdefault(product.where, []).extend(small)
     return [
         Finding(
             "scale in an initialiser",
-            f"{path}'s own initial values shrink {init_scales[path]:.4g} times more from base to target than "
+            f"{first}'s own initial values shrink {init_scales[first]:.4g} times more from base to target than "
             "1/sqrt(fan-in) does, as where the 1/sqrt(d) of attention logits is folded into an initialiser; "
             "mup.init brings them to 1/sqrt(fan-in), so these logits grow by that factor with width; divide "
             "the query by d (the size of a head) in the model, and leave d out of the initialiser",
-            product.where,
+            where,
+            1 + len(others),
         )
-        for product in plan.analysis.products
-        if product.where in unscaled
-        for path in sorted(product.left | product.right)
-        if spec[path].role == "hidden" and init_scales.get(path, 1.0) > 1.001
+        for where, (first, *others) in ((where, found) for where, found in paths.items() if found)
     ]
 
 

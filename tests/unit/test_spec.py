@@ -191,6 +191,7 @@ def test_a_spec_in_another_order_is_equal_and_has_the_same_hash(spec):
     assert hash(turned) == hash(spec)
 
 
+@pytest.mark.samples
 def test_a_spec_is_static_under_jit(spec):
     """It can be a static argument, and a second equal one does not compile again."""
     traces = []

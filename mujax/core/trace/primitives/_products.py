@@ -235,7 +235,7 @@ def _multiply(
             data,
             linear_in=_kernels(side.value, side.contract),
             pending=tuple(pending),
-            power=_read_out(side.value, side.gone, side.contract),
+            power=None if other.value.state else _read_out(side.value, side.gone, side.contract),
         )
 
     def activation(side: _Side) -> None:
