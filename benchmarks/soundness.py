@@ -1,0 +1,459 @@
+"""Whether the reading of a model is right: random programs, read by `mujax` and measured over widths.
+
+Each program is initialised by `mup.init` at four widths and run; the sizes of its activations, and the changes
+that one step of `mup_adam` on each parameter makes, are fitted against the width. The reading claims that they
+do not depend on it (outputs and attention logits may be smaller at the start in wider models). A program is
+
+    right      all sizes and changes are as claimed, and there is no finding
+    found      there is a finding, and nothing before its place scales
+    refused    `mup_init` raises a `MujaxError`
+    failure    something scales with the width, and no finding names its place; or an error of another kind
+
+A finding is needless where nothing scales with the width in spite of it. Programs that look wrong are measured
+again, at larger widths and with more seeds, before they count.
+
+    python benchmarks/soundness.py [--programs 10000] [--start 0] [--seed 0] [--jobs 2] [--quick] [--out FILE]
+
+Each program's result is a line of FILE with the ending `.jsonl`; the run is resumed from there. `--show N` prints
+program N and its measurements. Goals: no failures, and findings in less than 20 % of the programs that do
+not scale.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__":
+    # Before JAX is imported. A program runs for milliseconds: compiling it well is time lost.
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
+    )
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import pathlib
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+import _programs
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from _programs import BASE, Program
+
+import mujax
+
+WIDTHS: Final = (32, 64, 128, 256)
+SEEDS: Final = 3
+AGAIN: Final = ((64, 128, 256, 512), 8)
+"""Widths and seeds of the second measurement."""
+TOLERANCE: Final = 0.25
+"""How far a slope may be from what is claimed; misreadings are off by at least 1/2 in a wide model."""
+RATE: Final = 2.0**-9
+FAILURES: Final = common.Goal(0, "0")
+NEEDLESS: Final = common.Goal(0.2, "20 %")
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """A value that does not scale as claimed.
+
+    Attributes:
+        tap: its name.
+        line: its line in the program.
+        what: `"size"`, or the parameter that changes it.
+        slope: of its log2 over the log2 of the width.
+        error: the slope's standard error.
+        allowed: the least and the largest slope that is right.
+    """
+
+    tap: str
+    line: int
+    what: str
+    slope: float
+    error: float
+    allowed: tuple[float, float]
+
+    @property
+    def apart(self) -> float:
+        """How far it is from what is allowed."""
+        return max(self.allowed[0] - self.slope, self.slope - self.allowed[1])
+
+    def __str__(self) -> str:
+        what = "size" if self.what == "size" else f"change by {self.what}"
+        low, high = self.allowed
+        return f"{self.tap} (line {self.line}) {what}: n^{self.slope:.2f} ± {self.error:.2f}, allowed {low:g} to {high:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of a program.
+
+    Attributes:
+        number: the program's.
+        outcome: `"right"`, `"found"`, `"refused"` or `"failure"`.
+        kind: of a failure, roughly, to count them by; else of the first finding or error.
+        wrong: the values that do not scale as claimed, in words.
+        findings: kind, place and text of each.
+        needless: whether there is a finding though nothing scales.
+        error: the error's text.
+        seconds: taken.
+    """
+
+    number: int
+    outcome: str
+    kind: str = ""
+    wrong: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+    needless: bool = False
+    error: str = ""
+    seconds: float = 0.0
+
+
+def _loss(outputs: Any) -> jax.Array:
+    """Distance from fixed targets of order one, per entry."""
+    total = jnp.float32(0)
+    for number, out in enumerate(jax.tree.leaves(outputs)):
+        rng = np.random.default_rng(number)
+        target = jnp.asarray(rng.normal(size=out.shape), jnp.float32)
+        total += jnp.mean((out - target) ** 2)
+    return total
+
+
+def read(program: Program, width: int, base: int = BASE) -> mujax.MupModel:
+    """The program in µP."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return mujax.mup_init(program.model(width), program.model(base), *_programs.inputs())
+
+
+def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes and changes of the tapped values.
+
+    Returns:
+        Root mean squares, by seed and tap; changes of the same by seed, parameter (the last is all together)
+        and tap.
+    """
+    replay = mup.replay
+    names = list(program.params)
+    tx = mujax.mup_adam(RATE, mup.spec)
+    keys = jax.random.split(jax.random.key(100), seeds)
+    params = jax.vmap(lambda key: replay.init(key)[0])(keys)
+    first = jax.tree.map(lambda leaf: leaf[0], params)
+    traced = jax.make_jaxpr(lambda p: replay.apply(p, jax.tree.leaves(p)))(first)
+
+    def forward(p: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+        taps: dict[str, jax.Array] = {}
+        outputs = _evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(p), taps)
+        return outputs, [taps[tap.name] for tap in program.taps]
+
+    def rms(a: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(a.astype(jnp.float32)))))
+
+    def step(p: Any) -> tuple[Any, list[jax.Array]]:
+        def loss(p: Any) -> tuple[jax.Array, list[jax.Array]]:
+            outputs, taps = forward(p)
+            return _loss(outputs), taps
+
+        grads, taps = jax.grad(loss, has_aux=True)(p)
+        return tx.update(grads, tx.init(p), p)[0], taps
+
+    updates, before = jax.vmap(step)(params)
+    # As many rows for many programs, so that the same operations are compiled once.
+    rows = -(-(len(names) + 1) // 16) * 16
+    masks = np.zeros((rows, len(names)), np.float32)
+    masks[: len(names)] = np.eye(len(names))
+    masks[len(names)] = 1
+
+    def changed(p: Any, update: Any, mask: jax.Array) -> list[jax.Array]:
+        return forward({name: p[name] + mask[i] * update[name] for i, name in enumerate(names)})[1]
+
+    over = jax.vmap(lambda mask: jax.vmap(lambda p, u: changed(p, u, mask))(params, updates))(jnp.asarray(masks))
+    sizes = np.stack([np.asarray(jax.vmap(rms)(a)) for a in before], 1)
+    changes = np.stack(
+        [np.asarray(jax.vmap(jax.vmap(rms))(a - b[None])) for a, b in zip(over, before, strict=True)], 2
+    )
+    changes = changes[: len(names) + 1].swapaxes(0, 1)
+    return sizes.astype(np.float64), changes.astype(np.float64)
+
+
+_CALLS: Final = {
+    "jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat": "jaxpr", "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "core_call": "call_jaxpr",
+}  # fmt: skip
+
+
+def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: dict[str, jax.Array]) -> list[Any]:
+    """Runs a program operation by operation, which costs less than to compile it for one run."""
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else env[atom]
+
+    def inner(program: Any, values: Sequence[Any]) -> list[Any]:
+        return _evaluate(getattr(program, "jaxpr", program), getattr(program, "consts", ()), values, taps)
+
+    for eqn in jaxpr.eqns:
+        values, name, options = [value(atom) for atom in eqn.invars], eqn.primitive.name, eqn.params
+        if name == "name":
+            taps[str(options["name"])[4:]] = values[0]
+            outs = values
+        elif name in _CALLS and _CALLS[name] in options:
+            outs = inner(options[_CALLS[name]], values)
+        elif name == "scan" and "num_carry" in options and not options["reverse"]:
+            first = options["num_consts"] + options["num_carry"]
+            fixed, carry, rows = values[: options["num_consts"]], values[options["num_consts"] : first], values[first:]
+            collected = []
+            for i in range(options["length"]):
+                results = inner(options["jaxpr"], [*fixed, *carry, *(row[i] for row in rows)])
+                carry, made = results[: len(carry)], results[len(carry) :]
+                collected.append(made)
+            outs = [*carry, *(jnp.stack(column) for column in zip(*collected, strict=True))]
+        else:
+            outs = eqn.primitive.bind(*values, **options)
+            outs = outs if eqn.primitive.multiple_results else [outs]
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
+
+
+def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
+    """Slope of log2 of the root mean square over seeds, and its standard error by leaving seeds out.
+
+    Args:
+        widths: the widths.
+        values: by width and seed.
+    """
+
+    def fit(v: np.ndarray) -> float:
+        return float(np.polyfit(np.log2(widths), np.log2(np.sqrt(np.mean(v**2, axis=1))), 1)[0])
+
+    count = values.shape[1]
+    parts = [fit(np.delete(values, seed, axis=1)) for seed in range(count)]
+    return fit(values), math.sqrt((count - 1) * np.var(parts))
+
+
+def judge(
+    program: Program, widths: Sequence[int], sizes: Sequence[np.ndarray], changes: Sequence[np.ndarray]
+) -> list[Wrong]:
+    """The values that scale other than claimed."""
+    out: list[Wrong] = []
+    names = list(program.params)
+    size, change = np.stack(sizes), np.stack(changes)
+
+    def check(tap: Any, what: str, values: np.ndarray, scale: np.ndarray, low: float) -> None:
+        if not np.isfinite(values).all():
+            out.append(Wrong(tap.name, tap.line, what, math.inf, 0.0, (low, 0.0)))
+            return
+        # Zero, or rounding: nothing to measure.
+        if (values <= 1e-30).any() or (values < 3e-6 * scale).any():
+            return
+        slope, error = _slope(widths, values)
+        wrong = Wrong(tap.name, tap.line, what, slope, error, (low, 0.0))
+        if wrong.apart - 2 * error > TOLERANCE:
+            out.append(wrong)
+
+    for number, tap in enumerate(program.taps):
+        check(tap, "size", size[:, :, number], 0 * size[:, :, number], tap.lo)
+        for name in tap.params:
+            values = change[:, :, names.index(name), number]
+            check(tap, name, values, size[:, :, number], tap.change_lo + program.slower.get(name, 0.0))
+        # Whatever else changes it must not change it more in a wider model.
+        for position, what in enumerate([*names, "all"]):
+            if what not in tap.params:
+                check(tap, what, change[:, :, position, number], size[:, :, number], -math.inf)
+    return out
+
+
+def _place(text: str, program: Program) -> int:
+    """The first line of the step that a finding's place is in; a large number where it names none."""
+    found = re.match(re.escape(program.file) + r":(\d+)", text)
+    if found:
+        return program.step_of(int(found[1]))[0]
+    if text in program.params:
+        lines = [n for n, line in enumerate(program.body, start=2) if f'p["{text}"]' in line]
+        return program.step_of(min(lines))[0] if lines else 10**6
+    return 10**6
+
+
+def silent(program: Program, wrong: Sequence[Wrong], findings: Sequence[Any]) -> list[Wrong]:
+    """Those of the wrong values that no finding explains: none names a place at or before theirs."""
+    first = min((_place(finding.where, program) for finding in findings), default=10**6)
+    return [one for one in wrong if one.line < first]
+
+
+def run(program: Program, number: int = 0, again: bool = True) -> Result:
+    """Reads and measures one program."""
+    begin = time.perf_counter()
+
+    def result(outcome: str, **fields: Any) -> Result:
+        return Result(number, outcome, seconds=round(time.perf_counter() - begin, 2), **fields)
+
+    try:
+        rounds = [(WIDTHS, SEEDS), AGAIN] if again else [(WIDTHS, SEEDS)]
+        wrong: list[Wrong] = []
+        findings: tuple[Any, ...] = ()
+        for widths, seeds in rounds:
+            mups = [read(program, width) for width in widths]
+            findings = mups[-1].findings
+            measured = [measure(mup, program, seeds) for mup in mups]
+            wrong = judge(program, widths, *zip(*measured, strict=True))
+            if not silent(program, wrong, findings):
+                break
+    except mujax.MujaxError as error:
+        return result("refused", kind=type(error).__name__, error=str(error))
+    except Exception as error:
+        text = "".join(traceback.format_exception(error)[-3:])
+        return result("failure", kind=f"{type(error).__name__}", error=text[-1500:])
+    said = tuple(f"{finding.kind} at {finding.where}: {finding.message}" for finding in findings)
+    bad = silent(program, wrong, findings)
+    if bad:
+        first = min(bad, key=lambda one: (one.line, one.what != "size"))
+        size = "size" if first.what == "size" else "change"
+        kind = f"{program.step_of(first.line)[1]}: {size} n^{round(2 * first.slope) / 2 if math.isfinite(first.slope) else first.slope:g}"
+        return result("failure", kind=kind, wrong=tuple(map(str, bad)), findings=said)
+    if findings:
+        return result(
+            "found", kind=findings[0].kind, wrong=tuple(map(str, wrong)), findings=said, needless=not wrong
+        )
+    return result("right")
+
+
+def _run_numbered(seed: int, number: int) -> Result:
+    try:
+        return run(_programs.generate(seed, number), number)
+    except Exception as error:
+        return Result(number, "failure", kind="generator", error=repr(error))
+
+
+def minimised(program: Program, number: int = 0) -> Program:
+    """The program without the steps that its failure does not need."""
+    kind = run(program, number).kind
+    again = True
+    while again:
+        again = False
+        for part in reversed(program.parts):
+            less = program.without(part)
+            result = run(less, number)
+            if result.outcome == "failure" and (result.kind == kind or not result.error):
+                program, again = less, True
+                break
+    return program
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the programs, prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--programs", type=int, default=10_000)
+    parser.add_argument("--start", type=int, default=0, help="number of the first program")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--show", type=int, help="print this program and its measurements, and no more")
+    parser.add_argument("--minimise", action="store_true", help="with --show: leave out what a failure does not need")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: four programs")
+    parser.add_argument("--out", type=pathlib.Path, default=common.OUT / "soundness.json")
+    options = parser.parse_args(argv)
+    if options.show is not None:
+        program = _programs.generate(options.seed, options.show)
+        if options.minimise:
+            program = minimised(program, options.show)
+        print("\n".join(f"{n:3} {line}" for n, line in enumerate(program.source().split("\n"), start=1)))
+        print(json.dumps(dataclasses.asdict(run(program, options.show)), indent=1))
+        return 0
+    count = 4 if options.quick else options.programs
+    lines = options.out.with_suffix(".jsonl")
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    wanted = range(options.start, options.start + count)
+    done: dict[int, dict[str, Any]] = {}
+    if lines.exists() and not options.quick:
+        for text in lines.read_text().splitlines():
+            one = json.loads(text)
+            if one["seed"] == options.seed and one["number"] in wanted:
+                done[one["number"]] = one
+    left = [number for number in wanted if number not in done]
+    begin = time.perf_counter()
+    with lines.open("w" if options.quick else "a") as file:
+
+        def keep(result: Result) -> None:
+            one = {"seed": options.seed, **dataclasses.asdict(result)}
+            done[result.number] = one
+            file.write(json.dumps(one) + "\n")
+            file.flush()
+            fresh = len(left) - sum(number not in done for number in left)
+            rest = (time.perf_counter() - begin) / fresh * (len(left) - fresh)
+            if fresh % 25 == 0 or result.outcome == "failure":
+                failures = sum(one["outcome"] == "failure" for one in done.values())
+                print(
+                    f"{len(done)} of {count}: {failures} failures; {rest:.0f} s left"
+                    + (f"; program {result.number}: {result.kind}" if result.outcome == "failure" else ""),
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+        if options.jobs <= 1 or options.quick:
+            for number in left:
+                keep(_run_numbered(options.seed, number))
+        elif left:
+            context = multiprocessing.get_context("spawn")
+            with concurrent.futures.ProcessPoolExecutor(
+                options.jobs, mp_context=context
+            ) as pool:
+                futures = [pool.submit(_run_numbered, options.seed, number) for number in left]
+                for future in concurrent.futures.as_completed(futures):
+                    keep(future.result())
+    report = summary([done[number] for number in sorted(done)], quick=options.quick)
+    common.write(options.out, {**report, "seed": options.seed, **common.environment()})
+    return 0
+
+
+def summary(results: Sequence[dict[str, Any]], *, quick: bool) -> dict[str, Any]:
+    """Prints the tables and returns them."""
+    counts = collections.Counter(one["outcome"] for one in results)
+    # Whether a refused program scales is not known; it is counted among those that do not.
+    level = [one for one in results if one["outcome"] == "right" or one["needless"]]
+    needless = sum(one["needless"] for one in results) / max(1, len(level))
+    rows = [(name, str(counts[name])) for name in ("right", "found", "refused", "failure")]
+    print(common.table(("programs", str(len(results))), rows))
+    kinds: dict[str, dict[str, int]] = {}
+    for outcome in ("failure", "found", "refused"):
+        found = collections.Counter(one["kind"] for one in results if one["outcome"] == outcome)
+        kinds[outcome] = dict(found.most_common())
+        if found:
+            example = {one["kind"]: one["number"] for one in reversed(results) if one["outcome"] == outcome}
+            print()
+            print(
+                common.table(
+                    (outcome, "count", "first"),
+                    [(kind, str(n), str(example[kind])) for kind, n in found.most_common()],
+                )
+            )
+    seconds = sum(one["seconds"] for one in results) / max(1, len(results))
+    print(f"\nFindings in {needless:.1%} of {len(level)} programs that do not scale. {seconds:.2f} s a program.")
+    missed = [
+        *FAILURES.missed_by("silent failures", counts["failure"]),
+        *NEEDLESS.missed_by("needless findings", needless),
+    ]
+    print(common.verdict(missed, quick=quick))
+    return {
+        "programs": len(results), "outcomes": counts, "kinds": kinds, "needless": needless, "missed": missed,
+        "seconds_each": seconds, "failures": [one for one in results if one["outcome"] == "failure"],
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
