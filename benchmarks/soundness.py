@@ -24,14 +24,10 @@ from __future__ import annotations
 import os
 
 if __name__ == "__main__":
-    # Before JAX is imported. A program runs for milliseconds: compiling it well is time lost.
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-        "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    )
+    # Before NumPy and JAX are imported: one thread a process.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 import argparse
 import collections
@@ -55,6 +51,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _evaluate import Evaluator, key
 from _programs import BASE, Program
 
 import mujax
@@ -153,83 +150,39 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     replay = mup.replay
     names = list(program.params)
     tx = mujax.mup_adam(RATE, mup.spec)
-    keys = jax.random.split(jax.random.key(100), seeds)
-    params = jax.vmap(lambda key: replay.init(key)[0])(keys)
-    first = jax.tree.map(lambda leaf: leaf[0], params)
-    traced = jax.make_jaxpr(lambda p: replay.apply(p, jax.tree.leaves(p)))(first)
+    shapes = jax.eval_shape(lambda key: replay.init(key)[0], jax.random.key(0))
+    begin = Evaluator(jax.make_jaxpr(lambda key: jax.tree.leaves(replay.init(key)[0]))(jax.random.key(0)))
+    order = list(shapes)
 
-    def forward(p: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-        taps: dict[str, jax.Array] = {}
-        outputs = _evaluate(traced.jaxpr, traced.consts, jax.tree.leaves(p), taps)
-        return outputs, [taps[tap.name] for tap in program.taps]
+    def loss(p: Any) -> jax.Array:
+        return _loss(replay.apply(p, jax.tree.leaves(p))[0])
 
-    def rms(a: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(a.astype(jnp.float32)))))
+    def step(p: Any) -> Any:
+        return tx.update(jax.grad(loss)(p), tx.init(p), p)[0]
 
-    def step(p: Any) -> tuple[Any, list[jax.Array]]:
-        def loss(p: Any) -> tuple[jax.Array, list[jax.Array]]:
-            outputs, taps = forward(p)
-            return _loss(outputs), taps
+    forward = Evaluator(jax.make_jaxpr(lambda p: replay.apply(p, jax.tree.leaves(p))[0])(shapes))
+    moves = Evaluator(jax.make_jaxpr(step)(shapes))
 
-        grads, taps = jax.grad(loss, has_aux=True)(p)
-        return tx.update(grads, tx.init(p), p)[0], taps
+    def run(args: list[Any]) -> list[np.ndarray]:
+        taps: dict[str, Any] = {}
+        forward(args, taps)
+        return [taps[tap.name] for tap in program.taps]
 
-    updates, before = jax.vmap(step)(params)
-    # As many rows for many programs, so that the same operations are compiled once.
-    rows = -(-(len(names) + 1) // 16) * 16
-    masks = np.zeros((rows, len(names)), np.float32)
-    masks[: len(names)] = np.eye(len(names))
-    masks[len(names)] = 1
+    def rms(a: Any) -> float:
+        return float(np.sqrt(np.mean(np.square(np.abs(a), dtype=np.float64))))
 
-    def changed(p: Any, update: Any, mask: jax.Array) -> list[jax.Array]:
-        return forward({name: p[name] + mask[i] * update[name] for i, name in enumerate(names)})[1]
-
-    over = jax.vmap(lambda mask: jax.vmap(lambda p, u: changed(p, u, mask))(params, updates))(jnp.asarray(masks))
-    sizes = np.stack([np.asarray(jax.vmap(rms)(a)) for a in before], 1)
-    changes = np.stack(
-        [np.asarray(jax.vmap(jax.vmap(rms))(a - b[None])) for a, b in zip(over, before, strict=True)], 2
-    )
-    changes = changes[: len(names) + 1].swapaxes(0, 1)
-    return sizes.astype(np.float64), changes.astype(np.float64)
-
-
-_CALLS: Final = {
-    "jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat": "jaxpr", "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "core_call": "call_jaxpr",
-}  # fmt: skip
-
-
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], taps: dict[str, jax.Array]) -> list[Any]:
-    """Runs a program operation by operation, which costs less than to compile it for one run."""
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def value(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else env[atom]
-
-    def inner(program: Any, values: Sequence[Any]) -> list[Any]:
-        return _evaluate(getattr(program, "jaxpr", program), getattr(program, "consts", ()), values, taps)
-
-    for eqn in jaxpr.eqns:
-        values, name, options = [value(atom) for atom in eqn.invars], eqn.primitive.name, eqn.params
-        if name == "name":
-            taps[str(options["name"])[4:]] = values[0]
-            outs = values
-        elif name in _CALLS and _CALLS[name] in options:
-            outs = inner(options[_CALLS[name]], values)
-        elif name == "scan" and "num_carry" in options and not options["reverse"]:
-            first = options["num_consts"] + options["num_carry"]
-            fixed, carry, rows = values[: options["num_consts"]], values[options["num_consts"] : first], values[first:]
-            collected = []
-            for i in range(options["length"]):
-                results = inner(options["jaxpr"], [*fixed, *carry, *(row[i] for row in rows)])
-                carry, made = results[: len(carry)], results[len(carry) :]
-                collected.append(made)
-            outs = [*carry, *(jnp.stack(column) for column in zip(*collected, strict=True))]
-        else:
-            outs = eqn.primitive.bind(*values, **options)
-            outs = outs if eqn.primitive.multiple_results else [outs]
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [value(atom) for atom in jaxpr.outvars]
+    sizes, changes = [], []
+    for seed in range(seeds):
+        params = begin([key(100 + seed)])
+        before = run(params)
+        updates = moves(params)
+        rows = []
+        for name in [*names, None]:
+            moved = [a + u if name in (None, n) else a for n, a, u in zip(order, params, updates, strict=True)]
+            rows.append([rms(a - b) for a, b in zip(run(moved), before, strict=True)])
+        sizes.append([rms(a) for a in before])
+        changes.append(rows)
+    return np.array(sizes), np.array(changes)
 
 
 def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
