@@ -358,7 +358,7 @@ FUNCTIONS: Final = (
     "jnp.tanh({})", "jnp.sin({})", "lax.erf({})", "jnp.expm1({})", "jnp.arctan({})", "jnp.sinh({})",
     "nn.softplus({})", "jnp.abs({})", "nn.relu({})", "jnp.square({})", "nn.softmax({}, 0)", "nn.softmax({}, 1)",
     "nn.sigmoid({})", "jnp.exp({})", "({} ** 3)", "jnp.round(16 * {}) / 16", "jnp.clip({}, -1, 1)",
-    "jnp.clip({}, -0.1, 0.1)", "jnp.sign({})", "nn.silu({})", "nn.leaky_relu({})", "jnp.cos({})",
+    "jnp.sign({})", "({0} / (1 + jnp.abs({0})))", "nn.silu({})", "nn.leaky_relu({})", "jnp.cos({})",
     "jnp.maximum({}, 0.05)", "jnp.log1p(jnp.abs({}))", "jnp.sqrt(jnp.abs({}))", "nn.gelu({})", "jnp.arcsinh({})",
     "(nn.softplus({}) - 0.6931472)", "jnp.where({0} > 0, {0}, 0.0)", "jnp.where(jnp.abs({0}) > 0.02, {0}, 0.0)",
 )  # fmt: skip
@@ -964,6 +964,8 @@ def sums_of_readouts(g: Writer, v: Var) -> str:
     a, b = g.param("normal(k, n, C) / n ** 0.5"), g.param("normal(k, n, C) / n ** 0.5")
     skip = g.param("normal(k, F, C) / F ** 0.5")
     form = g.pick("{h} @ {a} + jnp.tanh({h}) @ {b}", "{h} @ {a} - {h} ** 2 @ {b}", "({h} @ {a}) * nn.sigmoid({h} @ {b})")
+    if "sigmoid" in form:
+        g.after_fall(b)
     if v.kind == "h" and g.chance(0.4):
         return g.value(f"{v.name} @ {a} + x @ {skip}", "-", 0.0, v.lo, "y").name
     del g.params[skip[3:-2]]
