@@ -196,9 +196,14 @@ class ParamSpec:
 
     @property
     def role(self) -> Role:
-        """`"input"`, `"hidden"`, `"output"` or `"finite"`: which of fan-in and fan-out are infinite."""
+        """`"input"`, `"hidden"`, `"output"` or `"finite"`: which of fan-in and fan-out are infinite.
+
+        A growing number of copies, each with a fan-in that does not grow, is a vector; of copies that each
+        read a growing axis out, every one is a readout.
+        """
         wide_in = any(axis in self.infinite for axis in self.fan_in)
-        wide_out = any(axis in self.infinite for axis in (*self.fan_out, *self.stack))
+        copies = () if wide_in else self.stack
+        wide_out = any(axis in self.infinite for axis in (*self.fan_out, *copies))
         by_width: dict[tuple[bool, bool], Role] = {
             (False, True): "input",
             (True, True): "hidden",

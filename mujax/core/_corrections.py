@@ -26,10 +26,10 @@ class Correction:
     Attributes:
         kind: `"readout"`: the product of an output weight; `"tied_readout"`: the readout use of a tied
             embedding; `"attention"`: a product of two activations brought from 1/sqrt(d) to 1/d;
-            `"scale"`: any other constant of the model that scales with width, held at its base value, and
-            the size that a normalisation removes, restored; `"residual"`: the branch's operand of an
-            addition `x + f(x)`, where depth is parametrized.
-        factor: the constant by which the result (the operand, for `"residual"`) is multiplied.
+            `"scale"`: any other constant of the model that scales with width, held at its base value, the
+            size that a normalisation removes, restored, and noise on a kernel, scaled as the kernel;
+            `"residual"`: the branch's operand of an addition `x + f(x)`, where depth is parametrized.
+        factor: the constant by which the result (the operand, for `"residual"` and noise) is multiplied.
         where: `file:line` in the user's code.
         path: the parameter of the product; None for a value that is not a product with a parameter.
     """
@@ -49,14 +49,14 @@ class Plan:
         multiplier_sites: the products and lookups that the multipliers multiply: name -> places.
         findings: places that cannot be corrected.
         analysis: the uses and products of the call.
-        branches: where residual branches are added, and which operand of the addition each is.
+        operands: which operand of its equation a correction multiplies, where it is not the output.
     """
 
     corrections: Mapping[EqnPath, Sequence[Correction]]
     multiplier_sites: Mapping[str, Sequence[EqnPath]]
     findings: tuple[Finding, ...]
     analysis: Analysis
-    branches: Mapping[EqnPath, int] = dataclasses.field(default_factory=dict)
+    operands: Mapping[tuple[EqnPath, Kind], int] = dataclasses.field(default_factory=dict)
 
     def in_order(self) -> tuple[Correction, ...]:
         """The corrections in the order of the program."""
@@ -115,6 +115,7 @@ def plan_call(
     analysis = analyse(base, program, call.params, state, prescribed)
     found: dict[EqnPath, list[Correction]] = {}
     findings = list(analysis.findings)
+    operands: dict[tuple[EqnPath, Kind], int] = {}
     reached = None
     if share and depth is not None and depth.ratio != 1:
         reached = _known_branches(spec, find_branches(analysis.flow, depth.residual, part=True))
@@ -127,12 +128,13 @@ def plan_call(
                 continue
             kind: Kind = "attention" if fix.attention else "scale"
             found.setdefault(fix.site, []).append(Correction(kind, fix.factor**share, fix.where))
-    branches: dict[EqnPath, int] = {}
+            if fix.operand is not None:
+                operands[fix.site, kind] = fix.operand
     if reached and depth:
         factor = rules.residual_factor(depth.ratio, parametrization)
         for branch in reached.found:
             found.setdefault(branch.site, []).append(Correction("residual", factor, branch.where))
-            branches[branch.site] = branch.operand
+            operands[branch.site, "residual"] = branch.operand
     out: dict[EqnPath, tuple[Correction, ...]] = {}
     for site, corrections in found.items():
         kept = tuple(correction for correction in corrections if correction.kind not in disabled)
@@ -160,7 +162,7 @@ def plan_call(
             )
         if kept:
             out[site] = kept
-    return Plan(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, branches)
+    return Plan(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, operands)
 
 
 def _known_branches(spec: MupSpec, branches: Branches) -> Branches:

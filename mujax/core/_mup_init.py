@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from mujax.core.depth import (
 )
 from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Analysis, Finding, analyse, merged
+from mujax.core.trace import Analysis, Finding, InitialValues, analyse, merged
 from mujax.errors import AuditError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
@@ -178,13 +178,21 @@ def mup_init(
         for path, param in spec.items()
         if ratios[path] != 0
     } | dict.fromkeys(zero_params(zero_init, spec, plan.analysis), 0.0)
-    shifts = init_shifts(spec, values, small.end, inputs, kwargs)
+    coherent = {path for path, uses in analysis.uses.items() if any(use.coherent for use in uses)}
+    shifts = init_shifts(spec, _centred_but(coherent, values), small.end, inputs, kwargs)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
         init_shifts={path: shift for path, shift in shifts.items() if init_scales.get(path) != 0},
         corrections=plan.in_order(),
-        findings=merged((*_unused(roles or {}, spec, analysis), *findings, *plan.findings)),
+        findings=merged(
+            (
+                *_unused(roles or {}, spec, analysis),
+                *findings,
+                *plan.findings,
+                *_scales_in_initialisers(spec, init_scales, plan),
+            )
+        ),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),
@@ -263,7 +271,7 @@ def _refuse_readouts_without_product(
 
 
 def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec, analysis: Analysis) -> None:
-    """Refuses an output of the model that grows as no axis does which a layer reads.
+    """Refuses an output of the model, or logits in it, that grow as no axis does which a layer reads.
 
     Features of a backbone grow with its layers; the number of classes is no width.
     """
@@ -272,7 +280,7 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
         for param in spec.values()
         for axis in (*param.fan_in, *param.stack)
     } | {Fraction(*use.contracted[::-1]) for uses in analysis.uses.values() for use in uses}
-    for path in analysis.output_params:
+    for path in analysis.last_params:
         param = spec[path]
         if param.role != "hidden" or _is_given(path, roles):
             continue
@@ -281,12 +289,36 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
             if size != base and Fraction(size, base) not in widths:
                 raise ShapeMismatchError(
                     where=path,
-                    expected=f"{base} entries along axis {axis} as in the base: it is an output of the model "
-                    "and grows as no axis does that a layer reads, so it is no width",
+                    expected=f"{base} entries along axis {axis} as in the base: it reaches an output of the "
+                    "model or a softmax and grows as no axis does that a layer reads, so it is no width",
                     got=f"{size} entries",
                     remedy="give base and target the same size there, or say that it is a width with "
                     f'roles={{"{path}": "hidden"}}',
                 )
+
+
+def _centred_but(paths: Collection[str], values: Mapping[str, InitialValues]) -> dict[str, InitialValues]:
+    """Initial values with a mean only where it adds up in a product."""
+    return {path: value if path in paths else value._replace(mean=0.0) for path, value in values.items()}
+
+
+def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], plan: Plan) -> list[Finding]:
+    """Reports attention logits without a factor, where 1/sqrt(d) is in the initialiser of query or key."""
+    unscaled = {finding.where for finding in plan.findings if finding.kind == "unscaled sum"}
+    return [
+        Finding(
+            "scale in an initialiser",
+            f"{path}'s own initial values shrink {init_scales[path]:.4g} times more from base to target than "
+            "1/sqrt(fan-in) does, as where the 1/sqrt(d) of attention logits is folded into an initialiser; "
+            "mup.init brings them to 1/sqrt(fan-in), so these logits grow by that factor with width; divide "
+            "the query by d (the size of a head) in the model, and leave d out of the initialiser",
+            product.where,
+        )
+        for product in plan.analysis.products
+        if product.where in unscaled
+        for path in sorted(product.left | product.right)
+        if spec[path].role == "hidden" and init_scales.get(path, 1.0) > 1.001
+    ]
 
 
 def _refuse_layers_alone(spec: MupSpec) -> None:

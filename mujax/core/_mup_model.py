@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
@@ -340,15 +339,17 @@ class MupModel:
 
     def _insertions(self, program: ClosedJaxpr, plan: Plan) -> dict[EqnPath, Insertion]:
         factors: dict[EqnPath, list[Any]] = {}
-        branches: dict[EqnPath, tuple[int, float]] = {}
+        operands: dict[EqnPath, tuple[int, float]] = {}
         for site, corrections in plan.corrections.items():
-            kinds = [(correction.factor, correction.kind == "residual") for correction in corrections]
-            factor = math.prod(factor for factor, residual in kinds if not residual)
-            if factor != 1.0:
-                factors.setdefault(site, []).append(factor)
-            of_branch = math.prod(factor for factor, residual in kinds if residual)
-            if of_branch != 1.0:
-                branches[site] = (plan.branches[site], of_branch)
+            on_output = 1.0
+            for correction in corrections:
+                operand = plan.operands.get((site, correction.kind))
+                if operand is None:
+                    on_output *= correction.factor
+                elif correction.factor != 1.0:
+                    operands[site] = (operand, correction.factor)
+            if on_output != 1.0:
+                factors.setdefault(site, []).append(on_output)
         for name, value in self._multipliers.items():
             for site in plan.multiplier_sites[name]:
                 if block := blocked(program, site):
@@ -363,7 +364,7 @@ class MupModel:
                 factors.setdefault(site, []).append(value)
         return {
             site: Insertion(
-                tuple(factors.get(site, ())), plan.analysis.activations.get(site), branches.get(site)
+                tuple(factors.get(site, ())), plan.analysis.activations.get(site), operands.get(site)
             )
-            for site in dict.fromkeys((*factors, *branches))
+            for site in dict.fromkeys((*factors, *operands))
         }

@@ -12,6 +12,7 @@ import dataclasses
 import fnmatch
 import functools
 import linecache
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -749,7 +750,7 @@ def test_gemma_multiplies_its_embedding_with_the_root_of_the_width() -> None:
 
 
 def test_clips_cosines_are_left_alone() -> None:
-    """Its embeddings have unit norm, go into a product and are outputs, too."""
+    """Its embeddings have unit norm, go into a product and are outputs, too; a fixed size is reported."""
     modeling = pytest.importorskip("transformers.models.clip.modeling_flax_clip")
 
     def build(projection_dim: int, **more: Any) -> nn.Module:
@@ -762,9 +763,11 @@ def test_clips_cosines_are_left_alone() -> None:
     ids, mask, positions = TOKENS
     for projection, readouts in (((6, 18), {}), ((6, 6), {("readout", round(1 / 3, 6)): 2})):
         base, target = build(projection[0], **sizes(8, 2, 16)), build(projection[1], **sizes(24, 6, 48))
-        mup = mujax.mup_init(target, base, ids, *images(), mask, positions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mujax.MujaxWarning)
+            mup = mujax.mup_init(target, base, ids, *images(), mask, positions)
         assert listed(mup) == readouts
-        assert mup.findings == ()
+        assert [finding.kind for finding in mup.findings] == ["normalised readout"] * (2 if readouts else 0)
 
 
 def test_gpt_neos_unscaled_attention_is_reported() -> None:

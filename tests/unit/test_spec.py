@@ -108,7 +108,7 @@ def test_a_param_spec_is_written_in_one_way():
         ((1,), (0,), (), (1,), "output"),
         # A growing batch axis of a product widens the pre-activation.
         ((1,), (), (0,), (0,), "input"),
-        ((1,), (), (0,), (0, 1), "hidden"),
+        ((1,), (), (0,), (0, 1), "output"),
         # A stack that does not grow is nobody's width.
         ((1,), (), (0,), (1,), "output"),
     ],
@@ -306,6 +306,7 @@ def test_paths_of_leaves_do_not_show_boxes():
     assert paths == ["a/kernel", "a/value", "blocks/0", "blocks/1/0"]
 
 
+@pytest.mark.samples
 def test_paths_of_an_nnx_state_are_those_of_its_attributes():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]

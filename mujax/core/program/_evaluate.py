@@ -54,12 +54,12 @@ class Insertion:
     Attributes:
         factors: the constants.
         activation: which operand of the equation is an activation, if it is a product.
-        branch: an operand of an addition, and the factor that multiplies it there and nowhere else.
+        operand: another operand, and the factor that multiplies it there and nowhere else.
     """
 
     factors: tuple[Any, ...]
     activation: int | None = None
-    branch: tuple[int, Any] | None = None
+    operand: tuple[int, Any] | None = None
 
     def times_factors(self, out: Array) -> Array:
         """The output times the constants, in its own dtype."""
@@ -215,8 +215,8 @@ def _changed_operand(
         return None
     if operand is not None:
         return eqn.invars[operand], insertion.factors
-    if insertion.branch is not None:
-        number, factor = insertion.branch
+    if insertion.operand is not None:
+        number, factor = insertion.operand
         return eqn.invars[number], (factor,)
     return None
 

@@ -39,7 +39,7 @@ from mujax.core.trace._align import (
     resized,
     strip_leading,
 )
-from mujax.core.trace._parity import sum_of
+from mujax.core.trace._parity import Parity, sum_of
 from mujax.core.trace._spread import Spread, spread_of_result
 from mujax.core.trace._uses import (
     AxisRole,
@@ -132,6 +132,7 @@ class Interpreter:
         picked: AxisRole = "fan_in",
         contracted: tuple[int, int] = (1, 1),
         decided: bool = True,
+        coherent: bool = True,
     ) -> int:
         """Records a use of the parameter that `view` shows.
 
@@ -144,6 +145,7 @@ class Interpreter:
             picked: role of the axes from which one entry was picked by index.
             contracted: (base, target) size of the contracted axes.
             decided: whether nothing that follows can change its kind.
+            coherent: whether a mean of its entries adds up in the product.
 
         Returns:
             The number of the use, for `decide` and `contract_later`.
@@ -158,6 +160,7 @@ class Interpreter:
                 contracted,
                 pair.place,
                 view.part,
+                coherent,
             ),
             decided,
         )
@@ -205,10 +208,12 @@ class Interpreter:
             if not mine:
                 continue
             touched = True
+            kept = [n for n in range(len(pending.view.axes)) if n not in mine]
+            batch = [n for n in kept if pending.view.parameter_axes([n]) & pending.shared]
             use = Use(
                 pending.view.path,
                 "contraction",
-                tuple(self._axes(pending.view, mine, (), "stack")),
+                tuple(self._axes(pending.view, mine, batch, "stack")),
                 pair.site,
                 value.sizes(mine),
                 pair.place,
@@ -246,12 +251,15 @@ class Interpreter:
                 self.use(pair, view, "opaque")
         self.decide(value)
 
-    def product(self, pair: Pair, contracted: tuple[int, int], left: Value) -> None:
+    def product(self, pair: Pair, contracted: tuple[int, int], left: Value, right: Value) -> None:
         """Records a product of two activations."""
-        self.record.products[pair.site] = Product(pair.site, contracted, left.linear_in, pair.place)
+        self.record.products[pair.site] = Product(
+            pair.site, contracted, left.linear_in, right.linear_in, pair.place
+        )
 
     def logits(self, value: Value) -> None:
         """Records that a value goes into an exponential."""
+        self.record.exponents.update(dict.fromkeys(sorted(value.linear_in)))
         for site in value.products:
             self.record.products[site] = dataclasses.replace(self.record.products[site], logits=True)
 
@@ -355,6 +363,10 @@ class Interpreter:
                 f"{factor:.4g}; compute the two uses from separate products",
             )
 
+    def scale_noise(self, pair: Pair, operand: int, factor: float) -> None:
+        """Records a factor on noise that is added to a kernel, so that it scales as the kernel does."""
+        self.record.noise[pair.site] = Fix(pair.site, factor, False, pair.place, operand)
+
     def find(self, kind: str, site: EqnPath, eqn: JaxprEqn, message: str) -> None:
         """Records something that cannot be corrected."""
         self.record.findings[kind, site] = Finding(kind, message, source_line(eqn))
@@ -439,14 +451,18 @@ class Interpreter:
         else:
             first = len(self.record.uses)
             outs = rule(self, pair, ins) if rule else self.unknown(pair, ins)
-            spread = self._spread(pair, ins) if self.exact else None
             for value in outs:
                 value.origin = pair.site
-                value.spread = None if value.const else spread
                 if value.kind == "param":
                     value.raw = any(v.raw or v.state for v in ins)
                 elif value.kind == "data":
                     value.raw = all(v.kind == "const" or (v.kind == "data" and v.raw) for v in ins)
+            if self.exact or all(value.kind == "data" and value.raw for value in outs):
+                spread = self._spread(pair, ins)
+                for value in outs:
+                    value.spread = None if value.const else spread
+                    if value.spread and value.spread.is_centred and not self.exact:
+                        value.parity = _sign_of_noise(pair, ins)
             self.record.flow.visits[pair.site] = Visit(
                 pair.target,
                 tuple(map(_operand, ins)),
@@ -478,7 +494,7 @@ class Interpreter:
 
     @staticmethod
     def _spread(pair: Pair, ins: Sequence[Value]) -> Spread | None:
-        """How the results of an initialiser's equation are distributed."""
+        """How the results of an equation that draws or moves random numbers are distributed."""
         spreads = [Spread(v.const[1], 0.0) if v.const else v.spread for v in ins]
         return spread_of_result(pair.target, spreads)
 
@@ -660,6 +676,7 @@ class Interpreter:
         out = Value(first.shape, first.base, kind, const, views if kind == "param" else (), scale)
         if kind == "param":
             out.parity = sum_of(value.sign for value in values)
+        out.power = first.power if all(value.power == first.power for value in values) else None
         out.raw = (any if kind == "param" else all)(value.raw or value.kind == "const" for value in values)
         return out
 
@@ -667,12 +684,18 @@ class Interpreter:
         return dataclasses.replace(value, scale=self.require_order_one(pair.place, value))
 
 
+def _sign_of_noise(pair: Pair, ins: Sequence[Value]) -> Parity:
+    """The parity of random numbers of mean zero: of those that they are computed from, or their own."""
+    known = [value.parity for value in ins if value.parity is not None]
+    return sum_of(known) if known else Parity.of(f"noise at {pair.site}")
+
+
 def _operand(value: Value) -> Operand:
     return Operand(value.kind, value.const, value.origin)
 
 
 def _same_facts(a: Value, b: Value) -> bool:
-    if (a.kind, a.const, set(a.views), a.raw) != (b.kind, b.const, set(b.views), b.raw):
+    if (a.kind, a.const, set(a.views), a.raw, a.power) != (b.kind, b.const, set(b.views), b.raw, b.power):
         return False
     if a.scale.total is None or b.scale.total is None:
         return a.scale.total is b.scale.total

@@ -64,6 +64,16 @@ class Parity:
         """The parity of a parameter itself."""
         return cls(frozenset({path}))
 
+    def without(self, path: str) -> Parity:
+        """The parity where one parameter is not symmetric: its sign is no reason for a mean of zero.
+
+        >>> a, b = Parity.of("a"), Parity.of("b")
+        >>> [p.without("a").is_centred for p in (a, a * b, b + a * b, a + b)]
+        [False, True, True, False]
+        """
+        name = frozenset({path})
+        return Parity(self.offset - name, _reduced(vector - name for vector in self.basis))
+
     def __add__(self, other: Parity) -> Parity:
         """The parity of a sum, or of one of the two."""
         return Parity(self.offset, _reduced((*self.basis, *other.basis, self.offset ^ other.offset)))

@@ -1,4 +1,4 @@
-"""The mean of initial values, read off the program that draws them.
+"""The mean of random values, read off the program that draws them.
 
 An initialiser turns random bits into numbers of [1, 2), shifts and scales them, and may apply the inverse
 error function. As long as the distribution stays symmetric about its middle, its mean is known.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from mujax.core.program import IDENTITIES, RESHAPES, JaxprEqn, dtype_of
+from mujax.core.program import IDENTITIES, RESHAPES, JaxprEqn, dtype_of, shape_of
 
 _CLOSE: Final = 1e-5
 
@@ -26,15 +26,22 @@ class Spread(NamedTuple):
         middle: the mean.
         reach: how far entries are from it at most; 0 for a constant, perhaps inf.
         of: `"columns"` of an orthogonal matrix, which may be multiplied by any signs, or `"signs"`.
+        shared: whether entries are repeated: their sum may be coherent though their mean is zero.
     """
 
     middle: float
     reach: float
     of: Literal["columns", "signs"] | None = None
+    shared: bool = False
 
     def scaled(self, factor: float) -> Spread:
         """The distribution of a multiple."""
         return Spread(self.middle * factor, abs(factor) * self.reach if factor else 0.0)
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the entries vary, about a mean of zero."""
+        return self.reach > 0 and self.mean == 0
 
     @property
     def mean(self) -> float:
@@ -53,7 +60,12 @@ def spread_of_result(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread 
         spreads: of its operands.
     """
     rule = _RULES.get(eqn.primitive.name)
-    return None if rule is None else rule(eqn, spreads)
+    out = None if rule is None else rule(eqn, spreads)
+    if out is None:
+        return None
+    repeats = len(set(map(id, eqn.invars))) < len(eqn.invars)
+    shared = out.shared or repeats or any(value is not None and value.shared for value in spreads)
+    return out._replace(shared=shared and out.reach > 0)
 
 
 def _of_known(rule: Callable[..., Spread | None]) -> _Rule:
@@ -114,6 +126,12 @@ def _inverse_erf(reach: float) -> float:
     return math.inf if reach >= 0.99 else float(special.erfinv(reach))
 
 
+def _broadcast(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:
+    (value,) = spreads[:1]
+    sizes = [math.prod(shape_of(atom)) for atom in (eqn.invars[0], eqn.outvars[0])]
+    return value if value is None or sizes[0] == sizes[1] else value._replace(shared=True)
+
+
 def _first(_: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:
     return spreads[0]
 
@@ -136,6 +154,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
         _first,
     ),
     **dict.fromkeys(["concatenate", "stack"], _alike),
+    "broadcast_in_dim": _broadcast,
     "select_n": lambda eqn, spreads: _alike(eqn, spreads[1:]),
     "bitcast_convert_type": _from_bits,
     **dict.fromkeys(

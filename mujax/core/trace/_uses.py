@@ -39,6 +39,8 @@ class Use:
         contracted: (base, target) size of the contracted axes.
         eqn: the target's equation, for its place in the user's code.
         part: whether only a part of the parameter is used: a slice, or one layer of a stack.
+        coherent: whether a mean of its entries adds up in the product: not where signs of another parameter
+            multiply them.
     """
 
     path: str
@@ -48,6 +50,7 @@ class Use:
     contracted: tuple[int, int]
     eqn: JaxprEqn
     part: bool = False
+    coherent: bool = True
 
     @property
     def where(self) -> str:
@@ -63,6 +66,7 @@ class Product:
         site: where the result appears.
         contracted: (base, target) size of the contracted axes.
         left: parameters whose product its first operand is.
+        right: parameters whose product its second operand is.
         eqn: the target's equation.
         logits: whether it goes into an exponential: the logits of a softmax.
     """
@@ -70,6 +74,7 @@ class Product:
     site: EqnPath
     contracted: tuple[int, int]
     left: frozenset[str]
+    right: frozenset[str]
     eqn: JaxprEqn
     logits: bool = False
 
@@ -88,12 +93,14 @@ class Fix:
         factor: that factor.
         attention: whether the value is a product of two activations divided by the root of its length.
         eqn: the target's equation at the site.
+        operand: the operand that the factor belongs to, where it is not the output.
     """
 
     site: EqnPath
     factor: float
     attention: bool
     eqn: JaxprEqn
+    operand: int | None = None
 
     @property
     def where(self) -> str:
@@ -266,12 +273,14 @@ class Record:
         activations: for each product, which of its operands is an activation: the first of two.
         flow: which value of the target is computed from which.
         output_params: the parameters whose product is, up to linear steps, an output of the program.
+        exponents: the parameters whose product is, up to linear steps, what an exponential is taken of.
         places: the equations where a size left 1.
         fixes: what scales with width through the user's own constants.
         disputed: those that are used at two sizes.
         unfixed: values whose size was used as if they had no fix.
         misfits: fixes of an earlier walk that do not bring their value to order one.
         unscaled: products of readouts that must not get a factor.
+        noise: factors on noise that is added to kernels.
         findings: places that cannot be corrected.
     """
 
@@ -284,12 +293,14 @@ class Record:
     activations: dict[EqnPath, int] = dataclasses.field(default_factory=dict)
     flow: Flow = dataclasses.field(default_factory=Flow)
     output_params: dict[str, None] = dataclasses.field(default_factory=dict)
+    exponents: dict[str, None] = dataclasses.field(default_factory=dict)
     places: dict[EqnPath, JaxprEqn] = dataclasses.field(default_factory=dict)
     fixes: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
     disputed: set[EqnPath] = dataclasses.field(default_factory=set)
     unfixed: set[EqnPath] = dataclasses.field(default_factory=set)
     misfits: set[EqnPath] = dataclasses.field(default_factory=set)
     unscaled: set[EqnPath] = dataclasses.field(default_factory=set)
+    noise: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
     findings: dict[tuple[str, EqnPath], Finding] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> Record:
@@ -332,8 +343,9 @@ class Record:
         )
 
     def undisputed_fixes(self) -> list[Fix]:
-        """The fixes whose value is used at one size, one entry per equation."""
-        return [fix for site, fix in self.fixes.items() if site not in self.disputed]
+        """The fixes whose value is used at one size, one entry per equation, and those of noise."""
+        fixes = [fix for site, fix in self.fixes.items() if site not in self.disputed]
+        return [*fixes, *self.noise.values()]
 
     def unforeseen(self, foreseen: Mapping[EqnPath, Fix]) -> dict[EqnPath, Fix]:
         """The fixes of values whose size was used elsewhere in this walk as if they had none.

@@ -89,12 +89,15 @@ class Pending:
         entrywise: whether the value is any entrywise function of the parameter and not linear in it.
         product: whether the value is a function of the parameter's product, whose axes the view shows. The
             use is decided; which of those axes are copies shows where they are a batch of another product.
+        shared: the parameter's axes that the activation it was multiplied with has too. Those that are not
+            summed are a batch of the product.
     """
 
     use: int
     view: View
     entrywise: bool = False
     product: bool = False
+    shared: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -177,6 +180,18 @@ ZERO: Final = Scale(0.0)
 UNKNOWN: Final = Scale(None)
 
 
+class Power(NamedTuple):
+    """A power of a readout's product.
+
+    Attributes:
+        path: the parameter: its product sums over an axis that grows and leaves none that does.
+        exponent: the exponent.
+    """
+
+    path: str
+    exponent: float
+
+
 @dataclasses.dataclass(slots=True)
 class Value:
     """The facts about one value.
@@ -195,9 +210,11 @@ class Value:
         origin: the visit that made it; None for a constant that the program holds.
         raw: for kind `"data"`, whether it is computed from inputs without a width, randomness and stored
             state alone, so that it is no activation; for `"param"`, whether such a value is in it.
-        parity: for kind `"param"`, how its sign follows the parameters'; None where not yet known.
+        parity: how its sign follows the parameters' and, where random numbers of mean zero are in it, theirs;
+            None where not yet known.
         clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
-        spread: in an initialiser, the distribution of the entries; None where it is not known.
+        power: the power of a readout's product that the value is, up to factors and terms that do not grow.
+        spread: of random numbers, the distribution of the entries; None where it is not known.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -215,6 +232,7 @@ class Value:
     raw: bool = False
     parity: Parity | None = None
     clipped: tuple[float, Parity] | None = None
+    power: Power | None = None
     spread: Spread | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
@@ -227,7 +245,7 @@ class Value:
     def sign(self) -> Parity:
         """How its sign follows the parameters'."""
         if self.kind != "param":
-            return INDEPENDENT
+            return self.parity or INDEPENDENT
         return self.parity or product_of(Parity.of(view.path).any for view in self.views)
 
     def sizes(self, axes: Iterable[int]) -> tuple[int, int]:

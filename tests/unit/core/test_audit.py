@@ -298,3 +298,34 @@ def test_findings_at_two_lines_stay_two():
         return _readout(h)
 
     assert [finding.count for finding in audit(body)] == [1, 1]
+
+
+# ---- a scale that stands in an initialiser -----------------------------------------------------------
+
+
+def _attention(query_std: Callable, key_std: Callable, divide: bool) -> Callable:
+    def body(self, w, x):
+        x = nn.relu(nn.Dense(w, name="first")(x))
+        q, k, v = (
+            nn.Dense(w, use_bias=False, kernel_init=nn.initializers.normal(std(w)), name=name)(x)
+            for name, std in (("q", query_std), ("k", key_std), ("v", lambda w: w**-0.5))
+        )
+        logits = q @ k.T
+        return _readout(nn.softmax(logits / w if divide else logits) @ v)
+
+    return body
+
+
+def test_a_scale_in_the_initialiser_of_a_query_is_reported():
+    def folded(w):
+        return 1.0 / w
+
+    def plain(w):
+        return w**-0.5
+
+    for stds, paths in (((folded, plain), ["q"]), ((plain, folded), ["k"]), ((plain, plain), [])):
+        found = [f for f in audit(_attention(*stds, divide=False)) if f.kind == "scale in an initialiser"]
+        assert [f.message.split("'")[0] for f in found] == [f"{path}/kernel" for path in paths]
+        assert all("shrink 1.732 times more" in f.message for f in found)
+    # Where the logits have their scale in the program, nothing is missing.
+    assert audit(_attention(folded, plain, divide=True)) == ()

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -962,3 +962,53 @@ def test_a_multiplier_inside_of_a_function_with_its_own_derivative():
     # What can be reached is multiplied.
     doubled = mup.with_multipliers(input_mult=2.0).apply(params, X)
     assert not np.allclose(doubled, plain)
+
+
+# ---- another number of classes -----------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    width: int
+    classes: int
+    end: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return self.end(nn.Dense(self.classes, name="head")(x))
+
+
+ENDS = {
+    "logits": lambda z: z,
+    "logits beside features": lambda z: (jnp.tanh(z), z.mean()),
+    "probabilities": nn.softmax,
+    "log-probabilities": nn.log_softmax,
+    "sigmoids": nn.sigmoid,
+    "a loss in the model": lambda z: -nn.log_softmax(z)[:, 0].mean(),
+    "a sum of exponentials": lambda z: jax.nn.logsumexp(z, axis=-1),
+}
+
+
+@pytest.mark.filterwarnings("ignore::mujax.MujaxWarning")
+@pytest.mark.parametrize("name", ENDS)
+def test_another_number_of_classes_is_refused(name):
+    def net(width, classes):
+        return Classifier(width, classes, ENDS[name])
+
+    x = jax.ShapeDtypeStruct((2, 5), jnp.float32)
+    with pytest.raises(mujax.ShapeMismatchError, match=r"head/kernel: expected 10 entries along axis 1"):
+        mujax.mup_init(net(64, 100), net(16, 10), x)
+    assert mujax.mup_init(net(64, 10), net(16, 10), x).spec["head/kernel"].role == "output"
+    overruled = mujax.mup_init(net(64, 100), net(16, 10), x, roles={"head/*": "hidden", "head/bias": "input"})
+    assert overruled.spec["head/kernel"].role == "hidden"
+
+
+def test_features_that_grow_are_no_classes():
+    """The outputs of a backbone, and a layer that a softmax normalises, grow as the layers that are read."""
+
+    def net(width):
+        return Classifier(width, 2 * width, nn.softmax)
+
+    x = jax.ShapeDtypeStruct((2, 5), jnp.float32)
+    assert mujax.mup_init(net(64), net(16), x).spec["head/kernel"].role == "hidden"

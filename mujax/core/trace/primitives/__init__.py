@@ -4,4 +4,5 @@ Rules read shapes from the equations and axes from their parameters. A primitive
 outputs plain data and its parameter operands opaque; nothing is guessed.
 """
 
+from mujax.core.trace.primitives._elementwise import ELEMENTWISE as ELEMENTWISE
 from mujax.core.trace.primitives._table import PRIMITIVES as PRIMITIVES

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import EqnPath
+from mujax.core.program import EqnPath, shape_of
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._parity import Parity, product_of, sum_of
 from mujax.core.trace._uses import Pair
@@ -25,6 +26,7 @@ from mujax.core.trace._values import (
 )
 from mujax.core.trace.primitives._fold import fold_constants
 from mujax.core.trace.primitives._moves import broadcast_pending, broadcast_view
+from mujax.core.trace.primitives._readouts import power_of_readout
 
 ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scale]
 """Scale of a result from the operands and the scales that they bring."""
@@ -44,10 +46,16 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
     ]
     alike = common(moving or scales)
     if alike is not None:
+        if weights and not alike.is_one and _is_shifted(interp, pair, ins):
+            _report_unlike_terms(interp, pair, ins, scales)
+            return UNKNOWN
         return interp.scale_at(pair, alike)
     if interp.exact or any(scale.total is None for scale in moving):
         return UNKNOWN
     if all(value.kind != "data" or value.raw for value in ins):
+        kernel = _scale_noise(interp, pair, ins, scales)
+        if kernel is not None:
+            return kernel
         _report_unlike_terms(interp, pair, ins, scales)
         return next((s for v, s in zip(ins, scales, strict=True) if v.kind == "param"), UNKNOWN)
     if _report_expanded_square(interp, pair, ins, scales):
@@ -55,6 +63,40 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
     for value in ins:
         interp.require_order_one(pair.place, value)
     return ONE
+
+
+def _is_shifted(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> bool:
+    """Whether a number that is no epsilon is added to a parameter: `1 + w`."""
+    shift = max((abs(value.const[1]) for value in ins if value.const), default=0.0)
+    return not interp.exact and pair.name in ("add", "sub") and 1e-3 < shift < math.inf
+
+
+def _scale_noise(
+    interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
+) -> Scale | None:
+    """Scales noise of mean zero as the kernel that it is added to; None where the terms are no such thing.
+
+    Both are then sums over the fan-in of independent entries, which keep their proportions.
+    """
+    ((shape, _),) = pair.shapes()
+    kernels = [(v, s) for v, s in zip(ins, scales, strict=True) if v.kind == "param"]
+    kernel = common(scale for _, scale in kernels)
+    if kernel is None or not interp.scales_are_known or any(v.inner for k, _ in kernels for v in k.views):
+        return None
+    # The condition of a choice is none of the terms.
+    first = len(pair.target.invars) - len(ins)
+    noise = [(first + number, value) for number, value in enumerate(ins) if value.kind == "data"]
+    if not all(_is_noise(value) and value.shape == shape for _, value in noise):
+        return None
+    for number, _ in noise:
+        interp.scale_noise(pair, number, kernel.total or 1.0)
+    return kernel
+
+
+def _is_noise(value: Value) -> bool:
+    """Whether the entries are drawn independently, with mean zero and one deviation at every width."""
+    spread = value.spread
+    return spread is not None and spread.is_centred and not spread.shared and value.scale.is_one
 
 
 def _report_unlike_terms(
@@ -67,9 +109,7 @@ def _report_unlike_terms(
     if not interp.scales_are_known or not shown or any(view.inner for view in views):
         return
     terms = ", ".join(
-        f"{scale.total:.4g}"
-        for value, scale in zip(ins, scales, strict=True)
-        if value.kind != "const" and scale.total is not None
+        f"{scale.total:.4g}" for value, scale in zip(ins, scales, strict=True) if scale.total is not None
     )
     interp.find(
         "unlike terms",
@@ -292,8 +332,11 @@ class Elementwise:
                 open_ = linear or _may_be_kernel(view)
                 use = interp.use(pair, view, "lookup" if view.picked else "elementwise", decided=not open_)
                 if open_:
-                    pending.append(Pending(use, broadcast_view(view, value, shape, base), not linear))
+                    placed = broadcast_view(view, value, shape, base)
+                    shared = placed.parameter_axes(_axes_of_data(interp, ins, shape))
+                    pending.append(Pending(use, placed, not linear, shared=shared))
         out = Value(shape, base, kind, scale=scale, pending=tuple(pending))
+        out.power = power_of_readout(interp, pair, ins)
         if self.logits:
             out.products = frozenset[EqnPath]().union(*(value.products for value in ins))
             out.linear_in = frozenset[str]().union(*(value.linear_in for value in ins))
@@ -313,6 +356,37 @@ class Elementwise:
         if kind == "param":
             out.parity, out.clipped = _clipped(pair, ins, scale) or (self.sign(pair, ins), None)
         return out
+
+
+def _axes_of_data(interp: Interpreter, ins: Sequence[Value], shape: Shape) -> frozenset[int]:
+    """The axes of a result along which the activations in it are not repeated."""
+    own: set[int] = set()
+    seen: set[EqnPath | None] = set()
+    left = [(value.origin, value.shape) for value in ins if value.kind == "data"]
+    while left:
+        site, given = left.pop()
+        if given != shape:
+            # An axis of size 1 is repeated.
+            own |= {axis for axis, size in enumerate(given) if size == shape[axis]}
+            continue
+        if site in seen:
+            continue
+        seen.add(site)
+        visit = None if site is None else interp.record.flow.visits.get(site)
+        eqn = None if visit is None else visit.eqn
+        if visit is None or eqn is None or eqn.primitive.name not in {"broadcast_in_dim", *ELEMENTWISE}:
+            return frozenset(range(len(shape)))
+        sizes = [shape_of(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "broadcast_in_dim":
+            axes = eqn.params["broadcast_dimensions"]
+            own |= {axis for axis, size in zip(axes, sizes[0], strict=True) if size == shape[axis]}
+        else:
+            left += [
+                (operand.origin, size)
+                for operand, size in zip(visit.operands, sizes, strict=True)
+                if operand.kind == "data"
+            ]
+    return frozenset(own)
 
 
 def _are_weights(ins: Sequence[Value], shape: Shape, base: Shape) -> bool:

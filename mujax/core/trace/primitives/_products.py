@@ -11,6 +11,7 @@ from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
     Pending,
+    Power,
     Scale,
     Shape,
     Value,
@@ -205,14 +206,15 @@ def _multiply(
         pending: list[Pending] = []
         bent = _bent_kernels(side)
         for view in side.value.views:
-            if view.path in bent:
+            if view.path in bent or _is_gain(view, side):
                 interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))
                 continue
+            coherent = _is_coherent(view, side)
             mixture = mixes and _mixes(view, side.contract)
             use = interp.use(
                 pair, view, kind,
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
-                decided=not mixture,
+                decided=not mixture, coherent=coherent,
             )  # fmt: skip
             if mixture:
                 # Whether these are the kernels of a layer shows when the mixture is contracted in its turn.
@@ -228,7 +230,10 @@ def _multiply(
         if other.value.kind != "const" and kind == "contraction":
             _report_kernel(interp, pair, side)
         return dataclasses.replace(
-            data, linear_in=_kernels(side.value, side.contract), pending=tuple(pending)
+            data,
+            linear_in=_kernels(side.value, side.contract),
+            pending=tuple(pending),
+            power=_read_out(side.value, side.gone, side.contract),
         )
 
     def activation(side: _Side) -> None:
@@ -251,7 +256,7 @@ def _multiply(
             return [dataclasses.replace(data, scale=interp.scale_at(pair, product(scales), *scales))]
         if "const" in kinds or not left.contract:
             return [data]
-        interp.product(pair, contracted, left.value)
+        interp.product(pair, contracted, left.value, right.value)
         return [dataclasses.replace(data, products=frozenset({pair.site}))]
     if kinds != ("param", "param"):
         side, other = (left, right) if kinds[0] == "param" else (right, left)
@@ -282,6 +287,24 @@ def _multiply(
     return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
 
 
+def _is_coherent(view: View, side: _Side) -> bool:
+    """Whether a mean of the parameter's entries adds up: no signs of another parameter multiply them."""
+    return not side.value.sign.without(view.path).is_centred
+
+
+def _is_gain(view: View, side: _Side) -> bool:
+    """Whether a vector scales the entries of a kernel along its fan-in, as `(g[:, None] * kernel)` does.
+
+    What multiplies a kernel and has fewer axes that grow is a gain of it, whichever axes these are.
+    """
+    kernels = [v for v in side.value.views if v.growing > view.growing]
+    return (
+        not view.inner
+        and any(_contracts_width(kernel, side.contract) for kernel in kernels)
+        and not _is_coherent(view, side)
+    )
+
+
 def _may_have_copies(view: View) -> bool:
     """Whether the product of a kernel has an axis of the kernel that does not grow, beside another one."""
     own = [f for axis in view.axes for f in axis if f.axis is not None and f.size > 1]
@@ -290,7 +313,11 @@ def _may_have_copies(view: View) -> bool:
 
 def _bent_kernels(side: _Side) -> list[str]:
     """The parameters of which a growing axis is contracted after a function that bends."""
-    return [view.path for view in side.value.views if view.bent and _contracts_width(view, side.contract)]
+    return [
+        view.path
+        for view in side.value.views
+        if view.bent and _contracts_width(view, side.contract) and not _is_gain(view, side)
+    ]
 
 
 def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
@@ -332,6 +359,16 @@ def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
 
 def _contracts_width(view: View, contract: Sequence[int]) -> bool:
     return not view.reduced and any(f.grows for axis in contract for f in view.axes[axis])
+
+
+def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int]) -> Power | None:
+    """The product of a readout: it contracts an axis that grows and leaves none."""
+    if _leaves_width(value, gone):
+        return None
+    return next(
+        (Power(view.path, 1.0) for view in value.views if _contracts_width(view, contract)),
+        None,
+    )
 
 
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
@@ -452,5 +489,8 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
         for value in ins:
             interp.becomes_data(pair, value)
         if lhs.kind == rhs.kind == "data":
-            interp.product(pair, contracted, lhs)
-    return [dataclasses.replace(data, linear_in=_kernels(rhs, (in_axis, *space)))]
+            interp.product(pair, contracted, lhs, rhs)
+    contract = (in_axis, *space)
+    return [
+        dataclasses.replace(data, linear_in=_kernels(rhs, contract), power=_read_out(rhs, contract, contract))
+    ]

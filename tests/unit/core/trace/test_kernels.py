@@ -67,6 +67,26 @@ def quantised(k):
     return jnp.clip(jnp.round(k / step), -128, 127) * step
 
 
+def in_a_loop(k, h, key):
+    def layer(h, key):
+        return jax.nn.relu(h @ (k + 0.3 * noise(key, k))), None
+
+    return lax.scan(layer, h, jax.random.split(key, 2))[0]
+
+
+NOISY = {
+    "normal": lambda k, h, key, step: h @ (k + 0.3 * noise(key, k)),
+    "uniform about zero": lambda k, h, key, step: h @ (k + jax.random.uniform(key, k.shape, minval=-1)),
+    "cut off": lambda k, h, key, step: h @ (0.1 * jax.random.truncated_normal(key, -2, 2, k.shape) + k),
+    "in place of dropped entries": lambda k, h, key, step: (
+        h @ jnp.where(jax.random.bernoulli(jax.random.fold_in(key, 1), 0.5, k.shape), k, 0.3 * noise(key, k))
+    ),
+    "transposed": lambda k, h, key, step: h @ (k.T + 0.3 * noise(key, k)).T,
+    "read elsewhere too": lambda k, h, key, step: h @ (k + (n := noise(key, k))) + h @ n / k.shape[0] ** 0.5,
+    "in a loop": lambda k, h, key, step: in_a_loop(k, h, key),
+}
+"""Noise that keeps its size at every width, added to a kernel."""
+
 WITH_DATA = {
     "times noise": lambda k, h, key, step: h @ (k * noise(key, k)),
     "dropped connections": lambda k, h, key, step: h @ jnp.where(noise(key, k) > 0, k, 0.0),
@@ -82,6 +102,8 @@ WITH_DATA = {
     "quantised by its largest entry": lambda k, h, key, step: h @ quantised(k),
     "sign times its mean": lambda k, h, key, step: h @ (jnp.sign(k) * jnp.abs(k).mean()),
     "maximum norm": lambda k, h, key, step: h @ (k * jnp.minimum(1.0, 3 / jnp.linalg.norm(k, axis=0))),
+    "noise of mean zero": NOISY["normal"],
+    "noise in a loop": NOISY["in a loop"],
 }
 THROUGH_FUNCTIONS = {
     name: lambda k, h, key, step, f=function: h @ f(k)
@@ -161,9 +183,52 @@ def test_the_product_of_a_kernel_that_is_read_is_of_one_size(cases, name, shape)
     assert growth(cases[name], **shape) == pytest.approx(1.0, abs=0.2)
 
 
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_on_a_kernel_is_scaled_as_the_kernel(name):
+    mup = read(NOISY[name])
+    assert mup.spec["k"].role == "hidden"
+    factors = [correction.factor for correction in mup.corrections if correction.kind == "scale"]
+    assert factors[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["normal", "in place of dropped entries", "in a loop"])
+def test_a_noisy_product_is_of_one_size(name):
+    assert growth(NOISY[name]) == pytest.approx(1.0, abs=0.2)
+
+
+def test_the_larger_of_kernel_and_noise_is_reported():
+    mup = read(lambda k, h, key, step: h @ jnp.maximum(k, noise(key, k)), strict=False)
+    assert [finding.kind for finding in mup.findings] == ["kernel with a mean"]
+
+
+def test_without_its_factor_noise_outgrows_the_kernel():
+    def unscaled(k, h, key, step):
+        return h @ k + h @ (0.3 * noise(key, k))
+
+    assert growth(unscaled) > 1.8
+
+
 REPORTED = {
-    "plus noise": ("unlike terms", lambda k: k, lambda k, key: k + 0.3 * noise(key, k)),
-    "the larger of two": ("unlike terms", lambda k: k, lambda k, key: jnp.maximum(k, noise(key, k))),
+    "plus noise with a mean": (
+        "unlike terms",
+        lambda k: k,
+        lambda k, key: k + 0.3 * jax.random.uniform(key, k.shape),
+    ),
+    "plus noise that inputs share": (
+        "unlike terms",
+        lambda k: k,
+        lambda k, key: k + jax.random.normal(key, (1, k.shape[1])),
+    ),
+    "plus a product of noise": (
+        "unlike terms",
+        lambda k: k,
+        lambda k, key: k + noise(key, k) * noise(jax.random.fold_in(key, 1), k),
+    ),
+    "plus noise of an unknown size": (
+        "unlike terms",
+        lambda k: k,
+        lambda k, key: k + jnp.float32(jax.random.key_data(key)[0]) * noise(key, k),
+    ),
     "softplus": ("kernel through a function", jax.nn.softplus, None),
     "sigmoid": ("kernel through a function", jax.nn.sigmoid, None),
     "exp": ("kernel through a function", jnp.exp, None),
@@ -214,6 +279,79 @@ def test_a_table_that_is_masked_before_its_lookup_is_an_embedding():
 
     param = read(make, shape=lambda w: (5, w)).spec["k"]
     assert (param.role, param.fan_in, param.fan_out) == ("input", (0,), (1,))
+
+
+GAINS = {
+    "of its inputs": lambda k, g, h: h @ (g[:, None] * k),
+    "of its outputs": lambda k, g, h: h @ (k * g),
+    "about one": lambda k, g, h: h @ (k * (1 + g)[:, None]),
+    "through a function": lambda k, g, h: h @ (jnp.exp(g)[:, None] * k),
+    "after a norm": lambda k, g, h: h @ (k / jnp.linalg.norm(k, axis=0) * g[:, None]),
+    "of its inputs, laid out again": lambda k, g, h: h @ (k.T * g).T,
+}
+
+
+def with_gain(make: Callable, shape: Callable, start: float):
+    """A hidden layer of a kernel and a parameter `g` that multiplies it."""
+
+    def build(width):
+        def init(key, x):
+            first, kernel = jax.random.split(key)
+            return {
+                "first": jax.random.normal(first, (7, width)),
+                "k": jax.random.normal(kernel, (width, width)) / width**0.5,
+                "g": jnp.full(shape(width), start),
+            }
+
+        def apply(params, x):
+            return make(params["k"], params["g"], jax.nn.relu(x @ params["first"]))
+
+        return mujax.Functional(init, apply)
+
+    return build
+
+
+def growth_of_gain(make: Callable, shape: Callable, start: float, **options) -> float:
+    """Size of the product at a width of 1024 over that at 128."""
+    build, x, sizes = with_gain(make, shape, start), jax.random.normal(jax.random.key(1), (8, 7)), []
+    for width in (128, 1024):
+        mup = mujax.mup_init(build(width), build(BASE), x, **options)
+        outs = [mup.apply(mup.init(jax.random.key(seed), x), x) for seed in range(2)]
+        sizes.append(float(jnp.sqrt(jnp.mean(jnp.square(jnp.stack(outs))))))
+    return sizes[1] / sizes[0]
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_a_vector_that_multiplies_a_kernel_is_a_gain(name):
+    build = with_gain(GAINS[name], lambda w: (w,), 1.0)
+    spec = mujax.mup_init(build(64), build(BASE), X, strict=True).spec
+    assert (spec["g"].role, spec["k"].role, spec["k"].fan_in) == ("input", "hidden", (0,))
+
+
+def test_a_vector_that_is_added_to_a_kernel_is_no_gain():
+    """It is a readout of its own: the sum over the fan-in is coherent."""
+    build = with_gain(lambda k, g, h: h @ (k + g[:, None]), lambda w: (w,), 0.0)
+    with pytest.raises(mujax.RoleError, match="one factor for their common product"):
+        mujax.mup_init(build(64), build(BASE), X)
+
+
+def test_the_mean_of_a_kernel_that_signs_multiply_does_not_add_up():
+    def square(w):
+        return (w, w)
+
+    assert growth_of_gain(lambda k, g, h: h @ (g * k), square, 1.0) == pytest.approx(1.0, abs=0.15)
+    # The twin: by itself it does.
+    build = with_gain(lambda k, g, h: h @ g + h @ k, square, 1.0)
+    mup = mujax.mup_init(build(64), build(BASE), X)
+    assert "g" in mup.init_shifts
+
+
+def test_a_number_added_to_a_kernel_that_shrinks_is_reported():
+    build = with_gain(lambda k, g, h: h @ ((1 + g) * k), lambda w: (w, w), 0.0)
+    with pytest.warns(mujax.MujaxWarning, match="g is combined with something that scales differently"):
+        mup = mujax.mup_init(build(64), build(BASE), X)
+    assert [finding.kind for finding in mup.findings] == ["unlike terms"]
+    assert mup.corrections == ()
 
 
 # ---- sums of squares -------------------------------------------------------------------------------------

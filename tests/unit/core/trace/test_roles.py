@@ -106,3 +106,67 @@ def test_transposing_a_kernel_transposes_its_roles_and_nothing_else():
             assert plain.spec[path] == turned.spec[path]
         assert plain.init_scales.get(path) == turned.init_scales.get(path)
     assert [c.factor for c in plain.corrections] == [c.factor for c in turned.corrections]
+
+
+# ---- axes that a product is a batch over ---------------------------------------------------------------
+
+
+def _scores(form: str):
+    """Graph attention's logits: one vector per head, over nodes of so many heads."""
+    return {
+        "einsum": lambda x, att: jnp.einsum("nhc,hc->nh", x, att),
+        "multiplied and summed": lambda x, att: (x * att).sum(-1),
+        "after a nonlinearity": lambda x, att: (jax.nn.relu(x) * att).sum(-1),
+        "the vector first": lambda x, att: (att[None] * x).sum(2),
+        "pairs of nodes": lambda x, att: (jax.nn.relu(x[:, None] + x[None]) * att).sum(-1).sum(1),
+    }[form]
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize(
+    "form", ["einsum", "multiplied and summed", "after a nonlinearity", "the vector first", "pairs of nodes"]
+)
+def test_a_vector_for_each_head_reads_out(form, heads):
+    """The heads are copies, however the sum is written and however many there are."""
+
+    def model(heads, size):
+        def init(key, x):
+            wide = heads * size
+            return {
+                "in": jax.random.normal(key, (6, wide)),
+                "att": jax.random.normal(key, (heads, size)),
+                "out": jax.random.normal(key, (wide, 3)) / wide**0.5,
+            }
+
+        def apply(params, x):
+            x = (x @ params["in"]).reshape(-1, heads, size)
+            weights = jax.nn.softmax(_scores(form)(x, params["att"]), 0)
+            return (x * weights[..., None]).reshape(-1, heads * size) @ params["out"]
+
+        return mujax.Functional(init, apply)
+
+    mup = mujax.mup_init(model(heads, 24), model(2, 8), jax.ShapeDtypeStruct((5, 6), jnp.float32))
+    att = mup.spec["att"]
+    assert (att.role, att.fan_in, att.fan_out, att.stack) == ("output", (1,), (), (0,))
+    assert [c.factor for c in mup.corrections if c.path == "att"] == pytest.approx([1 / 3])
+
+
+def test_the_axis_that_an_activation_is_repeated_along_is_fan_out():
+    """The twin: a kernel that is multiplied and summed."""
+
+    def model(width):
+        def init(key, x):
+            return {
+                "in": jax.random.normal(key, (6, width)),
+                "k": jax.random.normal(key, (width, width)) / width**0.5,
+                "out": jax.random.normal(key, (width, 3)) / width**0.5,
+            }
+
+        def apply(params, x):
+            x = jax.nn.relu(x @ params["in"])
+            return jax.nn.relu((x[:, :, None] * params["k"]).sum(1)) @ params["out"]
+
+        return mujax.Functional(init, apply)
+
+    mup = mujax.mup_init(model(64), model(16), jax.ShapeDtypeStruct((5, 6), jnp.float32))
+    assert (mup.spec["k"].role, mup.spec["k"].fan_in, mup.spec["k"].fan_out) == ("hidden", (0,), (1,))

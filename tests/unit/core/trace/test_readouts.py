@@ -1,0 +1,121 @@
+"""A readout whose product is divided by its own norm is reported: its first step grows with width."""
+
+import warnings
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import linen as nn
+
+import mujax
+
+BASE = 32
+X = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+
+
+class Net(nn.Module):
+    """Two layers, and what `end` makes of their features."""
+
+    width: int
+    end: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return self.end(self, x)
+
+
+def small(x, features=6, **options):
+    return nn.Dense(features, name="small", **options)(x)
+
+
+def mean_square_norm(z):
+    return z * jax.lax.rsqrt(jnp.mean(z**2, -1, keepdims=True) + 1e-6)
+
+
+def two_norms(self, x):
+    z, y = small(x), nn.Dense(6, name="other")(x)
+    return nn.LayerNorm()(z) @ nn.LayerNorm()(y).T
+
+
+NORMED = {
+    "layer norm": lambda self, x: nn.LayerNorm()(small(x)),
+    "after a gain": lambda self, x: nn.LayerNorm()(2.0 * small(x, use_bias=False)),
+    "root mean square": lambda self, x: mean_square_norm(small(x)),
+    "unit vectors": lambda self, x: (z := small(x)) / jnp.linalg.norm(z, axis=-1, keepdims=True),
+    "no smaller than": lambda self, x: (
+        (z := small(x)) / jnp.maximum(jnp.sqrt((z * z).sum(-1, keepdims=True)), 1e-6)
+    ),
+    "batch statistics": lambda self, x: ((z := small(x)) - z.mean(0)) / jnp.sqrt(z.var(0) + 1e-5),
+    "groups": lambda self, x: nn.GroupNorm(2)(small(x)),
+    "largest entry": lambda self, x: (z := small(x)) / (1e-6 + jnp.abs(z).max(-1, keepdims=True)),
+    "heads": lambda self, x: nn.LayerNorm()(small(x, 8).reshape(-1, 2, 4)),
+    "in a checkpoint": lambda self, x: nn.remat(nn.LayerNorm)()(small(x)),
+}
+NOT_NORMED = {
+    "a readout": lambda self, x: small(x),
+    "a norm in front": lambda self, x: small(nn.LayerNorm()(x)),
+    "features that grow": lambda self, x: nn.LayerNorm()(nn.Dense(self.width, name="small")(x)),
+    "added to a stream of fixed size": lambda self, x: nn.LayerNorm()(
+        jnp.ones(6) + jnp.sin(x[:, :6]) + small(x)
+    ),
+    "a bounded function": lambda self, x: jnp.tanh(small(x)),
+    "a square": lambda self, x: small(x) ** 2,
+    "divided by another's norm": lambda self, x: small(x) / (1 + jnp.linalg.norm(x[:, :3], axis=-1)[:, None]),
+    "divided by a stored size": lambda self, x: small(x) / self.variable("s", "s", jnp.ones, ()).value,
+}
+
+
+def findings(end: Callable) -> list[mujax.Finding]:
+    found = mujax.audit(Net(64, end), Net(BASE, end), X)
+    return [finding for finding in found if finding.kind == "normalised readout"]
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_a_readout_that_its_norm_divides_is_reported(name):
+    (finding,) = findings(NORMED[name])
+    assert finding.message.startswith("the product of small/kernel,")
+    assert finding.where.startswith("tests/unit/core/trace/test_readouts.py:")
+
+
+def test_each_readout_is_named():
+    assert [finding.message.split(",")[0].split()[-1] for finding in findings(two_norms)] == [
+        "small/kernel",
+        "other/kernel",
+    ]
+
+
+@pytest.mark.parametrize("name", NOT_NORMED)
+def test_others_are_not(name):
+    assert findings(NOT_NORMED[name]) == []
+
+
+def growth_of_first_step(end: Callable) -> float:
+    """Change of the output by one step of Adam, at a width of 1024 over that at 64."""
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    goal = jax.random.normal(jax.random.key(2), (16, 6))
+    changes = []
+    for width in (64, 1024):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mup = mujax.mup_init(Net(width, end), Net(BASE, end), X)
+        tx = mujax.mup_adam(2**-9, mup.spec)
+
+        @jax.jit
+        def change(key, mup=mup, tx=tx):
+            variables = mup.init(key, x)
+            grads = jax.grad(lambda v: jnp.mean((mup.apply(v, x) - goal) ** 2))(variables)
+            updates, _ = tx.update(grads["params"], tx.init(variables["params"]))
+            stepped = {"params": optax.apply_updates(variables["params"], updates)}
+            return jnp.abs(mup.apply(stepped, x) - mup.apply(variables, x)).mean()
+
+        changes.append(float(jnp.mean(jnp.stack([change(jax.random.key(s)) for s in range(3)]))))
+    return changes[1] / changes[0]
+
+
+def test_what_is_reported_grows_with_width_and_a_readout_does_not():
+    assert growth_of_first_step(NORMED["root mean square"]) > 1.8
+    assert growth_of_first_step(NOT_NORMED["a readout"]) < 1.2
