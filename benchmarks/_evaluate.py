@@ -1,12 +1,11 @@
-"""Evaluates jaxprs with NumPy: for one run of a small program, XLA takes longer to compile than NumPy to run it.
+"""Evaluates jaxprs with NumPy: a small program is run in less time than XLA takes to compile it.
 
-Random bits come from NumPy's generators, seeded by the keys, which are integers here. What is not in the table is
-handed to JAX, operation by operation.
+Random bits come from NumPy's generators, seeded by the keys, which are integers here. Operations that are
+not in the table are run by JAX, one by one.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -17,11 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special as special
 
-CALLS: Final = {
-    "jit": "jaxpr", "pjit": "jaxpr", "checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr",
-    "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}  # fmt: skip
+from mujax.core.program import Call, Cond, Scan, While, checkpoint_label, control
 
 
 def _hash(*parts: Any) -> int:
@@ -41,15 +36,15 @@ def _key_of(a: Any) -> np.ndarray:
     """A key of JAX's as one of ours."""
     if isinstance(a, np.ndarray) and a.dtype == object:
         return a
-    data = np.asarray(jax.random.key_data(a))
-    return _keys([_hash(row.tolist()) for row in data.reshape(-1, data.shape[-1])], data.shape[:-1])
+    return _wrap({}, np.asarray(jax.random.key_data(a)))
 
 
 def _bits(p: dict[str, Any], keys: Any) -> np.ndarray:
     keys = _key_of(keys)
     dtype = np.dtype(f"uint{p['bit_width']}")
     out = [
-        np.random.default_rng(k).integers(0, np.iinfo(dtype).max, p["shape"], dtype, endpoint=True) for k in keys.flat
+        np.random.default_rng(k).integers(0, np.iinfo(dtype).max, p["shape"], dtype, endpoint=True)
+        for k in keys.flat
     ]
     return np.stack(out).reshape(keys.shape + tuple(p["shape"]))
 
@@ -61,7 +56,19 @@ def _fold(p: dict[str, Any], keys: Any, data: Any) -> np.ndarray:
 
 def _split(p: dict[str, Any], keys: Any) -> np.ndarray:
     keys, shape = _key_of(keys), tuple(p["shape"])
-    return _keys([_hash(k, "split", i) for k in keys.flat for i in range(math.prod(shape))], keys.shape + shape)
+    return _keys(
+        [_hash(k, "split", i) for k in keys.flat for i in range(math.prod(shape))], keys.shape + shape
+    )
+
+
+def _wrap(p: dict[str, Any], a: np.ndarray) -> np.ndarray:
+    return _keys([_hash(row.tolist()) for row in a.reshape(-1, a.shape[-1])], a.shape[:-1])
+
+
+def _unwrap(p: dict[str, Any], keys: Any) -> np.ndarray:
+    keys = _key_of(keys)
+    rows = [[k >> 32, k & 0xFFFFFFFF] for k in keys.flat]
+    return np.array(rows, np.uint32).reshape(*keys.shape, 2)
 
 
 def _dot(p: dict[str, Any], a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -103,7 +110,9 @@ def _update(p: dict[str, Any], a: np.ndarray, b: np.ndarray, *at: Any) -> np.nda
 
 def _pad(p: dict[str, Any], a: np.ndarray, fill: np.ndarray) -> np.ndarray:
     config = p["padding_config"]
-    shape = [lo + hi + n + max(n - 1, 0) * inside for n, (lo, hi, inside) in zip(a.shape, config, strict=True)]
+    shape = [
+        lo + hi + n + max(n - 1, 0) * inside for n, (lo, hi, inside) in zip(a.shape, config, strict=True)
+    ]
     out = np.full([max(n, 0) for n in shape], fill, a.dtype)
     into, of = [], []
     for n, size, (lo, _, inside) in zip(a.shape, out.shape, config, strict=True):
@@ -163,16 +172,30 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.trunc(a / b).astype(a.dtype) if np.issubdtype(a.dtype, np.integer) else a / b
 
 
+def _round(p: dict[str, Any], a: np.ndarray) -> np.ndarray:
+    return np.round(a) if int(p["rounding_method"]) else np.sign(a) * np.floor(np.abs(a) + 0.5)
+
+
+def _real(dtype: Any, a: np.ndarray) -> np.ndarray:
+    """The real part, where complex numbers become real ones."""
+    return a.real if np.iscomplexobj(a) and not jnp.issubdtype(dtype, jnp.complexfloating) else a
+
+
 TABLE: Final[dict[str, Callable[..., Any]]] = {
     **{
         name: _plain(function)
         for name, function in {
-            "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide, "neg": np.negative,
-            "max": np.maximum, "min": np.minimum, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log1p": np.log1p,
-            "expm1": np.expm1, "tanh": np.tanh, "logistic": special.expit, "erf": special.erf, "erf_inv": special.erfinv,
-            "erfc": special.erfc, "sin": np.sin, "cos": np.cos, "tan": np.tan, "sinh": np.sinh, "cosh": np.cosh,
+            "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide,
+            "neg": np.negative,
+            "max": np.maximum, "min": np.minimum, "exp": np.exp, "exp2": np.exp2, "log": np.log,
+            "log1p": np.log1p,
+            "expm1": np.expm1, "tanh": np.tanh, "logistic": special.expit, "erf": special.erf,
+            "erf_inv": special.erfinv,
+            "erfc": special.erfc, "sin": np.sin, "cos": np.cos, "tan": np.tan, "sinh": np.sinh,
+            "cosh": np.cosh,
             "atan": np.arctan, "asinh": np.arcsinh, "atan2": np.arctan2, "sqrt": np.sqrt, "cbrt": np.cbrt,
-            "rsqrt": lambda a: 1 / np.sqrt(a), "abs": np.abs, "sign": np.sign, "floor": np.floor, "ceil": np.ceil,
+            "rsqrt": lambda a: 1 / np.sqrt(a), "abs": np.abs, "sign": np.sign, "floor": np.floor,
+            "ceil": np.ceil,
             "square": np.square, "pow": np.power, "rem": np.fmod, "nextafter": np.nextafter,
             "is_finite": np.isfinite, "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
             "gt": np.greater, "ge": np.greater_equal,
@@ -186,9 +209,9 @@ TABLE: Final[dict[str, Callable[..., Any]]] = {
         }.items()
     },
     "conj": lambda p, a: np.conj(a).astype(np.complex64),
-    "round": lambda p, a: np.round(a) if int(p["rounding_method"]) else np.sign(a) * np.floor(np.abs(a) + 0.5),
+    "round": _round,
     "integer_pow": _integer_pow,
-    "convert_element_type": lambda p, a: a.astype(p["new_dtype"]),
+    "convert_element_type": lambda p, a: _real(p["new_dtype"], a).astype(p["new_dtype"]),
     "reduce_precision": lambda p, a: a,
     "bitcast_convert_type": lambda p, a: np.ascontiguousarray(a).view(p["new_dtype"]),
     "reshape": lambda p, a, *_: a.reshape(p["new_sizes"]),
@@ -220,6 +243,8 @@ TABLE: Final[dict[str, Callable[..., Any]]] = {
     "random_fold_in": _fold,
     "random_split": _split,
     "random_clone": lambda p, k: _key_of(k),
+    "random_wrap": _wrap,
+    "random_unwrap": _unwrap,
 }  # fmt: skip
 
 
@@ -235,35 +260,43 @@ def _fallback(eqn: Any, values: Sequence[Any]) -> list[Any]:
 
 
 class Evaluator:
-    """Evaluates one program, many times; what its changing inputs do not affect, once.
+    """Evaluates one program, many times; what does not depend on its inputs, once.
 
     Args:
         program: a closed jaxpr.
-        fixed: values of the inputs that stay the same, by position.
     """
 
-    def __init__(self, program: Any, fixed: dict[int, Any] | None = None) -> None:
+    def __init__(self, program: Any) -> None:
         self._program = program
         self._known: dict[tuple[Any, ...], list[Any]] = {}
-        self._fixed = fixed or {}
 
-    def __call__(self, args: Sequence[Any], taps: dict[str, Any] | None = None) -> list[Any]:
-        """The outputs; fills `taps` with the values of `checkpoint_name`s."""
+    def __call__(self, args: Sequence[Any], taps: dict[str, list[Any]] | None = None) -> list[Any]:
+        """The outputs.
+
+        Args:
+            args: the inputs.
+            taps: filled with the values of each `checkpoint_name`, one for each time that it runs.
+        """
+        taps = {} if taps is None else taps
+        closed = self._program
         with np.errstate(all="ignore"):
-            flags = [number in self._fixed for number in range(len(args))]
-            outs, _ = self._run(
-                self._program.jaxpr, self._program.consts, list(map(_array, args)), flags, {} if taps is None else taps, ()
-            )
-        return outs
+            return self._run(
+                closed.jaxpr, closed.consts, list(map(_array, args)), [False] * len(args), taps, ()
+            )[0]
 
     def _run(
-        self, jaxpr: Any, consts: Any, args: Sequence[Any], flags: Sequence[bool], taps: dict[str, Any], path: tuple
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        args: Sequence[Any],
+        flags: Sequence[bool],
+        taps: dict[str, list[Any]],
+        path: tuple[Any, ...],
     ) -> tuple[list[Any], list[bool]]:
-        env: dict[Any, Any] = {}
-        still: set[Any] = set(jaxpr.constvars)
-        env.update(zip(jaxpr.constvars, map(_array, consts), strict=True))
+        """The outputs, and which of them depend on no input of the program; `flags` says so of `args`."""
+        env = dict(zip(jaxpr.constvars, map(_array, consts), strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        still.update(var for var, flag in zip(jaxpr.invars, flags, strict=True) if flag)
+        still = {*jaxpr.constvars, *(var for var, flag in zip(jaxpr.invars, flags, strict=True) if flag)}
 
         def read(atom: Any) -> tuple[Any, bool]:
             return (_array(atom.val), True) if hasattr(atom, "val") else (env[atom], atom in still)
@@ -271,60 +304,67 @@ class Evaluator:
         for number, eqn in enumerate(jaxpr.eqns):
             pairs = [read(atom) for atom in eqn.invars]
             values, fixed = [a for a, _ in pairs], [b for _, b in pairs]
-            here = (*path, number)
-            if all(fixed) and here in self._known:
-                outs, kept = self._known[here], [True] * len(eqn.outvars)
-            else:
-                outs, kept = self._eqn(eqn, values, fixed, taps, here)
-                if all(fixed):
-                    self._known[here] = outs
+            outs, kept = self._eqn(eqn, values, fixed, taps, (*path, number))
             env.update(zip(eqn.outvars, outs, strict=True))
             still.update(var for var, flag in zip(eqn.outvars, kept, strict=True) if flag)
         out = [read(atom) for atom in jaxpr.outvars]
         return [a for a, _ in out], [b for _, b in out]
 
     def _eqn(
-        self, eqn: Any, values: list[Any], fixed: list[bool], taps: dict[str, Any], here: tuple
+        self,
+        eqn: Any,
+        values: list[Any],
+        fixed: list[bool],
+        taps: dict[str, list[Any]],
+        here: tuple[Any, ...],
     ) -> tuple[list[Any], list[bool]]:
-        name, p = eqn.primitive.name, eqn.params
+        def inner(
+            program: Any, args: Sequence[Any], flags: Sequence[bool], *where: Any
+        ) -> tuple[list[Any], list[bool]]:
+            return self._run(program.jaxpr, program.consts, args, flags, taps, (*here, *where))
 
-        def inner(program: Any, args: Sequence[Any], flags: Sequence[bool], *where: Any) -> tuple[list[Any], list[bool]]:
-            return self._run(
-                getattr(program, "jaxpr", program), getattr(program, "consts", ()), args, flags, taps, (*here, *where)
-            )
-
-        if name == "name":
-            taps[str(p["name"])[4:]] = values[0]
+        label = checkpoint_label(eqn)
+        if label is not None:
+            taps.setdefault(label, []).append(values[0])
             return values, fixed
-        if name in CALLS and CALLS[name] in p:
-            return inner(p[CALLS[name]], values, fixed)
-        if name == "scan" and "num_carry" in p:
-            a, b = p["num_consts"], p["num_consts"] + p["num_carry"]
-            carry, order = values[a:b], range(p["length"])
-            stacked: dict[int, Any] = {}
-            for i in reversed(order) if p["reverse"] else order:
-                flags = [*fixed[:a], *[False] * (b - a), *fixed[b:]]
-                outs, _ = inner(p["jaxpr"], [*values[:a], *carry, *(row[i] for row in values[b:])], flags, i)
-                carry, stacked[i] = outs[: b - a], outs[b - a :]
-            outs = [*carry, *(np.stack(column) for column in zip(*(stacked[i] for i in order), strict=True))]
-            return outs, [all(fixed)] * len(outs)
-        if name == "cond":
-            branch = p["branches"][min(max(int(values[0]), 0), len(p["branches"]) - 1)]
-            return inner(branch, values[1:], fixed[1:])
-        if name == "while" and "cond_nconsts" in p:
-            a, b = p["cond_nconsts"], p["body_nconsts"]
-            tests, consts, carry = values[:a], values[a : a + b], values[a + b :]
-            while inner(p["cond_jaxpr"], [*tests, *carry], [False] * (a + len(carry)), "c")[0][0]:
-                carry, _ = inner(p["body_jaxpr"], [*consts, *carry], [False] * (b + len(carry)), "b")
-            return carry, [all(fixed)] * len(carry)
-        rule = TABLE.get(name)
+        match control(eqn):
+            case Call(program=program):
+                return inner(program, values, fixed)
+            case Scan(consts=a, carry=count) as scan:
+                b = a + count
+                carry, order = values[a:b], range(scan.length)
+                flags = [*fixed[:a], *[False] * count, *fixed[b:]]
+                stacked: dict[int, list[Any]] = {}
+                for i in reversed(order) if scan.reverse else order:
+                    rows = [whole[i] for whole in values[b:]]
+                    outs, _ = inner(scan.body, [*values[:a], *carry, *rows], flags, i)
+                    carry, stacked[i] = outs[:count], outs[count:]
+                columns = zip(*(stacked[i] for i in order), strict=True)
+                outs = [*carry, *(np.stack(column) for column in columns)]
+                return outs, [False] * len(outs)
+            case While(cond_consts=a, body_consts=b) as loop:
+                tests, consts, carry = values[:a], values[a : a + b], values[a + b :]
+                while inner(loop.cond, [*tests, *carry], [False] * (a + len(carry)), "c")[0][0]:
+                    carry, _ = inner(loop.body, [*consts, *carry], [False] * (b + len(carry)), "b")
+                return carry, [False] * len(carry)
+            case Cond(branches=branches):
+                chosen = min(max(int(values[0]), 0), len(branches) - 1)
+                outs, kept = inner(branches[chosen], values[1:], fixed[1:], chosen)
+                return outs, [fixed[0] and one for one in kept]
+        if not all(fixed):
+            return self._simple(eqn, values), [False] * len(eqn.outvars)
+        if here not in self._known:
+            self._known[here] = self._simple(eqn, values)
+        return self._known[here], [True] * len(eqn.outvars)
+
+    def _simple(self, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """An equation without programs in it."""
+        rule = TABLE.get(eqn.primitive.name)
         if rule is None:
-            outs = _fallback(eqn, values)
-        else:
-            outs = rule(p, *values)
-            outs = outs if isinstance(outs, list) else [outs]
-            outs = [
-                out if out.dtype in (object, var.aval.dtype) else out.astype(var.aval.dtype)
-                for out, var in zip(map(np.asarray, outs), eqn.outvars, strict=True)
-            ]
-        return outs, [all(fixed)] * len(outs)
+            return _fallback(eqn, values)
+        outs = rule(eqn.params, *values)
+        outs = outs if isinstance(outs, list) else [outs]
+        return [
+            out if out.dtype in (object, var.aval.dtype) else out.astype(var.aval.dtype)
+            for out, var in zip(map(np.asarray, outs), eqn.outvars, strict=True)
+        ]

@@ -1,8 +1,8 @@
 """Random programs for `soundness.py`: networks as Python source, of parameters, data, noise and constants.
 
 A program is a list of steps. A step turns one activation into another and writes a few lines of source, in
-which `tap("h3", ...)` marks the values whose sizes are to be measured. `generate(seed, number)` always returns the
-same program. All randomness comes from Python's `random`, so that it does not depend on JAX.
+which `tap("h3", ...)` marks the values whose sizes are to be measured. `generate(seed, number)` always
+returns the same program: all randomness comes from Python's `random`, not from JAX.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import random
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 import jax
@@ -29,7 +29,7 @@ PREFIX: Final = "/soundness/"
 
 
 def inputs() -> tuple[Any, ...]:
-    """The inputs of every program: features, tokens, images, a key, a number, and a stack of small matrices."""
+    """The inputs of every program: features, tokens, images, a key and a number."""
     rng = np.random.default_rng(0)
     return (
         jnp.asarray(rng.normal(size=(BATCH, FEATURES)), jnp.float32),
@@ -88,10 +88,10 @@ class Program:
         body: the lines of the function.
         taps: the values to measure.
         steps: the line on which each step begins, and its name.
-        parts: the steps that can be left out: their first and last line in `body`, from 0, the activation that
-            they take and the one that they make.
-        slower: parameters whose changes may fall by a further power of the width in the first step, since what
-            multiplies them does.
+        parts: the steps that can be left out: their first and last line in `body`, from 0, the activation
+            that they take and the one that they make.
+        slower: parameters whose changes may fall by a further power of the width in the first step, since
+            their gradient's other factor does.
     """
 
     name: str
@@ -139,7 +139,9 @@ class Program:
             body,
             tuple(
                 dataclasses.replace(
-                    tap, line=moved(tap.line - 2) + 2, params=tuple(name for name in tap.params if name in params)
+                    tap,
+                    line=moved(tap.line - 2) + 2,
+                    params=tuple(name for name in tap.params if name in params),
                 )
                 for tap in self.taps
                 if not first <= tap.line - 2 < last
@@ -258,7 +260,15 @@ class Writer:
         return Var(name, kind, lo)
 
     def program(self, name: str) -> Program:
-        return Program(name, self.params, tuple(self.body), tuple(self.taps), tuple(self.steps), tuple(self.parts), self.slower)
+        return Program(
+            name,
+            self.params,
+            tuple(self.body),
+            tuple(self.taps),
+            tuple(self.steps),
+            tuple(self.parts),
+            self.slower,
+        )
 
 
 Step = Callable[[Writer, Var], Var]
@@ -295,7 +305,8 @@ def end(weight: float = 1.0) -> Callable[[Any], Any]:
 ACTIVATIONS: Final = (
     "nn.relu({})", "nn.gelu({})", "jnp.tanh({})", "nn.silu({})", "nn.softplus({})", "nn.leaky_relu({})",
     "nn.elu({})", "jnp.sin({})", "nn.sigmoid({})", "nn.hard_tanh({})", "3 * jnp.tanh({} / 3)", "jnp.abs({})",
-    "lax.erf({})", "nn.relu({}) ** 2", "jnp.where({0} > 0, {0}, 0.1 * {0})", "jnp.maximum({}, 0)", "nn.relu6({})",
+    "lax.erf({})", "nn.relu({}) ** 2", "jnp.where({0} > 0, {0}, 0.1 * {0})", "jnp.maximum({}, 0)",
+    "nn.relu6({})",
     "jnp.clip({}, -1, 1)", "nn.celu({})", "jnp.square(nn.relu({}))", "nn.log_sigmoid({})", "jnp.arctan({})",
 )  # fmt: skip
 
@@ -331,7 +342,11 @@ def stored(g: Writer, rows: str, cols: str) -> str:
         a, b = g.dense(rows, "3", fan_in=rows), g.after_fall(g.dense("3", cols, fan_in="3"))
         return f"({a} @ {b})"
     if way == 8:
-        w, a, b = g.dense(rows, cols), g.dense(rows, "3", fan_in=rows), g.after_fall(g.dense("3", cols, fan_in="3"))
+        w, a, b = (
+            g.dense(rows, cols),
+            g.dense(rows, "3", fan_in=rows),
+            g.after_fall(g.dense("3", cols, fan_in="3")),
+        )
         return f"({w} + 0.5 * {a} @ {b})"
     if way == 9:
         a, b = g.dense(rows, cols), g.dense(rows, cols)
@@ -356,11 +371,14 @@ def _constant(g: Writer, rows: str, cols: str) -> str:
 
 FUNCTIONS: Final = (
     "jnp.tanh({})", "jnp.sin({})", "lax.erf({})", "jnp.expm1({})", "jnp.arctan({})", "jnp.sinh({})",
-    "nn.softplus({})", "jnp.abs({})", "nn.relu({})", "jnp.square({})", "nn.softmax({}, 0)", "nn.softmax({}, 1)",
+    "nn.softplus({})", "jnp.abs({})", "nn.relu({})", "jnp.square({})", "nn.softmax({}, 0)",
+    "nn.softmax({}, 1)",
     "nn.sigmoid({})", "jnp.exp({})", "({} ** 3)", "jnp.round(16 * {}) / 16", "jnp.clip({}, -1, 1)",
     "jnp.sign({})", "({0} / (1 + jnp.abs({0})))", "nn.silu({})", "nn.leaky_relu({})", "jnp.cos({})",
-    "jnp.maximum({}, 0.05)", "jnp.log1p(jnp.abs({}))", "jnp.sqrt(jnp.abs({}))", "nn.gelu({})", "jnp.arcsinh({})",
-    "(nn.softplus({}) - 0.6931472)", "jnp.where({0} > 0, {0}, 0.0)", "jnp.where(jnp.abs({0}) > 0.02, {0}, 0.0)",
+    "jnp.maximum({}, 0.05)", "jnp.log1p(jnp.abs({}))", "jnp.sqrt(jnp.abs({}))", "nn.gelu({})",
+    "jnp.arcsinh({})",
+    "(nn.softplus({}) - 0.6931472)", "jnp.where({0} > 0, {0}, 0.0)",
+    "jnp.where(jnp.abs({0}) > 0.02, {0}, 0.0)",
 )  # fmt: skip
 
 
@@ -398,12 +416,15 @@ def changed(g: Writer, kernel: str, rows: str, cols: str) -> str:
         case 14:
             return f"({w} - {w}.mean({g.pick('', '0', '1, keepdims=True')}))"
         case 15:
-            return f"({w} * {g.pick('2.0', '0.5', f'({rows}) ** -0.5', f'({rows}) ** 0.5', f'jnp.sqrt({cols})')})"
+            factor = g.pick("2.0", "0.5", f"({rows}) ** -0.5", f"({rows}) ** 0.5", f"jnp.sqrt({cols})")
+            return f"({w} * {factor})"
         case 16:
             other = g.dense(rows, cols)
             form = g.pick("lax.complex({0}, {1})", "({0} + 1j * {1})")
             z = g.let(form.format(w, other), "z")
-            return g.pick(f"({z} * jnp.exp(1j * t)).real", f"({z} * (0.6 + 0.8j)).imag", f"jnp.conj({z}).real")
+            return g.pick(
+                f"({z} * jnp.exp(1j * t)).real", f"({z} * (0.6 + 0.8j)).imag", f"jnp.conj({z}).real"
+            )
         case 17:
             return f"jnp.minimum({w}, t)"
         case 18:
@@ -463,7 +484,9 @@ def tokens(g: Writer) -> Var:
     if way == 4:
         return g.value(f"({table} * jax.random.bernoulli(key, 0.8, (V, 1)))[tokens]", "s")
     if way == 5:
-        g.line('a0 = jnp.asarray([[np.sin(i / 10 ** (j / n)) for j in range(n)] for i in range(T)], jnp.float32)')
+        g.line(
+            "a0 = jnp.asarray([[np.sin(i / 10 ** (j / n)) for j in range(n)] for i in range(T)], jnp.float32)"
+        )
         return g.value(f"{table}[tokens] + a0", "s")
     return g.value(f"{table}[tokens]", "s")
 
@@ -504,7 +527,10 @@ def dense(g: Writer, v: Var) -> Var:
     if g.chance(0.3):
         w = g.let(w, "k")
         ways = {"h": ['jnp.einsum("bi,io->bo", {h}, {w})', "jax.vmap(lambda r: r @ {w})({h})"]}
-        ways["s"] = ['jnp.einsum("bti,io->bto", {h}, {w})', "lax.dot_general({h}, {w}, (((2,), (0,)), ((), ())))"]
+        ways["s"] = [
+            'jnp.einsum("bti,io->bto", {h}, {w})',
+            "lax.dot_general({h}, {w}, (((2,), (0,)), ((), ())))",
+        ]
         ways["i"] = ['jnp.einsum("bhwi,io->bhwo", {h}, {w})', "jnp.tensordot({h}, {w}, 1)"]
         product = g.pick(*ways[v.kind]).format(h=v.name, w=w)
     else:
@@ -555,11 +581,15 @@ def norm(g: Writer, v: Var) -> Var:
         a = g.let(f"{h} - {h}.mean(-1, keepdims=True)")
         return g.value(f"{a} * lax.rsqrt(({a} ** 2).mean(-1, keepdims=True) + 1e-6) * {gain}{shift}", v.kind)
     if way == 2:
-        return g.value(f"{h} / jnp.sqrt(jnp.mean({h} ** 2, -1, keepdims=True) + 1e-6) * {gain}{shift}", v.kind)
+        return g.value(
+            f"{h} / jnp.sqrt(jnp.mean({h} ** 2, -1, keepdims=True) + 1e-6) * {gain}{shift}", v.kind
+        )
     if way == 3:
         return g.value(f"nn.standardize({h}, axis=-1) * {gain}{shift}", v.kind)
     if way == 4:
-        return g.value(f"n ** 0.5 * {h} / jnp.linalg.norm({h}, axis=-1, keepdims=True) * {gain}{shift}", v.kind)
+        return g.value(
+            f"n ** 0.5 * {h} / jnp.linalg.norm({h}, axis=-1, keepdims=True) * {gain}{shift}", v.kind
+        )
     if way == 5:
         return g.value(f"{h} / (jnp.linalg.norm({h}, axis=-1, keepdims=True) + 1e-6) * {gain}{shift}", v.kind)
     if way == 6:
@@ -601,7 +631,9 @@ def attention(g: Writer, v: Var) -> Var:
         fused = g.let(f"{h} @ {kernel(g, 'n', '3 * n')}")
         parts = [f"{fused}[..., {i} * n:{i + 1} * n]" for i in range(3)]
     elif g.chance(0.4):
-        parts = [f'jnp.einsum("bti,ihd->bthd", {h}, {g.dense("n", heads, size, fan_in="n")})' for _ in range(3)]
+        parts = [
+            f'jnp.einsum("bti,ihd->bthd", {h}, {g.dense("n", heads, size, fan_in="n")})' for _ in range(3)
+        ]
     else:
         parts = [f"{h} @ {kernel(g, 'n', 'n')}" for _ in range(3)]
     q, k, u = (g.let(f"({part}).reshape(B, T, {heads}, {size})") for part in parts)
@@ -652,7 +684,9 @@ def pooled(g: Writer, v: Var) -> Var:
         w = g.param("normal(k, n) / n ** 0.5")
         a = g.let(f"nn.softmax({v.name} @ {w}, -1)")
         return g.value(f'jnp.einsum("bt,btn->bn", {a}, {v.name})', "h", v.lo)
-    form = g.pick("{}.mean(1)", "{}.max(1)", "{}.sum(1)", "{}[:, 0]", "{}.sum(1) / T ** 0.5", "nn.logsumexp({}, 1)")
+    form = g.pick(
+        "{}.mean(1)", "{}.max(1)", "{}.sum(1)", "{}[:, 0]", "{}.sum(1) / T ** 0.5", "nn.logsumexp({}, 1)"
+    )
     return g.value(form.format(v.name), "h", v.lo)
 
 
@@ -690,7 +724,9 @@ def squeeze_excite(g: Writer, v: Var) -> Var:
 
 @step("i", 1)
 def spatial_mean(g: Writer, v: Var) -> Var:
-    return g.value(g.pick("{}.mean((1, 2))", "{}.max((1, 2))", "{}.reshape(B, -1, n).mean(1)").format(v.name), "h", v.lo)
+    return g.value(
+        g.pick("{}.mean((1, 2))", "{}.max((1, 2))", "{}.reshape(B, -1, n).mean(1)").format(v.name), "h", v.lo
+    )
 
 
 @step("i", 0.5)
@@ -724,7 +760,9 @@ def recurrence(g: Writer, v: Var) -> Var:
     ).format(w=w, u=u)
     name = g.name("f")
     g.line(f"def {name}(c, s):\n    c = {body}\n    return c, c")
-    return g.value(f"lax.scan({name}, jnp.zeros((B, n)), {v.name}.swapaxes(0, 1))[1].swapaxes(0, 1)", "s", v.lo)
+    return g.value(
+        f"lax.scan({name}, jnp.zeros((B, n)), {v.name}.swapaxes(0, 1))[1].swapaxes(0, 1)", "s", v.lo
+    )
 
 
 @step("s", 0.5)
@@ -732,10 +770,10 @@ def linear_recurrence(g: Writer, v: Var) -> Var:
     """A diagonal state-space layer."""
     decay = g.param("normal(k, n)", "g")
     name = g.name("f")
-    g.line(
-        f"def {name}(c, s):\n    a = nn.sigmoid({decay})\n    c = a * c + (1 - a) * s\n    return c, c"
+    g.line(f"def {name}(c, s):\n    a = nn.sigmoid({decay})\n    c = a * c + (1 - a) * s\n    return c, c")
+    return g.value(
+        f"lax.scan({name}, jnp.zeros((B, n)), {v.name}.swapaxes(0, 1))[1].swapaxes(0, 1)", "s", v.lo
     )
-    return g.value(f"lax.scan({name}, jnp.zeros((B, n)), {v.name}.swapaxes(0, 1))[1].swapaxes(0, 1)", "s", v.lo)
 
 
 @step("hsi", 2)
@@ -784,14 +822,15 @@ def experts(g: Writer, v: Var) -> Var:
             a = g.let(f"{gate}.argmax(-1)", "r")
             out = f'jnp.einsum("b{t}i,b{t}io->b{t}o", {h}, {w}[{a}])'
         case _:
-            a = g.let(f"nn.softmax(x[0, :3])", "r")
+            a = g.let("nn.softmax(x[0, :3])", "r")
             out = f"{h} @ jnp.tensordot({a}, {w}, 1)"
     return g.value(out, v.kind, v.lo, min(v.lo, -0.5))
 
 
 def changed_stack(g: Writer, w: str) -> str:
     return g.pick(
-        "jnp.tanh({})", "({} * t)", "({0} * jax.random.bernoulli(key, 0.5, {0}.shape))", "({0} - {0}.mean(0))",
+        "jnp.tanh({})", "({} * t)", "({0} * jax.random.bernoulli(key, 0.5, {0}.shape))",
+        "({0} - {0}.mean(0))",
         "({} / 2)", "({0} * jnp.asarray([0.5, 1.0, 1.5])[:, None, None])",
     ).format(w)  # fmt: skip
 
@@ -817,7 +856,7 @@ def modulated(g: Writer, v: Var) -> Var:
             a, b = g.param("normal(k, F, n) / F ** 0.5"), g.param("normal(k, F, n) / F ** 0.5")
             u, w = g.let(f"x @ {a}"), g.let(f"x @ {b}")
             d = g.let(f'jnp.einsum("b{t}i,bi->b{t}", {h}, {u}) / n')
-            out = f'{d}[..., None] * {w}{"[:, None]" if t else ""}'
+            out = f"{d}[..., None] * {w}{'[:, None]' if t else ''}"
             return g.value(f"{h} + {out}", v.kind, v.lo, v.lo - 0.5)
         case _:
             w = g.param("normal(k, n, n) / n ** 0.5")
@@ -833,7 +872,8 @@ def reduced(g: Writer, v: Var) -> Var:
     form = g.pick(
         "{h} - {h}.mean(-1, keepdims=True)", "{h} + {h}.mean(-1, keepdims=True)",
         "{h} + jnp.tanh({h}.sum(-1, keepdims=True))", "{h} + jnp.tanh({h}.sum(-1, keepdims=True) / n ** 0.5)",
-        "{h} + jnp.tanh({h}.sum(-1, keepdims=True) / n)", "{h} * jnp.sqrt(({h} ** 2).mean(-1, keepdims=True))",
+        "{h} + jnp.tanh({h}.sum(-1, keepdims=True) / n)",
+        "{h} * jnp.sqrt(({h} ** 2).mean(-1, keepdims=True))",
         "{h} * jnp.tanh(({h} ** 2).sum(-1, keepdims=True) / n)", "{h} + 0.1 * {h}.max(-1, keepdims=True)",
         "{h} * nn.softmax({h}, -1) * n", "{h} * nn.softmax({h}, -1)", "{h} + {h}.var(-1, keepdims=True)",
         "{h} + nn.logsumexp({h}, -1, keepdims=True) - jnp.log(n)", "{h} + 0.3 * jnp.cumsum({h}, -1) / n",
@@ -864,14 +904,18 @@ def noisy(g: Writer, v: Var) -> Var:
         "jnp.where(jax.random.bernoulli(key, 0.8, {h}.shape), {h} / 0.8, 0.0)",
         "{h} + 0.1 * jax.random.normal(key, {h}.shape)",
         "{h} * (1 + 0.1 * jax.random.normal(key, {h}.shape))", "{h} * t", "{h} / (1 + t)",
-        "{h} + jnp.asarray(np.cos(np.arange(n)), jnp.float32)", "{h} * jnp.asarray(np.arange(n) % 2, jnp.float32)",
-        "jnp.where(jnp.arange(n) < n // 2, {h}, 0.5 * {h})", "{h} + lax.stop_gradient(jnp.round({h} * 16) / 16 - {h})",
+        "{h} + jnp.asarray(np.cos(np.arange(n)), jnp.float32)",
+        "{h} * jnp.asarray(np.arange(n) % 2, jnp.float32)",
+        "jnp.where(jnp.arange(n) < n // 2, {h}, 0.5 * {h})",
+        "{h} + lax.stop_gradient(jnp.round({h} * 16) / 16 - {h})",
         "{h}[..., ::-1]", "jnp.concatenate([{h}[..., n // 2:], {h}[..., :n // 2]], -1)",
         "jnp.repeat({h}[..., ::2], 2, -1)", "jnp.maximum({h}, t)",
-        "jax.jit(lambda a: a * a.shape[-1] ** -0.5 * n ** 0.5)({h})", "jax.checkpoint(lambda a: jnp.tanh(a))({h})",
-        "lax.cond(t > 0, lambda a: jnp.tanh(a), lambda a: 0.5 * a, {h})", "{h}.astype(jnp.bfloat16).astype(jnp.float32)",
+        "jax.jit(lambda a: a * a.shape[-1] ** -0.5 * n ** 0.5)({h})",
+        "jax.checkpoint(lambda a: jnp.tanh(a))({h})",
+        "lax.cond(t > 0, lambda a: jnp.tanh(a), lambda a: 0.5 * a, {h})",
+        "{h}.astype(jnp.bfloat16).astype(jnp.float32)",
     )  # fmt: skip
-    lo = 0.0 if "cos" in form or "normal(key, {h}.shape)" in form and "+ 0.1 * jax" in form[:12] else v.lo
+    lo = 0.0 if "cos" in form or ("normal(key, {h}.shape)" in form and "+ 0.1 * jax" in form[:12]) else v.lo
     return g.value(form.format(h=h), v.kind, lo, v.lo)
 
 
@@ -887,9 +931,12 @@ def bottleneck(g: Writer, v: Var) -> Var:
 def gain_and_bias(g: Writer, v: Var) -> Var:
     gain, shift = g.param("1 + 0.1 * normal(k, n)", "g"), g.param("0.3 * normal(k, n)", "b")
     return g.value(
-        g.pick("{h} * {g} + {b}", "({h} + {b}) * {g}", "{h} * (1 + {g}) + jnp.tanh({b})", "{h} * jnp.exp({g}) + {b}").format(
-            h=v.name, g=gain, b=shift
-        ),
+        g.pick(
+            "{h} * {g} + {b}",
+            "({h} + {b}) * {g}",
+            "{h} * (1 + {g}) + jnp.tanh({b})",
+            "{h} * jnp.exp({g}) + {b}",
+        ).format(h=v.name, g=gain, b=shift),
         v.kind,
         v.lo,
     )
@@ -908,7 +955,9 @@ def heads_of_features(g: Writer, v: Var) -> Var:
     """A block-diagonal layer, over heads that grow or that do not."""
     heads, size = g.pick(("4", "n // 4"), ("n // 8", "8"))
     w = g.param(f"normal(k, {heads}, {size}, {size}) / ({size}) ** 0.5")
-    return g.value(f'jnp.einsum("bhi,hio->bho", {v.name}.reshape(B, {heads}, {size}), {w}).reshape(B, n)', "h", v.lo)
+    return g.value(
+        f'jnp.einsum("bhi,hio->bho", {v.name}.reshape(B, {heads}, {size}), {w}).reshape(B, n)', "h", v.lo
+    )
 
 
 @step("h", 0.4)
@@ -963,7 +1012,9 @@ def tied(g: Writer, v: Var) -> str:
 def sums_of_readouts(g: Writer, v: Var) -> str:
     a, b = g.param("normal(k, n, C) / n ** 0.5"), g.param("normal(k, n, C) / n ** 0.5")
     skip = g.param("normal(k, F, C) / F ** 0.5")
-    form = g.pick("{h} @ {a} + jnp.tanh({h}) @ {b}", "{h} @ {a} - {h} ** 2 @ {b}", "({h} @ {a}) * nn.sigmoid({h} @ {b})")
+    form = g.pick(
+        "{h} @ {a} + jnp.tanh({h}) @ {b}", "{h} @ {a} - {h} ** 2 @ {b}", "({h} @ {a}) * nn.sigmoid({h} @ {b})"
+    )
     if "sigmoid" in form:
         g.after_fall(b)
     if v.kind == "h" and g.chance(0.4):
@@ -976,12 +1027,24 @@ def sums_of_readouts(g: Writer, v: Var) -> str:
 @end(1)
 def vector(g: Writer, v: Var) -> str:
     w = g.param("normal(k, n) / n ** 0.5")
-    return readout(g, g.pick("({h} * {w}).sum(-1)", "{h} @ {w}", "jnp.dot({h}, {w})", "({h} * {w}).mean(-1)").format(h=v.name, w=w), v.lo)
+    return readout(
+        g,
+        g.pick("({h} * {w}).sum(-1)", "{h} @ {w}", "jnp.dot({h}, {w})", "({h} * {w}).mean(-1)").format(
+            h=v.name, w=w
+        ),
+        v.lo,
+    )
 
 
 @end(0.7)
 def mean(g: Writer, v: Var) -> str:
-    return readout(g, g.pick("{}.mean(-1)", "{}.sum(-1)", "{}.sum(-1) / n ** 0.5", "{}.reshape(B, -1).mean(-1)").format(v.name), v.lo)
+    return readout(
+        g,
+        g.pick("{}.mean(-1)", "{}.sum(-1)", "{}.sum(-1) / n ** 0.5", "{}.reshape(B, -1).mean(-1)").format(
+            v.name
+        ),
+        v.lo,
+    )
 
 
 @end(0.7)
@@ -990,7 +1053,8 @@ def distance(g: Writer, v: Var) -> str:
     form = g.pick(
         "(({h}[..., None, :] - {w}) ** 2).sum(-1)", "(({h}[..., None, :] - {w}) ** 2).mean(-1)",
         "({h} ** 2).sum(-1, keepdims=True) - 2 * {h} @ {w}.T + ({w} ** 2).sum(-1)",
-        "({h} / jnp.linalg.norm({h}, axis=-1, keepdims=True)) @ ({w} / jnp.linalg.norm({w}, axis=-1, keepdims=True)).T * 5",
+        "5 * ({h} / jnp.linalg.norm({h}, axis=-1, keepdims=True))"
+        " @ ({w} / jnp.linalg.norm({w}, axis=-1, keepdims=True)).T",
     )  # fmt: skip
     return readout(g, form.format(h=v.name, w=w), v.lo)
 
@@ -1004,10 +1068,16 @@ def several(g: Writer, v: Var) -> str:
 @end(0.5)
 def scaled(g: Writer, v: Var) -> str:
     w = kernel(g, "n", "C")
-    form = g.pick("{h} @ {w} / n ** 0.5", "{h} @ {w} / n", "5 * jnp.tanh({h} @ {w})", "nn.log_softmax({h} @ {w})", "nn.sigmoid({h} @ {w})", "({h} @ {w}) * jnp.exp({s})")
+    form = g.pick(
+        "{h} @ {w} / n ** 0.5",
+        "{h} @ {w} / n",
+        "5 * jnp.tanh({h} @ {w})",
+        "nn.log_softmax({h} @ {w})",
+        "nn.sigmoid({h} @ {w})",
+        "({h} @ {w}) * jnp.exp({s})",
+    )
     s = g.param("jnp.float32(0.1)", "s") if "{s}" in form else ""
-    lo = v.lo if "softmax" in form or "sigmoid" in form else v.lo
-    return readout(g, form.format(h=v.name, w=w, s=s), lo - 0.5 if form.endswith("/ n") else lo)
+    return readout(g, form.format(h=v.name, w=w, s=s), v.lo - 0.5 if form.endswith("/ n") else v.lo)
 
 
 @end(0.5)
