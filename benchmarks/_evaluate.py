@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import jax
@@ -269,16 +269,26 @@ class Evaluator:
     def __init__(self, program: Any) -> None:
         self._program = program
         self._known: dict[tuple[Any, ...], list[Any]] = {}
+        self._wanted: frozenset[str] = frozenset()
 
-    def __call__(self, args: Sequence[Any], taps: dict[str, list[Any]] | None = None) -> list[Any]:
-        """The outputs.
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        """The outputs."""
+        return self._top(args, {}, frozenset())
 
-        Args:
-            args: the inputs.
-            taps: filled with the values of each `checkpoint_name`, one for each time that it runs.
+    def taps(self, args: Sequence[Any], names: Collection[str]) -> list[np.ndarray]:
+        """The values of `checkpoint_name`s, with an axis in front for the times that each is reached.
+
+        What comes after the last of them is not run.
+
+        Raises:
+            KeyError: one is never reached.
         """
-        taps = {} if taps is None else taps
-        closed = self._program
+        found: dict[str, list[Any]] = {}
+        self._top(args, found, frozenset(names))
+        return [np.stack(found[name]) for name in names]
+
+    def _top(self, args: Sequence[Any], taps: dict[str, list[Any]], wanted: frozenset[str]) -> list[Any]:
+        closed, self._wanted = self._program, wanted
         with np.errstate(all="ignore"):
             return self._run(
                 closed.jaxpr, closed.consts, list(map(_array, args)), [False] * len(args), taps, ()
@@ -305,6 +315,8 @@ class Evaluator:
             pairs = [read(atom) for atom in eqn.invars]
             values, fixed = [a for a, _ in pairs], [b for _, b in pairs]
             outs, kept = self._eqn(eqn, values, fixed, taps, (*path, number))
+            if not path and self._wanted and self._wanted <= taps.keys():
+                return [], []
             env.update(zip(eqn.outvars, outs, strict=True))
             still.update(var for var, flag in zip(eqn.outvars, kept, strict=True) if flag)
         out = [read(atom) for atom in jaxpr.outvars]

@@ -256,6 +256,11 @@ class Writer:
         name = self.name(letter)
         self.line(f'{name} = tap("{name}", {expression})')
         fresh, self._fresh = tuple(self._fresh), []
+        if change_lo is not None and change_lo > lo:
+            # Gains of a kernel that reads out change its product by as much as that is at the start.
+            for one in fresh:
+                if one[0] in "gs":
+                    self.slower.setdefault(one, lo - change_lo)
         self.taps.append(Tap(name, len(self.body) + 1, lo, lo if change_lo is None else change_lo, fresh))
         return Var(name, kind, lo)
 

@@ -46,7 +46,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import _programs
 import common
@@ -58,10 +58,9 @@ from _programs import BASE, Program
 
 import mujax
 
-WIDTHS: Final = (32, 64, 128, 256)
-SEEDS: Final = 3
-AGAIN: Final = ((64, 128, 256, 512), 8)
-"""Widths and seeds of the second measurement."""
+Rounds: TypeAlias = Sequence[tuple[Sequence[int], int]]
+ROUNDS: Final[Rounds] = (((32, 64, 128, 256), 3), ((64, 128, 256, 512), 8))
+"""Widths and numbers of seeds."""
 TOLERANCE: Final = 0.25
 """How far a slope may be from what is claimed; misreadings are off by at least 1/2 in a wide model."""
 RATE: Final = 2.0**-9
@@ -163,14 +162,8 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     def step(p: Any) -> Any:
         return tx.update(jax.grad(loss)(p), tx.init(p), p)[0]
 
-    forward = Evaluator(jax.make_jaxpr(lambda p: replay.apply(p, jax.tree.leaves(p))[0])(shapes))
     moves = Evaluator(jax.make_jaxpr(step)(shapes))
-
-    def run(args: list[Any]) -> list[np.ndarray]:
-        taps: dict[str, list[Any]] = {}
-        forward(args, taps)
-        # A tap in a loop is reached more than once; one that is never reached is an error of this script.
-        return [np.stack(taps["tap " + tap.name]) for tap in program.taps]
+    labels = ["tap " + tap.name for tap in program.taps]
 
     def rms(a: Any) -> float:
         return float(np.sqrt(np.mean(np.square(np.abs(a), dtype=np.float64))))
@@ -178,21 +171,21 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     sizes, changes = [], []
     for seed in range(seeds):
         params = begin([key(100 + seed)])
-        before = run(params)
+        before = moves.taps(params, labels)
         updates = moves(params)
         rows = []
         for name in [*names, None]:
             moved = [
                 a + u if name in (None, n) else a for n, a, u in zip(order, params, updates, strict=True)
             ]
-            rows.append([rms(a - b) for a, b in zip(run(moved), before, strict=True)])
+            rows.append([rms(a - b) for a, b in zip(moves.taps(moved, labels), before, strict=True)])
         sizes.append([rms(a) for a in before])
         changes.append(rows)
     return np.array(sizes), np.array(changes)
 
 
 def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
-    """Slope of log2 of the root mean square over seeds, and its standard error by leaving seeds out.
+    """Slope of log2 of the root mean square over seeds, and its standard error by leaving seeds out (0 for one seed).
 
     Args:
         widths: the widths.
@@ -203,7 +196,7 @@ def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
         return float(np.polyfit(np.log2(widths), np.log2(np.sqrt(np.mean(v**2, axis=1))), 1)[0])
 
     count = values.shape[1]
-    parts = [fit(np.delete(values, seed, axis=1)) for seed in range(count)]
+    parts = [fit(np.delete(values, seed, axis=1)) for seed in range(count)] if count > 1 else [0.0]
     return fit(values), math.sqrt((count - 1) * np.var(parts))
 
 
@@ -256,15 +249,14 @@ def silent(program: Program, wrong: Sequence[Wrong], findings: Sequence[Any]) ->
     return [one for one in wrong if one.line < first]
 
 
-def run(program: Program, number: int = 0, again: bool = True) -> Result:
-    """Reads and measures one program."""
+def run(program: Program, number: int = 0, rounds: Rounds = ROUNDS) -> Result:
+    """Reads and measures one program: at the first of `rounds`; at the next ones only if it looks wrong."""
     begin = time.perf_counter()
 
     def result(outcome: str, **fields: Any) -> Result:
         return Result(number, outcome, seconds=round(time.perf_counter() - begin, 2), **fields)
 
     try:
-        rounds = [(WIDTHS, SEEDS), AGAIN] if again else [(WIDTHS, SEEDS)]
         wrong: list[Wrong] = []
         findings: tuple[Any, ...] = ()
         for widths, seeds in rounds:
