@@ -133,6 +133,7 @@ class Interpreter:
         contracted: tuple[int, int] = (1, 1),
         decided: bool = True,
         coherent: bool = True,
+        site: EqnPath | None = None,
     ) -> int:
         """Records a use of the parameter that `view` shows.
 
@@ -146,6 +147,7 @@ class Interpreter:
             contracted: (base, target) size of the contracted axes.
             decided: whether nothing that follows can change its kind.
             coherent: whether a mean of its entries adds up in the product.
+            site: where a factor for this parameter belongs, where that is not the equation.
 
         Returns:
             The number of the use, for `decide` and `contract_later`.
@@ -156,7 +158,7 @@ class Interpreter:
                 # A norm or a mean of a parameter shows nothing of the axis that it is over.
                 "opaque" if view.reduced else "statistic" if view.thinned else kind,
                 tuple(self._axes(view, fan_in, stack, picked)),
-                pair.site,
+                site or pair.site,
                 contracted,
                 pair.place,
                 view.part,

@@ -50,6 +50,7 @@ class View:
         stack: parameter axes that a scan has stripped.
         picked: parameter axes from which one entry was taken by index.
         inner: parameter axes that were contracted with another parameter.
+        made: the product with another parameter, where the value is linear in it.
         reduced: whether it is a statistic (a norm, a mean) that lacks an axis which grows.
         thinned: whether it lacks an axis that does not: it still shows what becomes of the others.
         part: whether only a part of the parameter is left: a slice, or one layer of a stack.
@@ -61,6 +62,7 @@ class View:
     stack: frozenset[int] = frozenset()
     picked: frozenset[int] = frozenset()
     inner: frozenset[int] = frozenset()
+    made: tuple[int | str, ...] | None = None
     reduced: bool = False
     thinned: bool = False
     part: bool = False

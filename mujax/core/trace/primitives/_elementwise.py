@@ -81,7 +81,9 @@ def _scale_noise(
     ((shape, _),) = pair.shapes()
     kernels = [(v, s) for v, s in zip(ins, scales, strict=True) if v.kind == "param"]
     kernel = common(scale for _, scale in kernels)
-    if kernel is None or not interp.scales_are_known or any(v.inner for k, _ in kernels for v in k.views):
+    # A product of parameters is known relative to its prescribed scale only.
+    alone = any(view.growing > 1 and not view.inner for value, _ in kernels for view in value.views)
+    if kernel is None or not interp.scales_are_known or not alone:
         return None
     # The condition of a choice is none of the terms.
     first = len(pair.target.invars) - len(ins)
@@ -342,13 +344,21 @@ class Elementwise:
             out.linear_in = frozenset[str]().union(*(value.linear_in for value in ins))
         return [out]
 
+    def _is_linear_in(self, position: int, ins: Sequence[Value]) -> bool:
+        """Whether the result is linear in an operand, and no other one is a function of its parameters."""
+        paths = {view.path for view in ins[position].views}
+        others = {view.path for n, value in enumerate(ins) if n != position for view in value.views}
+        return position in self.terms or (position in self.linear and not paths & others)
+
     def _of_weights(self, pair: Pair, ins: Sequence[Value], shape: Shape, base: Shape, scale: Scale) -> Value:
         """A function of parameters, of constants, and perhaps of data that is no activation."""
         views = [
             dataclasses.replace(
-                broadcast_view(view, value, shape, base), bent=view.bent or (self.bends and not view.reduced)
+                broadcast_view(view, value, shape, base),
+                bent=view.bent or (self.bends and not view.reduced),
+                made=view.made if self._is_linear_in(position, ins) else None,
             )
-            for value in ins
+            for position, value in enumerate(ins)
             for view in value.views
         ]
         kind = "param" if views else "const"

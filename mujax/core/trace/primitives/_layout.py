@@ -166,10 +166,17 @@ def concatenate_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
     ((shape, base),) = pair.shapes()
     at = pair.params["dimension"]
     size, small = shape[at], base[at]
+    shown = {view.path: view.axes[at][0].axis for v in ins for view in v.views if view.axes[at]}
 
     def part(view: View, value: Value) -> View:
         old, old_base = value.shape[at], value.base[at]
         axis = view.axes[at]
+        if not axis and shown.get(view.path) in view.picked:
+            # One entry beside others of the same axis, as `jnp.roll` puts them together again.
+            own = shown[view.path]
+            axis = (Factor(own, size, small),)
+            view = dataclasses.replace(view, picked=view.picked - {own})
+            return dataclasses.replace(view, axes=(*view.axes[:at], axis, *view.axes[at + 1 :]))
         if old and old_base and size % old == 0 and small % old_base == 0:
             axis = (*broadcast_axis(size // old, small // old_base), *axis)
         else:

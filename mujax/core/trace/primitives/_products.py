@@ -202,9 +202,11 @@ def _multiply(
 
     def weight(side: _Side, other: _Side) -> Value:
         kind = "statistic" if other.value.state else "contraction"
-        mixes = other.value.kind == "data" and not (other.value.raw or other.value.state)
+        mixes = other.value.kind == "data" and not other.value.state
         pending: list[Pending] = []
         bent = _bent_kernels(side)
+        # A low-rank product that is added to a kernel gets its factor for itself.
+        term = any(_contracts_width(view, side.contract) and not view.inner for view in side.value.views)
         for view in side.value.views:
             if view.path in bent or _is_gain(view, side):
                 interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))
@@ -214,7 +216,7 @@ def _multiply(
             use = interp.use(
                 pair, view, kind,
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
-                decided=not mixture, coherent=coherent,
+                decided=not mixture, coherent=coherent, site=view.made if term else None,
             )  # fmt: skip
             if mixture:
                 # Whether these are the kernels of a layer shows when the mixture is contracted in its turn.
@@ -282,7 +284,9 @@ def _multiply(
     for side, first in ((left, True), (right, False)):
         for view in side.value.views:
             inner = view.parameter_axes(side.contract)
-            views.append(dataclasses.replace(place(view, first), inner=view.inner | inner))
+            views.append(
+                dataclasses.replace(place(view, first), inner=view.inner | inner, made=view.made or pair.site)
+            )
     sign = left.value.sign * right.value.sign
     return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
 

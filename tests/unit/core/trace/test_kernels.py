@@ -354,6 +354,87 @@ def test_a_number_added_to_a_kernel_that_shrinks_is_reported():
     assert mup.corrections == ()
 
 
+# ---- kernels of several parameters ------------------------------------------------------------------------
+
+LOW_RANK = {
+    "a sum": lambda p, h, key: h @ (p["k"] + p["a"] @ p["b"]),
+    "a scaled term": lambda p, h, key: h @ (p["k"] - 0.5 * (p["a"] @ p["b"])),
+    "as an einsum": lambda p, h, key: jnp.einsum(
+        "bi,io->bo", h, p["k"] + jnp.einsum("ir,ro->io", p["a"], p["b"])
+    ),
+    "transposed": lambda p, h, key: h @ (p["k"].T + (p["a"] @ p["b"]).T).T,
+    "with noise": lambda p, h, key: h @ (p["k"] + p["a"] @ p["b"] + 0.3 * noise(key, p["k"])),
+    "in a branch of its own": lambda p, h, key: h @ p["k"] + (h @ p["a"]) @ p["b"],
+}
+
+
+def low_rank(make: Callable):
+    def build(width):
+        def init(key, x, noise):
+            first, kernel, down = jax.random.split(key, 3)
+            return {
+                "first": jax.random.normal(first, (7, width)),
+                "k": jax.random.normal(kernel, (width, width)) / width**0.5,
+                "a": jax.random.normal(down, (width, 3)) / width**0.5,
+                "b": jnp.zeros((3, width)),
+            }
+
+        def apply(params, x, noise):
+            return make(params, jax.nn.relu(x @ params["first"]), noise)
+
+        return mujax.Functional(init, apply)
+
+    return build
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_a_low_rank_term_of_a_kernel_has_its_own_factor(name):
+    """As in a branch of its own: read out to the rank, and read in from it."""
+    build = low_rank(LOW_RANK[name])
+    mup = mujax.mup_init(build(64), build(BASE), X, KEY, strict=True)
+    assert {path: mup.spec[path].role for path in "kab"} == {"k": "hidden", "a": "output", "b": "input"}
+    assert [(c.path, c.factor) for c in mup.corrections if c.kind == "readout"] == [("a", 0.25)]
+
+
+def test_the_factor_is_on_the_low_rank_term_alone():
+    x, key = jax.random.normal(jax.random.key(1), (2, 7)), jax.random.key(0)
+    outs = []
+    for name in ("a sum", "in a branch of its own"):
+        build = low_rank(LOW_RANK[name])
+        mup = mujax.mup_init(build(64), build(BASE), X, KEY)
+        params = mup.init(key, x, key) | {"b": jnp.ones((3, 64))}
+        outs.append(mup.apply(params, x, key))
+    np.testing.assert_allclose(outs[0], outs[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_kernel_that_is_rolled_is_a_kernel(axis):
+    param = read(lambda k, h, key, step: h @ jnp.roll(k, 1, axis)).spec["k"]
+    assert (param.role, param.fan_in, param.fan_out) == ("hidden", (0,), (1,))
+
+
+HYPERNETWORKS = {
+    "kernel first": lambda k, h, key, step: jnp.einsum(
+        "bio,bi->bo", jnp.einsum("bf,fio->bio", noisy_inputs(key), k), h
+    ),
+    "one einsum": lambda k, h, key, step: jnp.einsum("bf,fio,bi->bo", noisy_inputs(key), k, h),
+    "one kernel for all": lambda k, h, key, step: (
+        h @ jnp.tensordot(jax.nn.softmax(noisy_inputs(key)[0]), k, 1)
+    ),
+}
+
+
+def noisy_inputs(key):
+    """Data without a width, as the model's inputs are."""
+    return jax.random.normal(key, (2, 4))
+
+
+@pytest.mark.parametrize("name", HYPERNETWORKS)
+def test_a_kernel_that_inputs_mix_is_a_kernel(name):
+    param = read(HYPERNETWORKS[name], **EXPERTS).spec["k"]
+    assert (param.role, param.r_in, param.r_out) == ("hidden", 4.0, 4.0)
+
+
 # ---- sums of squares -------------------------------------------------------------------------------------
 
 
