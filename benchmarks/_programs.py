@@ -878,7 +878,7 @@ def reduced(g: Writer, v: Var) -> Var:
         "{h} - {h}.mean(-1, keepdims=True)", "{h} + {h}.mean(-1, keepdims=True)",
         "{h} + jnp.tanh({h}.sum(-1, keepdims=True))", "{h} + jnp.tanh({h}.sum(-1, keepdims=True) / n ** 0.5)",
         "{h} + jnp.tanh({h}.sum(-1, keepdims=True) / n)",
-        "{h} * jnp.sqrt(({h} ** 2).mean(-1, keepdims=True))",
+        "{h} * jnp.sqrt(({h} ** 2).mean(-1, keepdims=True) + 1e-6)",
         "{h} * jnp.tanh(({h} ** 2).sum(-1, keepdims=True) / n)", "{h} + 0.1 * {h}.max(-1, keepdims=True)",
         "{h} * nn.softmax({h}, -1) * n", "{h} * nn.softmax({h}, -1)", "{h} + {h}.var(-1, keepdims=True)",
         "{h} + nn.logsumexp({h}, -1, keepdims=True) - jnp.log(n)", "{h} + 0.3 * jnp.cumsum({h}, -1) / n",

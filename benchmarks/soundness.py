@@ -185,7 +185,7 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
 
 
 def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
-    """Slope of log2 of the root mean square over seeds, and its standard error by leaving seeds out (0 for one seed).
+    """Slope of log2 of the root mean square over seeds, and its standard error (0 for one seed).
 
     Args:
         widths: the widths.
@@ -209,6 +209,9 @@ def judge(
     size, change = np.stack(sizes), np.stack(changes)
 
     def check(tap: Any, what: str, values: np.ndarray, scale: np.ndarray, low: float) -> None:
+        if not np.isfinite(values[0]).all():
+            # As the narrowest model is by itself: a root of zero, say.
+            return
         if not np.isfinite(values).all():
             out.append(Wrong(tap.name, tap.line, what, math.inf, 0.0, (low, 0.0)))
             return
@@ -232,20 +235,40 @@ def judge(
     return out
 
 
+def _line(text: str, program: Program) -> int:
+    """The line of the program that a place in words names; 0 if none."""
+    found = re.match(re.escape(program.file) + r":(\d+)", text)
+    return int(found[1]) if found else 0
+
+
 def _place(text: str, program: Program) -> int:
     """The first line of the step that a finding's place is in; a large number where it names none."""
-    found = re.match(re.escape(program.file) + r":(\d+)", text)
-    if found:
-        return program.step_of(int(found[1]))[0]
+    line = _line(text, program)
+    if line:
+        return program.step_of(line)[0]
     if text in program.params:
         lines = [n for n, line in enumerate(program.body, start=2) if f'p["{text}"]' in line]
         return program.step_of(min(lines))[0] if lines else 10**6
     return 10**6
 
 
-def silent(program: Program, wrong: Sequence[Wrong], findings: Sequence[Any]) -> list[Wrong]:
-    """Those of the wrong values that no finding explains: none names a place at or before theirs."""
+def silent(
+    program: Program, wrong: Sequence[Wrong], findings: Sequence[Any], corrections: Sequence[Any]
+) -> list[Wrong]:
+    """Those of the wrong values that nothing explains.
+
+    A finding explains those at its place and after it. A norm, or a `scale` correction, takes a wrong scale
+    out: it explains those right before it, if nothing after it is wrong.
+    """
     first = min((_place(finding.where, program) for finding in findings), default=10**6)
+    bad = {one.line for one in wrong}
+    repairs = [_line(one.where, program) for one in corrections if one.kind == "scale"]
+    repairs += [line for line, name in program.steps if name == "norm"]
+    for repair in repairs:
+        # Were a value in between right, something else would have hidden the scale: it may saturate.
+        before = [tap.line for tap in program.taps if min(bad, default=0) <= tap.line < repair]
+        if all(line < repair for line in bad) and set(before) <= bad:
+            return []
     return [one for one in wrong if one.line < first]
 
 
@@ -259,12 +282,13 @@ def run(program: Program, number: int = 0, rounds: Rounds = ROUNDS) -> Result:
     try:
         wrong: list[Wrong] = []
         findings: tuple[Any, ...] = ()
+        corrections: Sequence[Any] = ()
         for widths, seeds in rounds:
             mups = [read(program, width) for width in widths]
-            findings = mups[-1].findings
+            findings, corrections = mups[-1].findings, mups[-1].corrections
             measured = [measure(mup, program, seeds) for mup in mups]
             wrong = judge(program, widths, *zip(*measured, strict=True))
-            if not silent(program, wrong, findings):
+            if not silent(program, wrong, findings, corrections):
                 break
     except mujax.MujaxError as error:
         return result("refused", kind=type(error).__name__, error=str(error))
@@ -272,7 +296,7 @@ def run(program: Program, number: int = 0, rounds: Rounds = ROUNDS) -> Result:
         text = "".join(traceback.format_exception(error)[-3:])
         return result("failure", kind=f"{type(error).__name__}", error=text[-1500:])
     said = tuple(f"{finding.kind} at {finding.where}: {finding.message}" for finding in findings)
-    bad = silent(program, wrong, findings)
+    bad = silent(program, wrong, findings, corrections)
     if bad:
         first = min(bad, key=lambda one: (one.line, one.what != "size"))
         what = "size" if first.what == "size" else "change"
