@@ -54,7 +54,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _evaluate import Evaluator, key
-from _programs import BASE, Program
+from _programs import BASE, Program, Writer as Writer, generate as generate
 
 import mujax
 
@@ -312,7 +312,7 @@ def run(program: Program, number: int = 0, rounds: Rounds = ROUNDS) -> Result:
 
 def _run_numbered(seed: int, number: int) -> Result:
     try:
-        return run(_programs.generate(seed, number), number)
+        return run(generate(seed, number), number)
     except Exception as error:
         return Result(number, "failure", kind="generator", error=repr(error))
 
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, default=common.OUT / "soundness.json")
     options = parser.parse_args(argv)
     if options.show is not None:
-        program = _programs.generate(options.seed, options.show)
+        program = generate(options.seed, options.show)
         if options.minimise:
             program = minimised(program, options.show)
         print("\n".join(f"{n:3} {line}" for n, line in enumerate(program.source().split("\n"), start=1)))
