@@ -107,6 +107,12 @@ class Program:
         """The name of its file in tracebacks and findings."""
         return f"{PREFIX}{self.name}.py"
 
+    @property
+    def has_means(self) -> bool:
+        """Whether the initial values of a kernel have a mean that is not zero."""
+        means = ("jnp.full", "0.5 / ", "nn.initializers.uniform")
+        return any(init.startswith(means) for init in self.params.values())
+
     def source(self) -> str:
         """The program, to read and to run."""
         # The first line of the body is line 1 of the file, so that findings name lines of `body`.

@@ -208,6 +208,10 @@ def judge(
     names = list(program.params)
     size, change = np.stack(sizes), np.stack(changes)
 
+    # A mean is brought to 1 / fan-in, and with it goes what all entries of an activation have in common, while
+    # its deviations stay: until these are the larger part, changes fall.
+    slack = -0.5 if program.has_means else 0.0
+
     def check(tap: Any, what: str, values: np.ndarray, scale: np.ndarray, low: float) -> None:
         if not np.isfinite(values[0]).all():
             # As the narrowest model is by itself: a root of zero, say.
@@ -227,7 +231,8 @@ def judge(
         check(tap, "size", size[:, :, number], 0 * size[:, :, number], tap.lo)
         for name in tap.params:
             values = change[:, :, names.index(name), number]
-            check(tap, name, values, size[:, :, number], tap.change_lo + program.slower.get(name, 0.0))
+            low = tap.change_lo + slack + program.slower.get(name, 0.0)
+            check(tap, name, values, size[:, :, number], low)
         # Whatever else changes it must not change it more in a wider model.
         for position, what in enumerate([*names, "all"]):
             if what not in tap.params:
@@ -265,8 +270,10 @@ def silent(
     repairs = [_line(one.where, program) for one in corrections if one.kind == "scale"]
     repairs += [line for line, name in program.steps if name == "norm"]
     for repair in repairs:
-        # Were a value in between right, something else would have hidden the scale: it may saturate.
-        before = [tap.line for tap in program.taps if min(bad, default=0) <= tap.line < repair]
+        # Were a value in between right, something else would have hidden the scale: it may saturate. Logits
+        # have norms of their own.
+        between = [tap for tap in program.taps if min(bad, default=0) <= tap.line < repair]
+        before = [tap.line for tap in between if not tap.name.startswith("s")]
         if all(line < repair for line in bad) and set(before) <= bad:
             return []
     return [one for one in wrong if one.line < first]
