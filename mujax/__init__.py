@@ -15,16 +15,18 @@ from mujax.check import (
     CoordCheck as CoordCheck,
     TransferCheck as TransferCheck,
     WiderIsBetter as WiderIsBetter,
+    audit as audit,
     coord_check as coord_check,
     transfer_check as transfer_check,
     wider_is_better as wider_is_better,
 )
-from mujax.core import Correction as Correction, MupModel as MupModel, audit as audit, mup_init as mup_init
+from mujax.core import Correction as Correction, MupModel as MupModel, mup_init as mup_init
 from mujax.core.depth import residual_branch as residual_branch
 from mujax.core.frontends import Functional as Functional
 from mujax.core.trace import Finding as Finding
 from mujax.errors import (
     AuditError as AuditError,
+    CheckpointError as CheckpointError,
     ConfigError as ConfigError,
     DataError as DataError,
     DepthError as DepthError,

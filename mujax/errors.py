@@ -107,6 +107,13 @@ class ConfigError(MujaxError):
     """An option or a configuration value that makes no sense, alone or with the others."""
 
 
+class CheckpointError(MujaxError):
+    """A checkpoint that is missing, incomplete or damaged, or that belongs to another run.
+
+    The text names the checkpoint and, where it is damaged, the one before it. Nothing is changed.
+    """
+
+
 class StudyError(MujaxError):
     """A study's database cannot be opened, reached or written.
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, Literal, get_args
 
+from mujax._arguments import SHARE, takes
 from mujax.errors import ParametrizationError
 from mujax.spec import ROLES, Parametrization, ParamSpec, Role
 
@@ -195,6 +196,9 @@ DEPTH_DECAY: Final = (1.0, -1.0)
 TIED_READOUT: Final = -1.0
 
 
+_SHARE: Final = dataclasses.replace(SHARE, error=ParametrizationError)
+
+
 def parametrization(name: str | Parametrization) -> Parametrization:
     """Checks the name of a parametrization and wraps it.
 
@@ -220,6 +224,7 @@ def parametrization(name: str | Parametrization) -> Parametrization:
     return given
 
 
+@takes(t=_SHARE)
 def interpolate(a: str | Parametrization, b: str | Parametrization, t: float) -> Parametrization:
     """The parametrization a fraction `t` of the way from `a` to `b`, linear in the exponents.
 
@@ -237,8 +242,6 @@ def interpolate(a: str | Parametrization, b: str | Parametrization, t: float) ->
     >>> str(interpolate("sp", "mup", 0.25))
     '0.75 sp + 0.25 mup'
     """
-    if not 0 <= t <= 1:
-        raise ParametrizationError(where="interpolate", expected="t from 0 to 1", got=t)
     weights: dict[str, float] = {}
     for side, share in ((parametrization(a), 1 - t), (parametrization(b), t)):
         for table, weight in side.weights:

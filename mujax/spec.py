@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import json
 import math
+import numbers
 import operator
 import os
 import pathlib
@@ -24,6 +25,19 @@ import jax
 import numpy as np
 import optax
 
+from mujax._arguments import (
+    FLAG,
+    NAMED,
+    NONE,
+    NUMBER,
+    PATH,
+    POSITIVE,
+    TEXT,
+    Kind,
+    check_arguments,
+    instance,
+    takes,
+)
 from mujax.errors import (
     MujaxError,
     ParametrizationError,
@@ -41,6 +55,14 @@ TABLES: Final = ("mup", "table3", "table9", "sp")
 _FORMAT: Final = 1
 _MAX_SIZE: Final = 2**63 - 1
 _COLLECTION: Final = "params"
+
+
+_WEIGHTS: Final = Kind(
+    "pairs of a rule table and its weight",
+    lambda value: all(isinstance(name, str) and isinstance(share, numbers.Real) for name, share in value),
+    '(("mup", 1.0),)',
+    ParametrizationError,
+)
 
 
 def leaf_path(key_path: tuple[Any, ...]) -> str:
@@ -70,6 +92,10 @@ class Parametrization:
 
     weights: tuple[tuple[str, float], ...]
     depth_alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments({"weights": _WEIGHTS, "depth_alpha": NUMBER | NONE}, vars(self))
+        object.__setattr__(self, "weights", tuple((name, weight) for name, weight in self.weights))
 
     def __str__(self) -> str:
         tables = " + ".join(
@@ -110,6 +136,7 @@ class ParamSpec:
     depth: float = 1.0
 
     def __post_init__(self) -> None:
+        check_arguments({"tied": FLAG, "depth": POSITIVE}, vars(self))
         # One way of writing each spec, so that specs of the same parameter compare and hash alike.
         for name in ("shape", "base_shape"):
             object.__setattr__(self, name, _integers(name, getattr(self, name)))
@@ -141,8 +168,12 @@ class ParamSpec:
                 expected="layers to list axes of stack that are not in infinite",
                 got=f"layers={self.layers}, stack={self.stack}, infinite={self.infinite}",
             )
-        if not (math.isfinite(self.depth) and self.depth > 0):
-            raise MujaxError(where=where, expected="depth to be a positive ratio", got=self.depth)
+        if any(size < 0 for size in (*self.shape, *self.base_shape)):
+            raise ShapeMismatchError(
+                where="ParamSpec",
+                expected="sizes of at least 0",
+                got=f"shape={self.shape}, base_shape={self.base_shape}",
+            )
         unlisted = tuple(
             axis
             for axis, (size, base) in enumerate(zip(self.shape, self.base_shape, strict=True))
@@ -229,6 +260,14 @@ def _integers(name: str, given: Iterable[Any]) -> tuple[int, ...]:
         ) from error
 
 
+_PARAMS: Final = Kind(
+    "a mapping from paths to ParamSpecs",
+    lambda value: NAMED.accepts(value) and all(isinstance(param, ParamSpec) for param in value.values()),
+    "dict(mup.spec)",
+)
+_PARAMETRIZATION: Final = instance(Parametrization, "a Parametrization", "mup.spec.parametrization")
+
+
 class MupSpec(Mapping[str, ParamSpec]):
     """The parameters of a model by path, and the parametrization it is trained in.
 
@@ -241,6 +280,10 @@ class MupSpec(Mapping[str, ParamSpec]):
     __slots__ = ("_hash", "_params", "parametrization")
 
     def __init__(self, params: Mapping[str, ParamSpec], parametrization: Parametrization) -> None:
+        check_arguments(
+            {"params": _PARAMS, "parametrization": _PARAMETRIZATION},
+            {"params": params, "parametrization": parametrization},
+        )
         self._params = dict(params)
         self.parametrization = parametrization
         self._hash = hash((frozenset(self._params.items()), parametrization))
@@ -288,6 +331,7 @@ class MupSpec(Mapping[str, ParamSpec]):
                 remedy="pass delta= to mup_init, the same model at other widths",
             )
 
+    @takes(values=NAMED | NONE, what=TEXT)
     def match(self, tree: Any, values: Mapping[str, Any] | None = None, *, what: str = "parameters") -> Any:
         """The `ParamSpec` of every leaf of a tree, in a tree of the same structure, for `jax.tree.map`.
 
@@ -358,6 +402,11 @@ class MupSpec(Mapping[str, ParamSpec]):
                 remedy="pass only the parameters, no other collections, of the model that mup_init was given",
             )
         values = self if values is None else values
+        missing = next((known[path] for path in found if known[path] not in values), None)
+        if missing is not None:
+            raise MujaxError(
+                where="values", expected="a value for every parameter", got=f"none for {missing!r}"
+            )
         return jax.tree.structure(tree).unflatten(values[known[path]] for path in found)
 
     def to_json(self) -> str:
@@ -382,6 +431,7 @@ class MupSpec(Mapping[str, ParamSpec]):
         """
         return _read_spec(text)
 
+    @takes(path=PATH)
     def save(self, path: str | pathlib.Path) -> None:
         """Writes the spec to a JSON file, whole or not at all: an old file stays where writing fails.
 
@@ -403,6 +453,7 @@ class MupSpec(Mapping[str, ParamSpec]):
             ) from error
 
     @classmethod
+    @takes(path=PATH)
     def load(cls, path: str | pathlib.Path) -> MupSpec:
         """Reads a spec that `save` wrote.
 

@@ -1,6 +1,8 @@
 """How JAX and XLA run under test, in workers and in subprocesses; which tests are marked as abstract."""
 
+import contextlib
 import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +29,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Tracing makes many small objects, and each collection walks all that JAX keeps in its caches.
+gc.set_threshold(100_000, 20, 50)
+
 # SQLite waits for the disk at every commit, and there are thousands: temporary folders are in memory.
 if pathlib.Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free > 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
@@ -48,19 +53,46 @@ _ABSTRACT = {
     "test_trace.py",
 }
 
-# Files that test mujax's own arrays, which must not be broadcast over ranks: a user may forbid it. Models in
-# other tests are written as users write them, with `x + bias`.
-_STRICT_RANKS = {"test_data.py", "test_models.py", "test_optim_registry.py"}
+# Files whose tests run mujax's own arithmetic, where a user may forbid implicit promotion. Models in other
+# tests are written as users write them, with `x + bias`; and every optimizer of optax's that counts its steps
+# (Adam and its kin) mixes integers and floats.
+_STRICT_DTYPES = {
+    "test_batches.py",
+    "test_cost.py",
+    "test_data.py",
+    "test_faults.py",
+    "test_hyperparameters.py",
+    "test_lanes.py",
+    "test_optimum.py",
+    "test_rules.py",
+    "test_slopes.py",
+    "test_spec.py",
+    "test_specs.py",
+}
+_STRICT_RANKS = {
+    *_STRICT_DTYPES,
+    "test_frozen_parts.py",
+    "test_models.py",
+    "test_optim_registry.py",
+    "test_optim_trees.py",
+    "test_run.py",
+    "test_wider.py",
+    "test_width_runs.py",
+}
 
 
 @pytest.fixture(autouse=True)
-def ranks_are_strict(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.node.path.name not in _STRICT_RANKS:
+def promotion_is_strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = request.node.path.name
+    if name not in _STRICT_RANKS:
         yield
         return
     import jax
 
-    with jax.numpy_rank_promotion("raise"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.numpy_rank_promotion("raise"))
+        if name in _STRICT_DTYPES:
+            stack.enter_context(jax.numpy_dtype_promotion("strict"))
         yield
 
 

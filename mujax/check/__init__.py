@@ -1,16 +1,17 @@
 """Checks whether a model is in µP and whether its hyperparameters transfer across width."""
 
+from mujax.check._audit import audit as audit, disagreements as disagreements
 from mujax.check._coord_check import (
     CheckProgress as CheckProgress,
     CoordCheck as CoordCheck,
     TapReport as TapReport,
     coord_check as coord_check,
-    made_up as made_up,
     measure as measure,
     prepare as prepare,
     report as report,
     respond_at_ends as respond_at_ends,
 )
+from mujax.check._made_up import made_up as made_up, made_up_inputs as made_up_inputs
 from mujax.check._measure import STATS as STATS
 from mujax.check._optimum import (
     Drift as Drift,

@@ -10,7 +10,6 @@ References:
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import json
@@ -21,11 +20,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mujax.check._faults import Violation, find_faults
-from mujax.check._measure import STATS, Batch, Measured, Program, Subject
+from mujax._arguments import (
+    ARRAYS,
+    CALLBACK,
+    COUNT,
+    FACTORY,
+    LOSS,
+    NAMED,
+    NONE,
+    OPTIMIZER,
+    POSITIVE,
+    SEED,
+    WIDTHS,
+    several,
+    takes,
+)
+from mujax.check._faults import Violation, alike, find_faults
+from mujax.check._made_up import loss_of_one, made_up
+from mujax.check._measure import STATS, Batch, Measured, Program, Subject, floating
+from mujax.check._misread import find_misread, overruled
 from mujax.check._models import Optimizer, models_at, optimizer_of
 from mujax.check._optimizer_response import Response, respond
 from mujax.check._optimum import Status
@@ -34,11 +49,16 @@ from mujax.check._taps import find_taps
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import OPTIMIZERS
-from mujax.train import OutputLoss, as_inputs, default_loss
+from mujax.spec import ParamSpec, Role
+from mujax.train import OutputLoss, as_inputs, check_batches
 
 # Large, as the guide of microsoft/mup recommends, and a second one further up: a small rate can hide a fault
 # behind the initial values.
 _RATES: Final[Mapping[bool, tuple[float, float]]] = {True: (2.0**-5, 2.0**-3), False: (2.0**-9, 2.0**-7)}
+
+_LEARNING_RATES: Final = several(
+    "at least one positive finite learning rate", POSITIVE, "(2**-9, 2**-7)", least=1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +166,8 @@ class CoordCheck:
 
     def explained(self) -> list[str]:
         """The broken rules as lines of text, similar ones together."""
-        alike: dict[tuple[str, float, float], list[Violation]] = collections.defaultdict(list)
-        for one in self.faults:
-            alike[one.rule, round(one.found, 1), round(one.expected, 1)].append(one)
         lines = ["", "Look at:"] if self.faults else []
-        for first, *others in alike.values():
+        for first, *others in alike(self.faults):
             lines.append(f"  {first.message} [{first.where}]")
             if others:
                 lines.append(f"    likewise: {', '.join(one.name for one in others)}")
@@ -233,6 +250,21 @@ class CheckProgress:
     doing: str
 
 
+@takes(
+    factory=FACTORY,
+    widths=WIDTHS,
+    inputs=ARRAYS | NONE,
+    optimizer=OPTIMIZER,
+    loss=LOSS | NONE,
+    learning_rates=_LEARNING_RATES | NONE,
+    steps=COUNT,
+    seeds=COUNT,
+    seed=SEED,
+    base=FACTORY | NONE,
+    base_width=COUNT | NONE,
+    kwargs=NAMED | NONE,
+    progress=CALLBACK | NONE,
+)
 def coord_check(
     factory: Callable[[int], Any],
     widths: Sequence[int],
@@ -299,21 +331,19 @@ def coord_check(
     """
     if (inputs is None) == (batches is None):
         raise ConfigError(where="inputs", expected="either inputs or batches", got="both or neither")
-    for name, value, least in (("steps", steps, 1), ("seeds", seeds, 1)):
-        if value < least:
-            raise ConfigError(where=name, expected=f"at least {least}", got=value)
     if batches is None and loss is not None:
         raise ConfigError(
             where="loss", expected="batches with targets beside a loss of your own", got="inputs only"
         )
-    examples = as_inputs(inputs) if batches is None else as_inputs(batches[0][0])
+    listed = None if batches is None else check_batches(batches)
+    examples = as_inputs(inputs) if listed is None else as_inputs(listed[0][0])
     clean, models, checked = prepare(
         factory, widths, examples, optimizer, base, base_width, kwargs, **mup_kwargs
     )
-    given = [(as_inputs(x), y) for x, y in batches or ()] or made_up(clean, examples, seed)
-    rates = tuple(learning_rates) if learning_rates else _default_rates(optimizer)
+    given = [(as_inputs(x), y) for x, y in listed or ()] or made_up(clean, examples, seed)
+    rates = _default_rates(optimizer) if learning_rates is None else tuple(map(float, learning_rates))
     numbers = range(seed, seed + seeds)
-    measured = measure(checked, loss or default_loss, given, rates, steps, numbers, progress)
+    measured = measure(checked, loss or loss_of_one, given, rates, steps, numbers, progress)
     return report(
         clean, models, checked, measured, respond_at_ends(checked, measured, rates[0]), rates, steps
     )
@@ -332,15 +362,25 @@ def prepare(
     """The models of a check: see `coord_check` for the arguments.
 
     Returns:
-        The widest model against the narrowest, read off their programs alone; the models to check, by width;
-        the same with optimizer and taps.
+        The widest model against the narrowest; the models to check, by width; the same with optimizer and
+        taps.
     """
     of_rate = optimizer_of(optimizer)
     models = models_at(factory, widths, base, base_width, inputs, kwargs, **mup_kwargs)
-    clean = _clean(factory, models, inputs, kwargs)
+    clean = _clean(factory, models, inputs, kwargs, mup_kwargs.get("roles"))
+    return clean, models, subjects(clean, models, of_rate)
+
+
+def subjects(clean: MupModel, models: Mapping[int, MupModel], optimizer: Optimizer) -> dict[int, Subject]:
+    """The models of a check with their optimizer and taps, by width.
+
+    Args:
+        clean: the widest model against the narrowest, whose taps they have.
+        models: the models, by width.
+        optimizer: (learning rate, spec) -> optax transform.
+    """
     taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
-    checked = {width: Subject(mup.replay, _bound(of_rate, mup), taps) for width, mup in models.items()}
-    return clean, models, checked
+    return {width: Subject(mup.replay, _bound(optimizer, mup), taps) for width, mup in models.items()}
 
 
 def _bound(optimizer: Optimizer, mup: MupModel) -> Callable[[Any], Any]:
@@ -352,38 +392,26 @@ def _clean(
     models: Mapping[int, MupModel],
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
+    roles: Mapping[str, Role | ParamSpec] | None,
 ) -> MupModel:
-    """The widest model against the narrowest, read off their programs alone."""
+    """The widest model against the narrowest, in µP, with the roles that the user gives by name."""
     narrow, *_, wide = models
     model = factory(wide)
     if isinstance(model, MupModel):
         return models[wide]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MujaxWarning)
-        return mup_init(model, factory(narrow), *inputs, **(kwargs or {}))
+        return mup_init(model, factory(narrow), *inputs, roles=by_name(roles or {}), **(kwargs or {}))
+
+
+def by_name(roles: Mapping[str, Role | ParamSpec]) -> dict[str, Role | ParamSpec]:
+    """The roles that are given by name: a `ParamSpec` has the shapes of one pair of widths."""
+    return {pattern: role for pattern, role in roles.items() if isinstance(role, str)}
 
 
 def _outputs(mup: MupModel) -> list[str]:
-    leaves = [
-        leaf for leaf in jax.tree.leaves(mup.replay.output()) if jnp.issubdtype(leaf.dtype, jnp.floating)
-    ]
-    return ["output"] if len(leaves) == 1 else [f"output {number}" for number, _ in enumerate(leaves)]
-
-
-def made_up(mup: MupModel, inputs: tuple[Any, ...], seed: int) -> list[Batch]:
-    """Made-up targets: classes if the output can be logits, else values."""
-    output = mup.replay.output()
-    if not hasattr(output, "shape"):
-        raise ConfigError(
-            where="inputs",
-            expected="a model that returns one array",
-            got=jax.tree.map(jnp.shape, output),
-            remedy="pass batches= with targets and a loss=",
-        )
-    key = jax.random.key(seed)
-    if output.ndim >= 2 and output.shape[-1] > 1:
-        return [(inputs, jax.random.randint(key, output.shape[:-1], 0, output.shape[-1]))]
-    return [(inputs, jax.random.normal(key, output.shape, output.dtype))]
+    found = floating(mup.replay.output())
+    return ["output"] if len(found) == 1 else [f"output {number}" for number, _ in enumerate(found)]
 
 
 def _default_rates(optimizer: Any) -> tuple[float, ...]:
@@ -490,7 +518,7 @@ def report(
     """The verdict on the measurements.
 
     Args:
-        clean: the widest model against the narrowest, read off their programs alone.
+        clean: the widest model against the narrowest.
         models: the checked models, by width.
         checked: the same with optimizer and taps.
         measured: the measurements, by width.
@@ -506,8 +534,10 @@ def report(
     blamed = {one.name for one in faults}
     reports = []
     for number, tap in enumerate(taps):
+        # The rules hold for the roles that the user gives, right or wrong: the measurements decide.
+        certain = verified and not overruled(clean, tap)
         checks = {
-            rate: tuple(judge(tap, widths, table[:, which, :, :, number], verified))
+            rate: tuple(judge(tap, widths, table[:, which, :, :, number], certain))
             for which, rate in enumerate(rates)
         }
         statuses: list[Status] = [check.status for found in checks.values() for check in found]
@@ -515,10 +545,20 @@ def report(
         reports.append(
             TapReport(tap.name, tap.kind, tap.where, tap.params, _worst(statuses), at_fault, checks)
         )
-    if not faults and (first := next((tap for tap in reports if tap.status == "fail"), None)):
-        # No known rule is broken: the first tap that fails is the one to look at.
-        faults = (_unexplained(first),)
-        reports = [dataclasses.replace(tap, blamed=tap is first) for tap in reports]
+    if not faults and any(tap.status == "fail" for tap in reports):
+        # No known rule is broken: a role was misread, or a constant is not seen.
+        which = next(n for n, rate in enumerate(rates) if any(_failing(tap, rate) for tap in reports))
+        failed = {n: found for n, tap in enumerate(reports) if (found := _failing(tap, rates[which]))}
+        first = reports[next(iter(failed))]
+        wide = measured[widths[-1]]
+        faults = find_misread(clean, models, taps, failed, table[:, which], responses[-1].linear, wide.paths)
+        blamed = {one.name for one in faults}
+        if blamed.isdisjoint(name for tap in reports for name in (tap.name, *tap.params)):
+            blamed.add(first.name)
+        reports = [
+            dataclasses.replace(tap, blamed=tap.name in blamed or not blamed.isdisjoint(tap.params))
+            for tap in reports
+        ]
     verdict = "fail" if faults else _worst([tap.status for tap in reports])
     with np.errstate(divide="ignore", invalid="ignore"):
         sizes = np.exp2(np.log2(table).mean(axis=2))
@@ -543,19 +583,5 @@ def _worst(statuses: Sequence[Status]) -> Status:
     return "undecided" if "undecided" in statuses else "pass"
 
 
-def _unexplained(tap: TapReport) -> Violation:
-    check = tap.worst
-    slope = None if check is None else check.slope
-    found = math.nan if slope is None else slope.value
-    allowed = (0.0, 0.0) if check is None else check.allowed
-    expected = min(allowed, key=lambda end: abs(end - found))
-    quantity = "size" if check is None else check.quantity
-    return Violation(
-        tap.name,
-        "activation",
-        found,
-        expected,
-        tap.where,
-        f"{tap.name}: its {quantity} scales as width^{found:.2f}, and it is the first tap that differs from "
-        "the theory; look at the constants between it and the taps before it",
-    )
+def _failing(tap: TapReport, rate: float) -> tuple[Check, ...]:
+    return tuple(check for check in tap.checks[rate] if check.status == "fail")

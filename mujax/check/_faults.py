@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ Rule = Literal[
     "weight decay",
     "attention",
     "constant",
+    "role",
     "activation",
 ]
 
@@ -85,6 +87,16 @@ def fault(name: str, rule: Rule, found: float, expected: float, where: str) -> V
     return Violation(name, rule, found, expected, where, message)
 
 
+def alike(violations: Sequence[Violation]) -> list[list[Violation]]:
+    """The violations of one rule by one exponent together."""
+    groups: dict[tuple[str, float, float], list[Violation]] = collections.defaultdict(list)
+    for one in violations:
+        # That of a role is measured by training, the others are read off.
+        digits = 0 if one.rule == "role" else 1
+        groups[one.rule, round(one.found, digits), round(one.expected, digits)].append(one)
+    return list(groups.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Exponents:
     """How one use of a parameter scales from the narrowest model to the widest, as powers of the width.
@@ -127,7 +139,7 @@ def broken_rules(
 
     initial = exponent(rules.init_scale(param, table, 1.0))
     factor = 0.0
-    if tap.kind == "readout":
+    if tap.kind == "readout" or param.role == "output":
         factor = -exponent(param.r_in if param.role == "output" else param.r_out)
     lr = exponent(rules.lr_factor(param, table, family))
     off_initial = 0.0 if found.initial is None else found.initial - initial
@@ -204,7 +216,7 @@ def find_faults(
                 lr=exponent(*lrs) if min(lrs) > 0 else None,
                 linear=bool(responses[1].linear[number]),
             )
-            param = _relative(clean, models, path)
+            param = relative(clean, models, path)
             add(*broken_rules(tap, path, param, log2_width_ratio, exponents))
             felt = [(one.epsilon[number], one.decay[number]) for one in responses]
             if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
@@ -232,7 +244,7 @@ def _known_lr(response: Response, number: int) -> float:
     return value if known and math.isfinite(value) else 0.0
 
 
-def _relative(clean: MupModel, models: Mapping[int, MupModel], path: str) -> ParamSpec:
+def relative(clean: MupModel, models: Mapping[int, MupModel], path: str) -> ParamSpec:
     """The parameter of the widest model against that of the narrowest."""
     narrow, *_, wide = models
     param, small = clean.spec[path], models[narrow].spec[path]

@@ -24,9 +24,10 @@ from mujax.core.program import EqnPath, Insertion, Record
 from mujax.spec import leaf_path
 from mujax.train import effort
 
-STATS: Final = ("size", "change", "by_weights", "by_inputs")
+STATS: Final = ("size", "change", "by_weights", "by_inputs", "inputs")
 """Mean absolute entry of: the activation; its change since initialisation; the part of that change that the
-update of the tap's own parameters accounts for, and the rest, which its inputs account for."""
+update of the tap's own parameters accounts for, and the rest, which its inputs account for; the activation
+that a product multiplies with its parameters (NaN elsewhere)."""
 
 
 class Subject(NamedTuple):
@@ -176,7 +177,7 @@ class Program:
     def _read(self, params: PyTree, variables: list[Any], batch: Batch, key: Key[Array, ""]) -> Any:
         inputs, targets = batch
         output, records = self._subject.replay.apply(params, variables, inputs, key=key, taps=self._sites)
-        return self._loss(output, targets), (records, _floating(output))
+        return self._loss(output, targets), (records, floating(output))
 
     def _one_step(
         self,
@@ -204,16 +205,18 @@ class Program:
         for tap, factor in zip(self._subject.taps, self._factors, strict=True):
             if tap.site is None:
                 old, new = (outputs[tap.output or 0] for outputs in (old_outputs, new_outputs))
-                rows.append(_sizes(old, new, None, factor))
+                rows.append(_sizes(old, new, factor))
                 continue
             old, new = old_records[tap.site], new_records[tap.site]
             if tap.reads is not None:
-                rows.append(_sizes(old.operands[tap.reads], new.operands[tap.reads], None, factor))
+                rows.append(_sizes(old.operands[tap.reads], new.operands[tap.reads], factor))
                 continue
-            part = None
+            part = inputs = None
             if tap.operand >= 0:
                 part = _by_weights(self._subject.replay, tap, old, new)
-            rows.append(_sizes(old.out, new.out, part, factor))
+            if tap.operand >= 0 and tap.kind in ("product", "readout"):
+                inputs = new.operands[1 - tap.operand]
+            rows.append(_sizes(old.out, new.out, factor, part, inputs))
         return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
 
 
@@ -259,15 +262,22 @@ def inserted_factor(subject: Subject, tap: Tap) -> float:
     return site_factor(subject, tap) / site_factor(bare, tap)
 
 
-def _floating(output: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(output) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+def floating(output: Any) -> list[Any]:
+    """The arrays of floats that a model returns; what it returns beside them (a string, None) is left out."""
+    leaves = (leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype"))
+    return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
-def _sizes(old: Any, new: Any, part: Any, factor: float) -> Float[Array, " stats"]:
-    old, new = old.astype(jnp.float32), new.astype(jnp.float32)
+def _sizes(old: Any, new: Any, factor: float, part: Any = None, inputs: Any = None) -> Float[Array, " stats"]:
+    old, new = _single(old), _single(new)
     change = new - old
-    split = (jnp.nan, jnp.nan) if part is None else (_mean(part), _mean(change - part.astype(jnp.float32)))
-    return factor * jnp.stack([_mean(new), _mean(change), *split])
+    split = (jnp.nan, jnp.nan) if part is None else (_mean(part), _mean(change - _single(part)))
+    given = jnp.nan if inputs is None else _mean(inputs)
+    return jnp.stack([*(factor * size for size in (_mean(new), _mean(change), *split)), given])
+
+
+def _single(x: Any) -> Any:
+    return x.astype(jnp.complex64 if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.float32)
 
 
 def _mean(x: Any) -> Any:

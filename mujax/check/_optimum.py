@@ -5,6 +5,7 @@ The glossary in `mujax/check/README.md` has them in words.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -212,7 +213,8 @@ def loss_at(log2_lrs: tuple[float, ...], losses: tuple[float | None, ...], rate:
 # ---- wider is better ------------------------------------------------------------------------------------
 
 
-class Difference(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Difference:
     """How much worse a wide model is than a narrow one, by window, with its one-sided limits."""
 
     by: Float[np.ndarray, " windows"]

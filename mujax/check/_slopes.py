@@ -24,7 +24,9 @@ from mujax.check._taps import Tap
 
 CONFIDENCE: Final = 0.99
 
-Quantity = Literal["initial size", "size", "change", "effect of its update"]
+Quantity = Literal[
+    "initial size", "size", "change", "effect of its update", "initial gain", "gain of its update"
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +81,10 @@ def fitted_slope(widths: Sequence[int], values: Float[np.ndarray, "widths seeds"
 
 # Finite widths bend the lines: measured slopes of correct models lie within 0.15 of their limits, faults
 # move them by 1/2 or more.
-_TOLERANCE: Final = 0.25
+TOLERANCE: Final = 0.25
 # How far the effect of an update may fall. At initialisation the gradient through attention and a readout is
 # a sum of independent terms, so an optimizer that is linear in it starts with smaller steps.
-_FALLS: Final = -0.5 - _TOLERANCE
+FALLS: Final = -0.5 - TOLERANCE
 _FALLS_BY_RULE: Final = -1.5
 # An interval that ends this far outside still excludes the nearest fault, half a power of the width away.
 _MARGIN: Final = 0.25
@@ -159,23 +161,50 @@ def judge(
     size, change, by_weights = (stats[..., STATS.index(name)] for name in ("size", "change", "by_weights"))
     trained = slice(1, None)
     falls = -0.5 if tap.falls_at_first else 0.0
-    vanishes = _FALLS_BY_RULE if verified else _FALLS
+    vanishes = _FALLS_BY_RULE if verified else FALLS
     compared: list[tuple[Quantity, np.ndarray, tuple[float, float]]] = []
     if tap.kind != "vector":
         compared = [
-            ("initial size", size[:, :, 0], (falls - _TOLERANCE, _TOLERANCE)),
-            ("size", _over_steps(size[:, :, trained]), (falls - _TOLERANCE, _TOLERANCE)),
-            ("change", _over_steps(change[:, :, trained]), (vanishes, _TOLERANCE)),
+            ("initial size", size[:, :, 0], (falls - TOLERANCE, TOLERANCE)),
+            ("size", _over_steps(size[:, :, trained]), (falls - TOLERANCE, TOLERANCE)),
+            ("change", _over_steps(change[:, :, trained]), (vanishes, TOLERANCE)),
         ]
     if tap.operand >= 0 and tap.params:
         # How long a gain or bias keeps moving in one direction depends on much else, so of these only the
         # first update counts; a product sums over its fan-in, and needs all steps against the noise.
         first = _first_move(by_weights)
         values = by_weights[:, :, first] if tap.kind == "vector" else _over_steps(by_weights[:, :, trained])
-        compared.append(("effect of its update", values, (vanishes, _TOLERANCE)))
+        compared.append(("effect of its update", values, (vanishes, TOLERANCE)))
     checks = [_judged(quantity, widths, values, allowed, verified) for quantity, values, allowed in compared]
     series = {"size": size, "change": change}
     return [_transient(check, widths, series) for check in checks if check is not None]
+
+
+def judge_gains(
+    tap: Tap, widths: Sequence[int], stats: Float[np.ndarray, "widths seeds steps stats"], vanishes: bool
+) -> list[Check]:
+    """Checks a product with a parameter by itself: its result over the activation that it multiplies.
+
+    Other than a size, a gain is not inherited from a fault further up. Gains that were not measured, or are
+    zero, have no check.
+
+    Args:
+        tap: the tap.
+        widths: ascending.
+        stats: as for `judge`.
+        vanishes: whether the effect of an update may vanish as it does while a linear optimizer starts.
+    """
+    size, by_weights, inputs = (stats[..., STATS.index(name)] for name in ("size", "by_weights", "inputs"))
+    if not np.all(inputs > 0):
+        return []
+    falls = -0.5 if tap.falls_at_first else 0.0
+    lowest = _FALLS_BY_RULE if vanishes else FALLS
+    compared: list[tuple[Quantity, np.ndarray, tuple[float, float]]] = [
+        ("initial gain", (size / inputs)[:, :, 0], (falls - TOLERANCE, TOLERANCE)),
+        ("gain of its update", _over_steps((by_weights / inputs)[:, :, 1:]), (lowest, TOLERANCE)),
+    ]
+    checks = [_judged(quantity, widths, values, allowed, True) for quantity, values, allowed in compared]
+    return [check for check in checks if check is not None]
 
 
 def _over_steps(values: np.ndarray) -> np.ndarray:

@@ -18,6 +18,19 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float
 
+from mujax._arguments import (
+    COUNT,
+    FACTORY,
+    LOG2_LRS,
+    LOSS,
+    NAMED,
+    NONE,
+    NOT_NEGATIVE,
+    OPTIMIZER,
+    SEED,
+    WIDTHS,
+    takes,
+)
 from mujax.check._models import Optimizer, models_at, optimizer_of
 from mujax.check._optimum import (
     CONFIDENCE,
@@ -31,7 +44,6 @@ from mujax.check._optimum import (
     student,
 )
 from mujax.check._width_runs import Finished, train_models
-from mujax.errors import ConfigError
 from mujax.train import OutputLoss, check_batches, default_loss
 
 MAX_DRIFT: Final = 0.2
@@ -122,6 +134,20 @@ class TransferCheck:
         return "\n".join([*lines, *self.reasons])
 
 
+@takes(
+    factory=FACTORY,
+    widths=WIDTHS,
+    optimizer=OPTIMIZER,
+    seeds=COUNT,
+    seed=SEED,
+    loss=LOSS | NONE,
+    base=FACTORY | NONE,
+    base_width=COUNT | NONE,
+    kwargs=NAMED | NONE,
+    log2_lrs=LOG2_LRS,
+    max_drift=NOT_NEGATIVE,
+    max_regret=NOT_NEGATIVE,
+)
 def transfer_check(
     factory: Callable[[int], Any],
     widths: Sequence[int],
@@ -184,15 +210,10 @@ def transfer_check(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Algorithm 1 and Figure 1.
     """
     rates = tuple(sorted({float(rate) for rate in log2_lrs}))
-    if len(rates) < 3:
-        raise ConfigError(where="log2_lrs", expected="at least three different learning rates", got=rates)
-    if seeds < 1:
-        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     listed = check_batches(batches)
+    make = optimizer_of(optimizer)
     models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
-    runs = train_models(
-        models, listed, optimizer_of(optimizer), loss or default_loss, rates, range(seed, seed + seeds)
-    )
+    runs = train_models(models, listed, make, loss or default_loss, rates, range(seed, seed + seeds))
     return judge_runs(rates, runs, max_drift=max_drift, max_regret=max_regret)
 
 

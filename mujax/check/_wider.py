@@ -18,6 +18,19 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float
 
+from mujax._arguments import (
+    COUNT,
+    FACTORY,
+    LOSS,
+    NAMED,
+    NONE,
+    NOT_NEGATIVE,
+    OPTIMIZER,
+    POSITIVE,
+    SEED,
+    WIDTHS,
+    takes,
+)
 from mujax.check._models import Optimizer, models_at, optimizer_of
 from mujax.check._optimum import Status, difference
 from mujax.check._width_runs import train_models
@@ -116,6 +129,20 @@ class WiderIsBetter:
         return "\n".join([*lines, *map(str, self.rises), *self.reasons]).rstrip()
 
 
+@takes(
+    factory=FACTORY,
+    widths=WIDTHS,
+    optimizer=OPTIMIZER,
+    seeds=COUNT,
+    seed=SEED,
+    loss=LOSS | NONE,
+    base=FACTORY | NONE,
+    base_width=COUNT | NONE,
+    kwargs=NAMED | NONE,
+    learning_rate=POSITIVE,
+    window=COUNT | NONE,
+    max_rise=NOT_NEGATIVE,
+)
 def wider_is_better(
     factory: Callable[[int], Any],
     widths: Sequence[int],
@@ -176,18 +203,15 @@ def wider_is_better(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Section 8.
     """
     listed = check_batches(batches)
+    make = optimizer_of(optimizer)
     size = max(1, len(listed) // _LOOKS) if window is None else window
     if not 1 <= size <= len(listed):
         raise ConfigError(where="window", expected=f"from 1 to the number of steps, {len(listed)}", got=size)
-    if seeds < 1:
-        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
-    if not learning_rate > 0:
-        raise ConfigError(where="learning_rate", expected="a positive number", got=learning_rate)
     models = models_at(factory, widths, base, base_width, listed[0][0], kwargs, **mup_kwargs)
     runs = train_models(
         models,
         listed,
-        optimizer_of(optimizer),
+        make,
         loss or default_loss,
         [math.log2(learning_rate)],
         range(seed, seed + seeds),

@@ -5,6 +5,7 @@ The one sweep over widths: `transfer_check`, `wider_is_better` and `mujax.tune.s
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import itertools
@@ -258,7 +259,7 @@ class RunsFile:
             folder.mkdir(parents=True, exist_ok=True)
             whole, self.runs = self._read()
             self._file: TextIO = self._path.open("a", encoding="utf-8", newline="")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise ConfigError(
                 where="out",
                 expected="a folder to write to",
@@ -300,19 +301,30 @@ class RunsFile:
             return 0, {}
         content = self._path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if not whole:
+        try:
+            lines = list(csv.reader(content[:whole].decode("utf-8").splitlines()))
+            # Half a line may end within a character.
+            torn = codecs.getincrementaldecoder("utf-8")().decode(content[whole:])
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise self._other(f"something else ({error})") from error
+        if not lines:
+            if not ",".join(self._columns).startswith(torn):
+                raise self._other("something else")
             return 0, {}
-        header, *lines = csv.reader(content[:whole].decode("utf-8").splitlines())
+        header, *lines = lines
         # Before 0.4 there was no untrained loss; such a file is resumed without it.
         if header not in (list(self._columns), list(self._columns[:-1])):
-            raise ConfigError(
-                where="out",
-                expected=f"{self._path} to be the runs of a sweep",
-                got="something else",
-                remedy="take another folder",
-            )
+            raise self._other("something else")
         self._columns = tuple(header)
         return whole, dict(self._parse(number, line) for number, line in enumerate(lines, start=2))
+
+    def _other(self, found: str) -> ConfigError:
+        return ConfigError(
+            where="out",
+            expected=f"{self._path} to be the runs of a sweep",
+            got=found,
+            remedy="take another folder",
+        )
 
     def _parse(self, number: int, fields: list[str]) -> tuple[Run, Finished]:
         row = dict(zip(self._columns, fields, strict=False))

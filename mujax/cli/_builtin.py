@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from mujax import data, models
-from mujax.core import MupModel
 from mujax.errors import DataError
 
 Batch = tuple[tuple[Any, ...], Any]
@@ -99,40 +98,3 @@ BUILTIN: Final[Mapping[str, Builtin]] = {
     ),
 }
 """By the names of `mujax.models.BUILD`."""
-
-
-def made_up(inputs: tuple[Any, ...], mup: MupModel, key: Key[Array, ""]) -> tuple[Any, ...]:
-    """Concrete inputs in place of abstract ones.
-
-    Args:
-        inputs: arrays, which stay as they are, and `jax.ShapeDtypeStruct`s: floats become normal, integers
-            uniform over the smallest table that the model looks up (0 and 1 if it looks up none), booleans
-            true.
-        mup: the model, for the tables that it looks up.
-        key: of the random values.
-    """
-    leaves, structure = jax.tree.flatten(inputs)
-    keys = jax.random.split(key, max(len(leaves), 1))
-    tokens = _table_size(mup)
-    filled = [_filled(leaf, tokens, one) for leaf, one in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, filled)
-
-
-def _table_size(mup: MupModel) -> int:
-    sizes = []
-    for path, uses in mup.replay.analysis.uses.items():
-        if any(use.kind == "lookup" for use in uses):
-            param = mup.spec[path]
-            finite = [size for size, base in zip(param.shape, param.base_shape, strict=True) if size == base]
-            sizes.append(max(finite, default=2))
-    return min(sizes, default=2)
-
-
-def _filled(leaf: Any, tokens: int, key: Key[Array, ""]) -> Any:
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if jnp.issubdtype(leaf.dtype, jnp.bool_):
-        return jnp.ones(leaf.shape, leaf.dtype)
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-        return jax.random.randint(key, leaf.shape, 0, tokens, leaf.dtype)
-    return jax.random.normal(key, leaf.shape, leaf.dtype)

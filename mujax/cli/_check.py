@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import jax
 
 from mujax import rules
-from mujax.check import CheckProgress, CoordCheck, TapReport, coord_check
+from mujax._arguments import COUNT, NONE, check_arguments
+from mujax.check import CheckProgress, CoordCheck, TapReport, coord_check, made_up_inputs
 from mujax.cli._arguments import numbers, option, positional
-from mujax.cli._builtin import BUILTIN, made_up
+from mujax.cli._builtin import BUILTIN
 from mujax.cli._display import (
     StoppedError,
     as_folder,
@@ -29,7 +30,7 @@ from mujax.cli._display import (
 from mujax.cli._explain import build_model, factory_of, inputs_of, traced
 from mujax.errors import ConfigError, MujaxWarning
 from mujax.optim import optimizer as optimizer_by_name
-from mujax.tune import check_counts, parametrization_title
+from mujax.tune import parametrization_title
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -100,7 +101,7 @@ def _to_check(options: CoordCheckOptions) -> _Checked:
     widths = tuple(sorted(set(options.widths or (known or BUILTIN["mlp"]).widths)))
     if len(widths) < 2 or widths[0] < 1:
         raise ConfigError(where="widths", expected="at least two different positive numbers", got=widths)
-    check_counts(base_width=options.base_width)
+    check_arguments({"base_width": COUNT | NONE}, {"base_width": options.base_width})
     if known is not None and options.inputs:
         raise ConfigError(
             where="inputs", expected=f"none for {options.model}, which has its own", got=options.inputs
@@ -122,7 +123,7 @@ def _to_check(options: CoordCheckOptions) -> _Checked:
         options.model,
         lambda width: build_model(options.model, factory, width)[0],
         widths,
-        {"inputs": made_up(inputs, mup, key)},
+        {"inputs": made_up_inputs(inputs, mup, key)},
     )
 
 
@@ -131,7 +132,7 @@ def run(options: CoordCheckOptions) -> int:
     from rich.console import Console
 
     plot = importlib.import_module("mujax.plot")
-    check_counts(steps=options.steps, seeds=options.seeds)
+    check_arguments({"steps": COUNT, "seeds": COUNT}, {"steps": options.steps, "seeds": options.seeds})
     optimizer_by_name(options.optimizer)
     rules.parametrization(options.parametrization)
     subject = _to_check(options)

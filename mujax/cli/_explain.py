@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from mujax import models
+from mujax._arguments import COUNT, NONE, check_arguments
+from mujax.check import CheckProgress, disagreements
 from mujax.cli._arguments import numbers, option, positional
+from mujax.cli._display import StoppedError, display, gentle_interrupts
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxError
-from mujax.tune import build, check_counts, imported, summary_of
+from mujax.tune import build, imported, summary_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Explain:
-    """Print what mujax reads off a model: the role of every parameter and what it does about it."""
+    """Print what mujax reads off a model: the role of every parameter and what it does about it.
+
+    With --measure it also trains the model for two steps at the base's width, twice and four times that, and
+    prints where sizes of activations and of their changes disagree with the reading; exit code 1 if they do.
+    """
 
     model: Annotated[
         str,
@@ -32,6 +40,7 @@ class Explain:
         tuple[str, ...],
         option("SHAPE ...", "Inputs, such as 8x784 or 8x64:int32, where the factory gives none.", ""),
     ] = ()
+    measure: Annotated[bool, option("", "Also measure what the reading claims, at three widths.")] = False
 
 
 def factory_of(name: str) -> Callable[[int], Any]:
@@ -94,8 +103,15 @@ def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options:
         ConfigError: the model does not run on its inputs.
         MujaxError: as `mup_init` does.
     """
-    try:
+    with _sentences(name):
         return mup_init(model, base, *inputs, **options)
+
+
+@contextlib.contextmanager
+def _sentences(name: str) -> Iterator[None]:
+    """Makes a sentence of what the user's own code raises."""
+    try:
+        yield
     except MujaxError:
         raise
     except Exception as error:
@@ -104,9 +120,10 @@ def traced(name: str, model: Any, base: Any, inputs: tuple[Any, ...], **options:
         ) from error
 
 
-def run(options: Explain) -> None:
-    """Prints the role table."""
-    check_counts(width=options.width, base_width=options.base_width)
+def run(options: Explain) -> int:
+    """Prints the role table; 1 if measurements disagree with it, else 0."""
+    widths = {"width": options.width, "base_width": options.base_width}
+    check_arguments(dict.fromkeys(widths, COUNT | NONE), widths)
     factory = factory_of(options.model)
     model, inputs = build_model(options.model, factory, options.width)
     base, _ = build_model(options.model, factory, options.base_width)
@@ -119,3 +136,32 @@ def run(options: Explain) -> None:
     )
     mup = traced(options.model, model, base, inputs, delta=delta, parametrization=options.parametrization)
     print(mup.explain())
+    return _measured(options, factory, inputs) if options.measure else 0
+
+
+def _measured(options: Explain, factory: Callable[[int], Any], inputs: tuple[Any, ...]) -> int:
+    """Measures the model at three widths from the base's on, which take less time than the target's."""
+    from rich.console import Console
+
+    base = options.base_width
+    widths = (base, 2 * base, 4 * base)
+    at = {width: build_model(options.model, factory, width)[0] for width in widths}
+    try:
+        with gentle_interrupts() as check, display(Console(stderr=True), "reading the model") as shown:
+
+            def count(now: CheckProgress) -> None:
+                shown.show(now.doing, now.work_done)
+                check()
+
+            with _sentences(options.model):
+                found = disagreements(
+                    at, base, widths[-1], inputs, count, parametrization=options.parametrization
+                )
+    except KeyboardInterrupt:
+        raise StoppedError("interrupted.") from None
+    print(f"\nMeasured at widths {', '.join(map(str, widths))}, where it disagrees with this reading:")
+    for one in found:
+        print(f"  {one.kind} at {one.where}: {one.message}")
+    if not found:
+        print("  nowhere")
+    return 1 if found else 0

@@ -56,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return _transfer_check.run(options)
         if isinstance(options, _check.CoordCheckOptions):
             return _check.run(options)
-        _explain.run(options)
+        return _explain.run(options)
     except SystemExit as stop:
         return int(stop.code or 0)
     except StoppedError as stopped:
@@ -72,4 +72,3 @@ def _main(argv: Sequence[str] | None) -> int:
         raise
     except (MujaxError, OSError) as error:
         return fail(str(error), 2)
-    return 0

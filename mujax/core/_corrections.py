@@ -207,7 +207,7 @@ def _of_products(spec: MupSpec, analysis: Analysis) -> dict[EqnPath, Correction]
 
 
 def _correction(path: str, param: ParamSpec, use: Use, parametrization: Parametrization) -> Correction | None:
-    if not _reads_out(param, use):
+    if not reads_out(param, use):
         return None
     if param.role == "input":
         # Tied: looked up in this call or in another one, and read out here.
@@ -219,7 +219,7 @@ def _correction(path: str, param: ParamSpec, use: Use, parametrization: Parametr
     return Correction("readout", rules.forward_factor(param, parametrization), use.where, path)
 
 
-def _reads_out(param: ParamSpec, use: Use) -> bool:
+def reads_out(param: ParamSpec, use: Use) -> bool:
     """Whether a product reads out: of an output weight, or of an input weight over its features."""
     if param.role == "input":
         return axes_of_use(use, param.shape, param.base_with_layers, param.infinite).role == "output"
@@ -233,14 +233,14 @@ def _multiplier_sites(spec: MupSpec, analysis: Analysis) -> dict[str, list[EqnPa
         for path, uses in analysis.uses.items()
         for use in uses
         if spec[path].role == "input"
-        and (use.kind == "lookup" or (use.kind == "contraction" and not _reads_out(spec[path], use)))
+        and (use.kind == "lookup" or (use.kind == "contraction" and not reads_out(spec[path], use)))
         and any(role == "fan_in" for _, role, *_ in use.axes)
     ]
     outputs = [
         use.site
         for path in _readouts(spec, analysis)
         for use in analysis.uses[path]
-        if use.kind == "contraction" and _reads_out(spec[path], use)
+        if use.kind == "contraction" and reads_out(spec[path], use)
     ]
     return {
         "output_mult": list(dict.fromkeys(outputs)),
@@ -254,7 +254,7 @@ def _readouts(spec: MupSpec, analysis: Analysis) -> list[str]:
     return [
         path
         for path in analysis.output_params
-        if any(_reads_out(spec[path], use) for use in analysis.uses[path] if use.kind == "contraction")
+        if any(reads_out(spec[path], use) for use in analysis.uses[path] if use.kind == "contraction")
     ]
 
 

@@ -39,7 +39,8 @@ def initial_values(
         kwargs: the example keyword arguments.
 
     Returns:
-        By path; the ratio is 0 for a parameter that starts at zero, and is never None.
+        By path; the ratio is 0 for a parameter that starts at zero, and is never None. The mean is None where
+        the ratio shows in the program and the mean does not: `init_shifts` samples those that need it.
 
     Raises:
         MujaxError: an initialiser can be neither read nor sampled.
@@ -66,9 +67,11 @@ def initial_values(
                 target_end.sample_init(inputs, kwargs, key, unknown),
                 strict=True,
             )
-            values |= {
-                path: values[path]._replace(ratio=_rms_ratio(small, big)) for path, small, big in pairs
-            }
+            for path, small, big in pairs:
+                ratio = _rms_ratio(small, big)
+                mean = values[path].mean
+                # The base's sample gives the mean too, so that `init_shifts` need not draw it again.
+                values[path] = InitialValues(ratio, _mean(small) * ratio if mean is None else mean)
     return values
 
 

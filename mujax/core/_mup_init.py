@@ -7,11 +7,13 @@ import fnmatch
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from mujax import rules
+from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments
 from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
+from mujax.core._meshes import check_same_places, other_mesh, refuse_own_mesh
 from mujax.core._mup_model import MupModel
 from mujax.core._param_specs import check_same_parameters, describe_parameters
 from mujax.core.depth import (
@@ -24,10 +26,10 @@ from mujax.core.depth import (
     with_depth,
     with_depth_of_branches,
 )
-from mujax.core.frontends import Call, Frontend, Initial, Result, frontend
+from mujax.core.frontends import Call, Frontend, Initial, OneDevice, Result, frontend, is_split
 from mujax.core.program import ClosedJaxpr
 from mujax.core.trace import Analysis, Finding, InitialValues, analyse, merged
-from mujax.errors import AuditError, MujaxWarning, RoleError, ShapeMismatchError
+from mujax.errors import AuditError, MujaxError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
 
@@ -54,6 +56,57 @@ def _traced(end: Frontend, inputs: Sequence[Any], kwargs: dict[str, Any]) -> _Tr
     initial = end.trace_init(inputs, kwargs)
     call = end.example(initial.variables, inputs, kwargs)
     return _Traced(end, initial, call, *call.trace())
+
+
+_OPTIONS: Final = {
+    "roles": ArgumentKind(
+        "a dict of roles or ParamSpecs by glob of parameter paths",
+        lambda value: all(isinstance(role, str | ParamSpec) for role in value.values()),
+        '{"*/kernel": "hidden"}',
+        RoleError,
+    )
+    | NONE,
+    "corrections": ArgumentKind(
+        "a dict of True or False by kind",
+        lambda value: all(map(FLAG.accepts, value.values())),
+        '{"attention": False}',
+    )
+    | NONE,
+    "zero_init": TEXTS,
+    "depth_alpha": NUMBER,
+    "residual": TEXTS,
+    "strict": FLAG,
+}
+
+
+def _traced_base(
+    end: Frontend, target: _Traced, inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[_Traced, _Traced]:
+    """The base, and the target as it is read beside it.
+
+    Where the mesh does not divide the base's widths, both are traced on one device: numbers in the programs
+    that depend on the size of the mesh, as in a mean over devices, are then the same in both.
+
+    Raises:
+        TraceMismatchError: the model's code names the mesh itself, or does not run on one device.
+    """
+    try:
+        return _traced(end, inputs, kwargs), target
+    except MujaxError:
+        raise
+    except (ValueError, TypeError) as error:
+        if not is_split():
+            refuse_own_mesh(target.program, error)
+            raise
+        try:
+            small, read = (_traced(OneDevice(one), inputs, kwargs) for one in (end, target.end))
+        except MujaxError:
+            raise
+        except (ValueError, TypeError, AssertionError):
+            refuse_own_mesh(target.program, error)
+            raise error from None
+    check_same_places(target.program, read.program)
+    return small, read
 
 
 def mup_init(
@@ -108,7 +161,8 @@ def mup_init(
 
     Raises:
         ShapeMismatchError: base and target differ in something other than widths.
-        TraceMismatchError: their programs differ in structure.
+        TraceMismatchError: their programs differ in structure, or the base's widths do not fit a mesh that
+            the model's code names.
         RoleError: the role of a parameter cannot be read.
         DepthError: the residual branches cannot be determined, or they have factors for depth already.
         ConfigError: options that make no sense together.
@@ -130,15 +184,28 @@ def mup_init(
         Yang et al., Tensor Programs V, arXiv 2203.03466, Tables 3, 8 and 9. For depth: Dey et al., arXiv
         2505.01618, Table 1; Yang et al., Tensor Programs VI, arXiv 2310.02244.
     """
+    check_arguments(
+        _OPTIONS,
+        {
+            "roles": roles,
+            "corrections": corrections,
+            "zero_init": zero_init,
+            "depth_alpha": depth_alpha,
+            "residual": residual,
+            "strict": strict,
+        },
+    )
     table = with_depth(rules.parametrization(parametrization), depth, depth_alpha, residual)
     disabled = disabled_kinds(corrections or {})
     ends = frontend(model, "model"), frontend(base, "base")
-    target, small = (_traced(end, inputs, kwargs) for end in ends)
+    target = _traced(ends[0], inputs, kwargs)
+    small, read = _traced_base(ends[1], target, inputs, kwargs)
     check_same_parameters("target", target.initial, small.initial)
     # Where there is a delta, infinite axes and roles are read off it.
-    wide = target
+    wide = read
     if delta is not None:
-        wide = _traced(frontend(delta, "delta"), inputs, kwargs)
+        end = frontend(delta, "delta")
+        wide = _traced(end if read is target else OneDevice(end), inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
     spec = describe_parameters(
@@ -151,18 +218,18 @@ def mup_init(
         scanned_layers(analysis.flow),
     )
     _refuse_growing_classes(roles or {}, spec, analysis)
-    values = initial_values(target.end, small.end, target.initial, small.initial, inputs, kwargs)
+    values = initial_values(read.end, small.end, read.initial, small.initial, inputs, kwargs)
     ratios = {path: value.ratio or 0.0 for path, value in values.items()}
-    stored = stored_scales(target.initial, small.initial)
-    programs = (small.program, target.program, target.call)
+    stored = stored_scales(read.initial, small.initial)
+    programs = (small.program, read.program, read.call)
     layout, findings = None, ()
     if depth is not None:
         layout = plan_depth(depth, residual, spec)
-        if wide is not target:
-            analysis = analyse(small.program, target.program, target.call.params)
+        if wide is not read:
+            analysis = analyse(small.program, read.program, read.call.params)
         branches = plan_branches(layout, analysis.flow)
         spec = with_depth_of_branches(spec, branches, layout)
-        refuse_scaled_init(spec, branches, layout, ratios, target.initial.program, target.initial.params)
+        refuse_scaled_init(spec, branches, layout, ratios, read.initial.program, read.initial.params)
         findings = findings_of_depth(branches)
         plan = plan_call(spec, disabled, stored, *programs, layout)
         if "residual" not in disabled:
@@ -171,6 +238,7 @@ def mup_init(
         _refuse_layers_alone(spec)
         plan = plan_call(spec, disabled, stored, *programs)
     _refuse_readouts_without_product(roles or {}, spec, plan)
+    findings = (*findings, *other_mesh(small.program, read.program, plan))
     if zero_init:
         spec.require_roles("zero_init")
     init_scales = {
@@ -193,6 +261,8 @@ def mup_init(
                 *_scales_in_initialisers(spec, init_scales, plan),
             )
         ),
+        shapes=target.initial.variables,
+        _annotations=target.end.annotations(target.initial),
         _target=target.end,
         _base=small.end,
         _sizes=_sizes(target.initial, small.initial),
@@ -282,7 +352,7 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
     } | {Fraction(*use.contracted[::-1]) for uses in analysis.uses.values() for use in uses}
     for path in analysis.last_params:
         param = spec[path]
-        if param.role != "hidden" or _is_given(path, roles):
+        if param.role != "hidden" or _is_given(path, roles) or _feeds_a_layer(path, analysis):
             continue
         for axis in set(param.fan_out) & set(param.infinite):
             size, base = param.shape[axis], param.base_shape[axis]
@@ -321,6 +391,22 @@ def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], pla
     ]
 
 
+def _feeds_a_layer(path: str, analysis: Analysis) -> bool:
+    """Whether a later product of growing fan-in is computed from a parameter's product: it is no head."""
+    reached = {use.site for use in analysis.uses[path]}
+    for site, visit in analysis.flow.visits.items():
+        if site in reached or not any(operand.origin in reached for operand in visit.operands):
+            continue
+        if any(
+            use.kind == "contraction" and role == "fan_in" and size != base
+            for use in visit.uses
+            for _, role, size, base in use.axes
+        ):
+            return True
+        reached.add(site)
+    return False
+
+
 def _refuse_layers_alone(spec: MupSpec) -> None:
     """Refuses base and target that differ in their number of layers and in nothing else."""
     for path, param in spec.items():
@@ -344,23 +430,3 @@ def _sizes(target: Initial, base: Initial) -> dict[str, tuple[tuple[int, ...], t
         )
         for path, shape in big.items()
     }
-
-
-def audit(model: Any, base: Any, *inputs: Any, **kwargs: Any) -> tuple[Finding, ...]:
-    """Returns, as data, the width-dependent operations that mujax cannot correct; use it in your own tests.
-
-    Args:
-        model: as for `mup_init`.
-        base: as for `mup_init`.
-        *inputs: as for `mup_init`.
-        **kwargs: as for `mup_init`.
-
-    Returns:
-        The findings; empty where the model trains in µP as it stands.
-
-    Raises:
-        MujaxError: as `mup_init` does.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MujaxWarning)
-        return mup_init(model, base, *inputs, **kwargs).findings

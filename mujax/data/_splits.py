@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Integer, Num, PyTree
 
+from mujax._arguments import TREE, takes
+
 MIN_TEXT_BYTES: Final = 10_000
 """The shortest text that `text` takes; `load` takes no fewer tokens either."""
 
@@ -85,6 +87,7 @@ def text_data(tokens: Integer[np.ndarray, " n"], vocab_size: int) -> TextData:
     return TextData(train=tokens[:n_train], valid=tokens[n_train:], vocab_size=vocab_size)
 
 
+@takes(arrays=TREE)
 def digest(arrays: PyTree) -> str:
     """A fingerprint of the data: the first 16 hexadecimal digits of the SHA-256 of all its arrays."""
     found = hashlib.sha256()

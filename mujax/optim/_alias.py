@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from mujax.optim._arguments import checked
 from mujax.optim._decay import Decay, Mask, decay_multiples, decayed_weights, strength
 from mujax.optim._rescale import LrMults, lr_rule, with_lr_multiples
 from mujax.optim._scale import mup_scale_by_adam, mup_scale_by_sgd
 from mujax.spec import MupSpec, Role
 
 
+@checked
 def mup_adam(
     learning_rate: optax.ScalarOrSchedule,
     spec: MupSpec,
@@ -59,6 +61,7 @@ def mup_adam(
     )
 
 
+@checked
 def mup_adamw(
     learning_rate: optax.ScalarOrSchedule,
     spec: MupSpec,
@@ -125,6 +128,7 @@ def mup_adamw(
     )
 
 
+@checked
 def mup_sgd(
     learning_rate: optax.ScalarOrSchedule,
     spec: MupSpec,

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from mujax import rules
+from mujax.optim._arguments import checked
 from mujax.optim._rescale import check_spec, factors, lr_rule, multiply
 from mujax.spec import MupSpec
 
@@ -47,6 +48,7 @@ def _norm(tree: Any, by: Any) -> Float[Array, ""]:
     return jnp.sqrt(functools.reduce(jnp.add, jax.tree.leaves(squares)))
 
 
+@checked
 def mup_global_norm(spec: MupSpec, gradients: Any) -> Float[Array, ""]:
     r"""The norm of all gradients together, in Table 8's units: the one to log and to compare between widths.
 
@@ -78,6 +80,7 @@ def mup_global_norm(spec: MupSpec, gradients: Any) -> Float[Array, ""]:
     return _norm(gradients, spec.match(gradients, _to_table_8(spec), what="gradients"))
 
 
+@checked
 def mup_clip_by_global_norm(spec: MupSpec, max_norm: ArrayLike) -> optax.GradientTransformation:
     r"""Clips gradients by their global norm, measured alike in every parametrization and at every width.
 
@@ -124,6 +127,7 @@ def mup_clip_by_global_norm(spec: MupSpec, max_norm: ArrayLike) -> optax.Gradien
     return optax.stateless(update)
 
 
+@checked
 def mup_normalize(spec: MupSpec) -> optax.GradientTransformation:
     r"""Divides gradients by their global norm, for steps and perturbations of a length that suits all widths.
 

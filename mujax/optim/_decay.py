@@ -12,8 +12,9 @@ import optax
 from jax.core import Tracer
 
 from mujax import rules
-from mujax.errors import ConfigError, ParametrizationError
-from mujax.optim._rescale import Factors, Rule, check_spec, factors, lr_rule, rescaled
+from mujax.errors import ConfigError
+from mujax.optim._arguments import checked
+from mujax.optim._rescale import Factors, Rule, factors, lr_rule, rescaled
 from mujax.spec import ROLES, MupSpec, Role
 
 Decay = Literal["independent", "coupled", "decoupled"]
@@ -24,13 +25,6 @@ Mask = Any | Callable[[Any], Any] | None
 
 # Longer than any warm-up; a schedule is looked at this far to find its peak.
 PEAK_WITHIN: Final = 2**17
-
-
-def _check_mode(decay: str) -> None:
-    if decay not in DECAYS:
-        raise ParametrizationError(
-            where="decay", expected=f"one of {', '.join(map(repr, DECAYS))}", got=repr(decay)
-        )
 
 
 def decay_multiples(
@@ -48,12 +42,9 @@ def decay_multiples(
         decay_roles: the roles that decay; None for all.
 
     Raises:
-        ParametrizationError: an unknown mode or role.
         ConfigError: `"coupled"` without a rule to follow.
         RoleError: `decay_roles`, and the spec's target has its base's own widths.
     """
-    check_spec(spec)
-    _check_mode(decay)
     if decay == "coupled" and lr is None:
         raise ConfigError(
             where='decay="coupled"',
@@ -62,13 +53,6 @@ def decay_multiples(
             remedy=f"pass family=, one of {', '.join(map(repr, rules.FAMILIES))}",
         )
     roles = ROLES if decay_roles is None else decay_roles
-    unknown = [roles] if isinstance(roles, str) else [role for role in roles if role not in ROLES]
-    if unknown:
-        raise ParametrizationError(
-            where="decay_roles",
-            expected=f"a tuple out of {', '.join(map(repr, ROLES))}",
-            got=repr(unknown[0]),
-        )
     if decay_roles is not None:
         spec.require_roles("decay_roles")
     rule = lr if decay == "coupled" and lr is not None else rules.decay_factor
@@ -115,7 +99,6 @@ def strength(
     `"decoupled"` divides it by the base learning rate, so that the product with the schedule is λ times
     the schedule's shape: 1 where the learning rate is at its peak.
     """
-    _check_mode(decay)
     if decay != "decoupled":
         return weight_decay
     base = peak(learning_rate) if peak_learning_rate is None else peak_learning_rate
@@ -151,6 +134,7 @@ def decayed_weights(
     )
 
 
+@checked
 def mup_add_decayed_weights(
     spec: MupSpec,
     weight_decay: optax.ScalarOrSchedule = 0.0,

@@ -7,6 +7,7 @@ from typing import Final
 
 import optax
 
+from mujax._arguments import TEXT, check_arguments
 from mujax.errors import ConfigError
 from mujax.optim import _alias, _muon, _optimizers
 from mujax.optim._registry import AROUND, OPTIMIZERS, UNSUPPORTED
@@ -26,6 +27,7 @@ def optimizer(name: str) -> Callable[..., optax.GradientTransformationExtraArgs]
     >>> optimizer("adamw").__name__
     'mup_adamw'
     """
+    check_arguments({"optimizer": TEXT}, {"optimizer": name})
     if name in UNSUPPORTED:
         raise _optimizers.unsupported(name)
     if name in AROUND:

@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from mujax import rules
 from mujax.errors import MujaxError
 from mujax.optim._alias import mup_adamw
+from mujax.optim._arguments import checked
 from mujax.optim._decay import Decay, Mask, decay_multiples, decayed_weights, strength
 from mujax.optim._rescale import LrMults, check_spec, with_lr_multiples
 from mujax.optim._scale import mup_scale_by_adam
@@ -278,6 +279,7 @@ def _spectral_rule(param: ParamSpec, parametrization: Parametrization) -> float:
     return _Matrix(param, param.fan_in, param.fan_out).lr_factor(parametrization)
 
 
+@checked
 def mup_scale_by_muon(
     spec: MupSpec,
     ns_coeffs: Coefficients = _NS_COEFFS,
@@ -380,6 +382,7 @@ def mup_scale_by_muon(
     return optax.with_extra_args_support(with_lr_multiples(both, spec, lr_mults))
 
 
+@checked
 def mup_muon(
     learning_rate: optax.ScalarOrSchedule,
     spec: MupSpec,

@@ -11,12 +11,13 @@ from typing import Any, Final, NoReturn
 import optax
 
 from mujax import rules
+from mujax._arguments import check_arguments
 from mujax.errors import ConfigError
 from mujax.optim._alias import mup_adam, mup_adamw
+from mujax.optim._arguments import kinds_of
 from mujax.optim._decay import Mask
 from mujax.optim._recipes import LAYOUTS, Build, Options
 from mujax.optim._registry import OPTIMIZERS, TRANSFORMS, UNSUPPORTED, Entry
-from mujax.optim._rescale import check_spec
 from mujax.spec import MupSpec
 
 Alias = Callable[..., optax.GradientTransformationExtraArgs]
@@ -162,16 +163,17 @@ def _made(
     alias: bool,
 ) -> Alias:
     """A function of that signature."""
+    kinds = kinds_of(f"mup_{name}", signature)
 
     def function(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{function.__name__}() {error}") from None
+        check_arguments(kinds, bound.arguments)
         bound.apply_defaults()
         given = dict(bound.arguments)
         spec = given.pop("spec")
-        check_spec(spec)
         rate = (given.pop("learning_rate"),) if alias else ()
         options = Options(**{known: given.pop(known) for known in own})
         return optax.with_extra_args_support(build(spec, rate, given, options))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import optax
 from jax.core import Tracer
@@ -33,7 +33,6 @@ from mujax.optim._rescale import (
 from mujax.spec import MupSpec, Role
 
 Alignment = Literal["full", "none"]
-ALIGNMENTS: Final[tuple[Alignment, ...]] = get_args(Alignment)
 
 L2_REASON: Final = (
     "an L2 gradient inside of an adaptive optimizer: the gradient of the loss shrinks with width and λθ does "
@@ -72,12 +71,6 @@ class _Scales:
         for path in _zero_init(spec, options.zero_init):
             # Its entries are sums of updates and scale as they do: with Adam's rate.
             param[path], normalized[path] = adam[path], 1.0
-        if options.alignment not in ALIGNMENTS:
-            raise ParametrizationError(
-                where="alignment",
-                expected=f"one of {', '.join(map(repr, ALIGNMENTS))}",
-                got=repr(options.alignment),
-            )
         if options.alignment == "none":
             normalized = product(normalized, factors(spec, rules.unaligned))
         return cls(

@@ -18,8 +18,9 @@ import optax
 from jax.typing import ArrayLike
 
 from mujax import rules
-from mujax.errors import MujaxError, ParametrizationError
-from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec
+from mujax._arguments import SCALAR_NOT_NEGATIVE, shown
+from mujax.errors import MujaxError, ParametrizationError, SpecMismatchError
+from mujax.spec import ROLES, MupSpec, Parametrization, ParamSpec, leaf_path
 
 Factors = Mapping[str, Any]
 """A factor for each path of a spec; empty for 1 everywhere."""
@@ -156,6 +157,7 @@ def rescaled(
         updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.OptState]:
         matched = spec.match(updates, units, what="updates")
+        _check_same_part(updates, params)
         if arguments is not None:
             extra_args["arguments"] = jax.tree.map(lambda unit: unit.argument, matched)
         updates = jax.tree.map(lambda leaf, unit: _times(leaf, unit.gradient), updates, matched)
@@ -163,6 +165,25 @@ def rescaled(
         return jax.tree.map(lambda leaf, unit: _times(leaf, unit.update), updates, matched), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_same_part(updates: Any, params: Any) -> None:
+    """Requires updates for all of the parameters, where both are an `nnx.State`, which a filter may cut down.
+
+    Raises:
+        SpecMismatchError: parameters have no updates.
+    """
+    if not (hasattr(updates, "filter") and hasattr(params, "filter")):
+        return
+    given = {leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf_path(path) not in given:
+            raise SpecMismatchError(
+                where=leaf_path(path),
+                expected=f"an update of shape {tuple(leaf.shape)}, as for the other parameters",
+                got="none",
+                remedy="give the gradient the filter of the optimizer: nnx.DiffState(0, wrt), wrt=wrt",
+            )
 
 
 def grouped(make: Callable[[Any], optax.GradientTransformation]) -> optax.GradientTransformationExtraArgs:
@@ -249,17 +270,11 @@ def lr_multiples(spec: MupSpec, lr_mults: LrMults | None) -> Factors:
     """
     if lr_mults is None:
         return _NO_FACTORS
-    if not isinstance(lr_mults, Mapping):
-        raise ParametrizationError(
-            where="lr_mults",
-            expected='a dict of multiples by role or by glob of parameter paths, such as {"hidden": 2.0}',
-            got=type(lr_mults).__name__,
-        )
     found: list[Factors] = []
     for name, multiple in lr_mults.items():
-        if isinstance(multiple, int | float) and not multiple >= 0:
+        if not SCALAR_NOT_NEGATIVE.accepts(multiple):
             raise ParametrizationError(
-                where="lr_mults", expected="multiples of at least 0", got=f"{multiple} for {name!r}"
+                where="lr_mults", expected="multiples of at least 0", got=f"{shown(multiple)} for {name!r}"
             )
         if name in ROLES:
             spec.require_roles(f"lr_mults {name!r}")

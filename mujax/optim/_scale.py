@@ -14,10 +14,12 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from mujax import rules
+from mujax.optim._arguments import checked
 from mujax.optim._rescale import LrMults, factors, grouped, lr_rule, one, rescaled, with_lr_multiples
 from mujax.spec import MupSpec
 
 
+@checked
 def mup_scale_by_adam(
     spec: MupSpec,
     b1: ArrayLike = 0.9,
@@ -117,6 +119,7 @@ def _arc_tangent(
     return optax.GradientTransformation(moments.init, update)
 
 
+@checked
 def mup_scale_by_sgd(
     spec: MupSpec,
     momentum: ArrayLike | None = None,

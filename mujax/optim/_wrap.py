@@ -9,8 +9,9 @@ import optax
 
 from mujax import rules
 from mujax.errors import ParametrizationError
+from mujax.optim._arguments import checked
 from mujax.optim._probe import behaviour, check, check_plain
-from mujax.optim._rescale import LrMults, Rule, check_spec, factors, lr_rule, one, rescaled, with_lr_multiples
+from mujax.optim._rescale import LrMults, Rule, factors, lr_rule, one, rescaled, with_lr_multiples
 from mujax.spec import MupSpec, Parametrization, ParamSpec
 
 
@@ -34,6 +35,7 @@ _PARAM: Final[Mapping[rules.Family, Rule]] = {
 """The same for parameters: a transform that reads their norm has an ε for it, and its own step at norm 0."""
 
 
+@checked
 def mup_wrap(
     tx: optax.GradientTransformation,
     spec: MupSpec,
@@ -96,7 +98,6 @@ def mup_wrap(
         Qiu et al., Hyperparameter Transfer Enables Consistent Gains of Matrix-Preconditioned Optimizers,
         arXiv 2512.05620: Shampoo, whose family depends on grafting.
     """
-    check_spec(spec)
     check_plain(tx, spec)
     if family is None:
         seen = behaviour(tx, spec)

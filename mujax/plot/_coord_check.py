@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from mujax._arguments import NONE, PATH, POSITIVE, TEXT, instance, several, takes
 from mujax.check import STATS, CoordCheck, TapReport
 from mujax.errors import ConfigError
 from mujax.plot._style import INK, MUTED, RULE, canvas, power_of_two, style
@@ -41,7 +42,12 @@ _GAP: Final = (0.14, 0.85)
 _MARGIN_LEFT, _MARGIN_TOP, _MARGIN_BOTTOM = 0.7, 1.5, 0.55
 _NAME_HEIGHT, _LETTER_WIDTH, _LONGEST_NAME = 0.13, 0.068, 32
 
+_REPORTS: Final = several(
+    "at least one result of coord_check", instance(CoordCheck, "", ""), "[mujax.coord_check(...)]", least=1
+)
 
+
+@takes(reports=_REPORTS, path=PATH, title=TEXT, learning_rate=POSITIVE | NONE)
 def plot_coord_check(
     reports: Sequence[CoordCheck],
     path: str | os.PathLike[str],
@@ -64,6 +70,7 @@ def plot_coord_check(
     coord_check_figure(reports, title=title, learning_rate=learning_rate).savefig(path, format="png")
 
 
+@takes(reports=_REPORTS, title=TEXT, learning_rate=POSITIVE | NONE)
 def coord_check_figure(
     reports: Sequence[CoordCheck], *, title: str = "", learning_rate: float | None = None
 ) -> Figure:
@@ -134,8 +141,6 @@ def coord_check_figure(
 
 
 def _rate_to_draw(reports: Sequence[CoordCheck], asked: float | None) -> float:
-    if not reports:
-        raise ConfigError(where="reports", expected="at least one coordinate check to draw", got="none")
     tried = [rate for rate in reports[0].learning_rates if all(rate in each.sizes for each in reports)]
     rate = tried[0] if asked is None and tried else asked
     if rate not in tried:

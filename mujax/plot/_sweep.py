@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from mujax._arguments import NAMED, NONE, PATH, TEXT, instance, takes
 from mujax.errors import ConfigError
 from mujax.plot._style import INK, MUTED, RULE, canvas, power_of_two, style
 from mujax.tune import Sweep, Trial
@@ -27,7 +28,10 @@ _GOOD: Final = "#1f6fb4"
 _PANEL: Final = (2.55, 2.25)
 _HEAD: Final = 1.0
 
+_SWEEP: Final = instance(Sweep, "the result of sweep or tune", "mujax.tune(config)")
 
+
+@takes(sweep=_SWEEP, path=PATH, title=TEXT, space=NAMED | NONE)
 def plot_sweep(
     sweep: Sweep,
     path: str | os.PathLike[str],
@@ -50,6 +54,7 @@ def plot_sweep(
     sweep_figure(sweep, title, space=space).savefig(path, format="png")
 
 
+@takes(sweep=_SWEEP, title=TEXT, space=NAMED | NONE)
 def sweep_figure(sweep: Sweep, title: str = "", *, space: Mapping[str, Any] | None = None) -> Figure:
     """Draws the loss against each hyperparameter that was tuned, a panel for each.
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
+from mujax._arguments import PATH, instance, takes
 from mujax.plot._style import INK, MUTED, RULE, canvas, style
 from mujax.tune import TASKS, Front, TargetRun, Transferred
 
@@ -21,7 +22,10 @@ _PROXY: Final = "#1f6fb4"
 _TARGET: Final = "#7b3fa0"
 _WINDOW: Final = 40
 
+_TRANSFERRED: Final = instance(Transferred, "the result of transfer", "mujax.transfer(config)")
 
+
+@takes(transferred=_TRANSFERRED, path=PATH)
 def plot_transfer_run(transferred: Transferred, path: str | os.PathLike[str]) -> None:
     """Writes `transfer_run_figure` to a PNG.
 
@@ -35,6 +39,7 @@ def plot_transfer_run(transferred: Transferred, path: str | os.PathLike[str]) ->
     transfer_run_figure(transferred).savefig(path, format="png")
 
 
+@takes(transferred=_TRANSFERRED)
 def transfer_run_figure(transferred: Transferred) -> Figure:
     """Draws the cost of tuning on the proxy and at the target, and the training of the target.
 

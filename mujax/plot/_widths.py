@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from matplotlib import colormaps
@@ -12,8 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mujax._arguments import PATH, instance, takes
 from mujax.plot._style import INK, MUTED, OPTIMIZERS, RULE, canvas, style
 from mujax.tune import LOSS_MEASURE, Report, parametrization_title
+
+_REPORT: Final = instance(Report, "the result of sweep_widths", "mujax.transfer()")
 
 
 def _colours(count: int) -> list[Any]:
@@ -80,6 +83,7 @@ def _summary(report: Report, name: str) -> str:
     return f"{moves}; transfer {costs} at width {widest}"
 
 
+@takes(report=_REPORT, path=PATH)
 def plot_transfer(report: Report, path: str | os.PathLike[str]) -> None:
     """Writes `transfer_figure` to a PNG.
 
@@ -93,6 +97,7 @@ def plot_transfer(report: Report, path: str | os.PathLike[str]) -> None:
     transfer_figure(report).savefig(path, format="png")
 
 
+@takes(report=_REPORT)
 def transfer_figure(report: Report) -> Figure:
     """Draws loss against log2 learning rate, a panel for each parametrization.
 

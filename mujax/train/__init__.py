@@ -1,6 +1,12 @@
 """One training run: step, batches, hyperparameters, losses, and many runs of one compiled program."""
 
-from mujax.train._batches import Batches as Batches, as_batches as as_batches, check_batches as check_batches
+from mujax.train._batches import (
+    Batches as Batches,
+    as_batches as as_batches,
+    check_batches as check_batches,
+    stream as stream,
+)
+from mujax.train._checkpoint import Checkpoints as Checkpoints, Saved as Saved
 from mujax.train._compile import effort as effort, steps_in_python as steps_in_python
 from mujax.train._hyperparameters import (
     HYPERPARAMETERS as HYPERPARAMETERS,
@@ -25,9 +31,18 @@ from mujax.train._losses import (
     OutputLoss as OutputLoss,
     as_inputs as as_inputs,
     default_loss as default_loss,
+    model_loss as model_loss,
     tail as tail,
 )
 from mujax.train._run import Training as Training, training_run as training_run
+from mujax.train._sharding import (
+    batch_sharding as batch_sharding,
+    batch_share as batch_share,
+    create_state as create_state,
+    make_mesh as make_mesh,
+    put_batch as put_batch,
+    shardings as shardings,
+)
 from mujax.train._step import (
     JittedStep as JittedStep,
     Loss as Loss,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal
 
+from mujax._arguments import TEXT, takes
 from mujax.errors import ConfigError
 
 Kind = Literal["optimization", "initialization", "multiplier", "regularization", "scale", "unknown"]
@@ -68,6 +69,7 @@ Reference:
 """
 
 
+@takes(name=TEXT)
 def hyperparameter(name: str) -> Hyperparameter:
     """The hyperparameter of that name; of kind `"unknown"` if it is not listed."""
     return HYPERPARAMETERS.get(name, _UNKNOWN)
@@ -83,6 +85,7 @@ def as_its_kind(name: str, value: Any) -> Any:
     return float(value) if is_float and type(value) is int else value
 
 
+@takes(name=TEXT)
 def transfers(name: str) -> bool:
     """Whether the best value of a small model is the best of a wide one in µP.
 

@@ -19,11 +19,12 @@ from typing import Any, Final, Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
 
 from mujax.errors import ConfigError, MujaxError
 from mujax.train._compile import effort
+from mujax.train._step import whole
 
 Mode = Literal["loop", "map", "vmap"]
 MODES: Final[tuple[Mode, ...]] = get_args(Mode)
@@ -140,9 +141,15 @@ class _Program:
     """
 
     def __init__(
-        self, function: Callable[..., Any], donate: tuple[int, ...], fits: Callable[[Any], None]
+        self,
+        function: Callable[..., Any],
+        donate: tuple[int, ...],
+        fits: Callable[[Any], None],
+        out_shardings: Callable[..., Any] | None = None,
     ) -> None:
-        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._function = function
+        self._donate = donate
+        self._out_shardings = out_shardings
         self._fits = fits
         self._compiled: dict[Any, Any] = {}
         self.seconds = 0.0
@@ -160,7 +167,9 @@ class _Program:
         shapes = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if shapes not in self._compiled:
             start = time.perf_counter()
-            lowered = self._jitted.lower(*args)
+            options = {} if self._out_shardings is None else {"out_shardings": self._out_shardings(*args)}
+            jitted = jax.jit(self._function, donate_argnums=self._donate, **options)
+            lowered = jitted.lower(*args)
             program = lowered.compile(compiler_options=effort(lowered, runs / lanes))
             self._fits(program)
             self._compiled[shapes] = program
@@ -207,6 +216,10 @@ class CompiledRuns:
         static: the hyperparameters that the shapes depend on.
         mode: how to run lanes; None measures which is fastest.
         devices: None for all local devices.
+
+    Attributes:
+        mesh: the mesh that the single lane of a job is split over, as `Training.on` returns it; None where
+            each lane is on one device.
     """
 
     def __init__(
@@ -218,8 +231,10 @@ class CompiledRuns:
         devices: Sequence[Any] | None = None,
     ) -> None:
         self.job, self.static = job, dict(static)
-        self._mode: Mode | None = mode
-        self.devices = list(devices or jax.local_devices())
+        self.mesh: Mesh | None = getattr(job, "mesh", None)
+        self._mode: Mode | None = mode if self.mesh is None else "loop"
+        mine = None if self.mesh is None else list(self.mesh.local_devices)
+        self.devices = mine or list(devices or jax.local_devices())
         self.steps = job.steps(self.static)
         self.seconds_per_step: dict[Mode, float] = {}
         """Seconds per step of one lane, by mode."""
@@ -288,9 +303,14 @@ class CompiledRuns:
     def data(self) -> PyTree:
         """The shared arrays, on the devices."""
         if self._data is None:
-            place = self.sharding() if len(self.devices) > 1 else self.devices[0]
-            self._data = jax.device_put(self.job.data, place)
+            self._data = self.put(self.job.data)
         return self._data
+
+    def put(self, tree: PyTree) -> PyTree:
+        """Puts what all lanes share on the devices, whole on each."""
+        if self.mesh is not None:
+            return whole(tree, self.mesh)
+        return jax.device_put(tree, self.sharding() if len(self.devices) > 1 else self.devices[0])
 
     def sharding(self, *axes: str) -> NamedSharding:
         """Lanes split over the devices, or replicated."""
@@ -304,8 +324,34 @@ class CompiledRuns:
             on_cpu = self.devices[0].platform == "cpu"
             at_once = (threads() if mode == "loop" else len(self.devices)) if on_cpu else 1
             fits = functools.partial(_check_fits, device=self.devices[0], at_once=at_once)
-            self._programs[mode, name] = _Program(made, (1,) if name == "advance" else (), fits)
+            places = None if self.mesh is None else functools.partial(self._places, name, made)
+            self._programs[mode, name] = _Program(made, (1,) if name == "advance" else (), fits, places)
         return self._programs[mode, name]
+
+    def _places(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Where the results of a program on a mesh are: states where they belong, metrics on all devices."""
+        job: Any = self.job
+        everywhere = NamedSharding(job.mesh, PartitionSpec())
+        if name == "finish":
+            return everywhere
+        out = jax.eval_shape(function, *args)
+        state = job.shardings(self.static, out if name == "init" else out[0])
+        return state if name == "init" else (state, everywhere)
+
+    def abstract_state(self, traced: Mapping[str, Any], key: Key[Array, ""]) -> PyTree:
+        """The state of a lane as shapes, with its shardings on a mesh: what a checkpoint is restored to."""
+        hparams = {name: jnp.asarray(value, jnp.result_type(float)) for name, value in traced.items()}
+        job: Any = self.job
+        function = self._init("loop")
+        args = hparams, key, jnp.bool_(True), jax.eval_shape(lambda: self.job.data)
+        shapes = jax.eval_shape(function, *args)
+        if self.mesh is None:
+            return shapes
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            job.shardings(self.static, shapes),
+        )
 
     def _init(self, mode: Mode) -> Callable[..., Any]:
         def one(traced: Mapping[str, Any], key: Any, alive: Any, data: PyTree) -> Any:
@@ -410,17 +456,27 @@ class Lanes(Protocol):
 class _Looped:
     """One program for one lane, on as many threads as there are cores."""
 
-    def __init__(self, group: CompiledRuns, mode: Mode, traced: Mapping[str, np.ndarray], keys: Any) -> None:
+    def __init__(
+        self,
+        group: CompiledRuns,
+        mode: Mode,
+        traced: Mapping[str, np.ndarray],
+        keys: Any,
+        started: Mapping[int, PyTree] | None = None,
+    ) -> None:
         self._group = group
         self.mode: Mode = mode
         # On other platforms than the CPU a thread would only wait for its turn.
         self._threads = threads() if group.devices[0].platform == "cpu" else 1
         self._hparams = [
-            {name: jnp.asarray(values[lane], jnp.result_type(float)) for name, values in traced.items()}
+            self._put(
+                {name: jnp.asarray(values[lane], jnp.result_type(float)) for name, values in traced.items()}
+            )
             for lane in range(len(keys))
         ]
-        started = self._each("init", {lane: (key,) for lane, key in enumerate(keys)})
-        self._states = started
+        self._states: dict[int, PyTree] = dict(started or {}) or self._each(
+            "init", {lane: (self._put(key),) for lane, key in enumerate(keys)}
+        )
 
     def advance(self, steps: int) -> dict[int, Metrics]:
         """Advances all remaining runs by some steps."""
@@ -446,10 +502,14 @@ class _Looped:
         for lane in numbers:
             del self._states[lane]
 
+    def _put(self, tree: PyTree) -> PyTree:
+        # On a mesh of several processes each argument has to be an array of all of them.
+        return tree if self._group.mesh is None else self._group.put(tree)
+
     def _each(self, name: str, lanes: Mapping[int, tuple[Any]], *shared: Any) -> dict[int, Any]:
         program = self._group.program("loop", name)
-        rest = (*(jnp.int32(count) for count in shared), self._group.data)
-        alive = jnp.bool_(True)
+        rest = (*self._put([jnp.int32(count) for count in shared]), self._group.data)
+        alive = self._put(jnp.bool_(True))
 
         def call(lane: int) -> Any:
             return program(self._hparams[lane], *lanes[lane], alive, *rest)
@@ -636,8 +696,12 @@ def run_one(
     *,
     rungs: Sequence[int] = (),
     watch: Callable[[int, Metrics], bool] = lambda _, __: True,
+    keep: Callable[[int, PyTree], None] = lambda _, __: None,
+    resume: tuple[int, PyTree] | None = None,
 ) -> tuple[PyTree, Metrics]:
     """Runs a single lane and keeps its state.
+
+    On a mesh of several processes each of them calls this with the same arguments.
 
     Args:
         group: the programs, whose mode is `"loop"`.
@@ -645,6 +709,9 @@ def run_one(
         key: of the run.
         rungs: after how many steps to look at it; the last step is always one.
         watch: called at each rung with the steps taken; False stops the run.
+        keep: called at each rung with the steps taken and the state, to save it. The next steps reuse its
+            memory: what is to be kept has to be copied before it returns.
+        resume: the steps that were taken and the state after them, to go on from there; it is used up.
 
     Returns:
         The last state, and the metrics of the last rung and, unless the run was stopped, of the end.
@@ -652,10 +719,13 @@ def run_one(
     Raises:
         OutOfMemoryError: it does not fit.
     """
-    lanes = _Looped(group, "loop", {name: np.array([value]) for name, value in traced.items()}, key[None])
-    taken, metrics = 0, {}
-    for stop in sorted({*(stop for stop in rungs if 0 < stop < group.steps), group.steps}):
+    taken, started = (0, None) if resume is None else (resume[0], {0: resume[1]})
+    values = {name: np.array([value]) for name, value in traced.items()}
+    lanes = _Looped(group, "loop", values, key[None], started)
+    metrics: Metrics = {}
+    for stop in sorted({*(stop for stop in rungs if taken < stop < group.steps), group.steps}):
         metrics, taken = lanes.advance(stop - taken)[0], stop
+        keep(stop, lanes.state(0))
         if not watch(stop, metrics):
             return lanes.state(0), metrics
     return lanes.state(0), {**metrics, **lanes.finish()[0]}

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
+from mujax._arguments import shown
+from mujax.core import MupModel
 from mujax.errors import ConfigError
+from mujax.train._step import Loss
 
 OutputLoss = Callable[[Any, Any], Float[Array, ""]]
 """(outputs of the model, targets) -> a scalar."""
@@ -36,14 +39,17 @@ def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
     1.0
     """
     leaves = jax.tree.leaves((outputs, targets))
-    if len(leaves) == 2:
+    if len(leaves) == 2 and all(hasattr(leaf, "dtype") for leaf in leaves):
         logits, wanted = leaves
         classes = jnp.issubdtype(wanted.dtype, jnp.integer)
         if (logits.shape[:-1] if classes else logits.shape) == wanted.shape:
             if classes:
                 return optax.softmax_cross_entropy_with_integer_labels(logits, wanted).mean()
             return jnp.square(logits - wanted).mean()
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (outputs, targets)]
+    shapes = [
+        jax.tree.map(lambda leaf: tuple(leaf.shape) if hasattr(leaf, "dtype") else shown(leaf), tree)
+        for tree in (outputs, targets)
+    ]
     raise ConfigError(
         where="loss",
         expected="one output array, of the targets' shape or, for integer targets, with one more axis of "
@@ -51,6 +57,33 @@ def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
         got=f"outputs {shapes[0]} and targets {shapes[1]}",
         remedy="pass loss=, a function of both",
     )
+
+
+def model_loss(mup: MupModel, loss: OutputLoss = default_loss, **kwargs: Any) -> Loss:
+    """The loss of a model of any kind, for `train_step` and `train_scan`, on what `mup.split` returns.
+
+    Args:
+        mup: the model.
+        loss: (outputs, targets) -> a scalar.
+        **kwargs: passed to `mup.apply`, e.g. `train=True`.
+
+    Returns:
+        (params, model_state, (inputs, targets), key) -> (loss, (model_state, {})), which updates batch
+        statistics and gives each step's key to all random streams (Linen).
+    """
+
+    def objective(params: PyTree, model_state: PyTree, batch: PyTree, key: Key[Array, ""], /) -> Any:
+        inputs, targets = batch
+        outputs, model_state = mup.apply_split(params, model_state, *as_inputs(inputs), key=key, **kwargs)
+        return loss(jax.tree.map(_widened, outputs), targets), (model_state, {})
+
+    return objective
+
+
+def _widened(leaf: Any) -> Any:
+    # A mean over examples in 16 bits would lose what 16 bits are good enough for inside of the model.
+    is_short = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if is_short else leaf
 
 
 class Losses(NamedTuple):

@@ -13,9 +13,11 @@ from typing import Any, Final, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from mujax.core import MupModel, mup_init
+from mujax._arguments import COUNT, FACTORY, LOSS, NONE, OPTIMIZER, instance, takes
+from mujax.core import MupModel, Rules, mup_init
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
 from mujax.spec import MupSpec
@@ -23,7 +25,8 @@ from mujax.train._batches import Batches, as_batches
 from mujax.train._compile import steps_in_python
 from mujax.train._hyperparameters import HYPERPARAMETERS
 from mujax.train._losses import Losses, OutputLoss, as_inputs, default_loss, tail
-from mujax.train._step import TrainState, init_state, train_step
+from mujax.train._sharding import batch_sharding, check_batch, shardings
+from mujax.train._step import TrainState, in_parts, init_state, train_step
 
 # ---- learning rate and optimizer -------------------------------------------------------------------------
 
@@ -140,6 +143,9 @@ class Training:
         default_batch: examples a step without the hyperparameter `batch`.
         valid: held-out (inputs, targets), with leading axes (batches, batch), if any.
         static: names of hyperparameters that are Python values.
+        mesh: the mesh that one run is split over; None for a single device. See `on`.
+        rules: as for `MupModel.partition`.
+        accumulate: parts of each batch whose gradients are computed one after the other.
     """
 
     model: ModelOf
@@ -150,6 +156,9 @@ class Training:
     default_batch: int
     valid: PyTree = None
     static: frozenset[str] = frozenset()
+    mesh: Mesh | None = None
+    rules: Rules | None = None
+    accumulate: int = 1
     _built: dict[Any, _Built] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -162,6 +171,34 @@ class Training:
         """Whether the steps may be compiled as a loop."""
         first = next(iter(self._built.values()), None) or self.built({})
         return not steps_in_python(first.mup.replay.program)
+
+    def on(self, mesh: Mesh, *, rules: Rules | None = None, accumulate: int = 1) -> Training:
+        """The same run, split over a mesh of any number of processes; for `CompiledRuns` and `run_one`.
+
+        Parameters and optimizer state are made where they belong and stay there; see `shardings`. The losses
+        are those of a single device but for rounding.
+
+        Args:
+            mesh: as `make_mesh` returns it.
+            rules: as for `MupModel.partition`.
+            accumulate: as for `train_step`.
+
+        Raises:
+            ConfigError: the mesh does not divide the batch, or as `MupModel.partition` does.
+            ShapeMismatchError: as `MupModel.partition` does.
+        """
+        held = rules if rules is None or isinstance(rules, Mapping) else tuple(rules)
+        return dataclasses.replace(self, mesh=mesh, rules=held, accumulate=accumulate, _built={})
+
+    def shardings(self, static: Mapping[str, Any], state: PyTree) -> PyTree:
+        """Where each array of a state belongs on the mesh.
+
+        Args:
+            static: the static hyperparameters.
+            state: as `init` returns it, or its shapes.
+        """
+        assert self.mesh is not None
+        return shardings(self.built(static).mup, self.mesh, state, rules=self.rules)
 
     def check(self, hparams: Mapping[str, Any], /) -> None:
         """Raises an error for hyperparameters without effect, or if there is no learning rate.
@@ -229,6 +266,12 @@ class Training:
             inputs, _ = jax.eval_shape(
                 functools.partial(self._first, batch=batch, steps=steps), self.batches.data
             )
+            if self.accumulate > 1:
+                # The model only ever sees parts.
+                inputs = jax.eval_shape(lambda: in_parts(_zeros(inputs), self.accumulate))
+                inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), inputs)
+            if self.mesh is not None:
+                check_batch(jax.tree.leaves(inputs)[0].shape[0], self.mesh, self.rules)
             self._built[key] = _Built(self.model(static, as_inputs(inputs)), batch, steps)
         return self._built[key]
 
@@ -246,12 +289,17 @@ class Training:
         # The parameters among the variables are not read: dropped, they are not carried along.
         state = [None if place in held else leaf for place, leaf in enumerate(variables)]
         drawn = self.batches.draw(data[0], draw_key, built.batch, built.steps)
-        objective = self._objective(hparams, built, data)
+        objective = self._objective(hparams, built)
         last = jax.tree.map(lambda leaf: leaf[-tail(built.steps) :], drawn)
         return {
             "train": init_state(params, self._tx(hparams, built), model_state=state, key=key),
             "losses": jnp.zeros(built.steps),
-            "untrained": jax.lax.map(lambda batch: objective(params, state, batch, key)[0], last).mean(),
+            "untrained": jax.lax.map(
+                lambda drawn: self._mean_score(
+                    lambda batch: objective(params, state, batch, key)[0], self._batch(data, drawn)
+                ),
+                last,
+            ).mean(),
             "drawn": drawn,
         }
 
@@ -260,13 +308,13 @@ class Training:
     ) -> tuple[PyTree, Mapping[str, Any]]:
         """Trains; the metrics are `loss`, over the last tenth of a run, and `mean_loss`, over all steps."""
         built = self.built(hparams)
-        objective = self._objective(hparams, built, data)
-        step = train_step(objective, self._tx(hparams, built), donate=False)
+        objective = self._objective(hparams, built)
+        step = train_step(objective, self._tx(hparams, built), donate=False, accumulate=self.accumulate)
 
         def one(_: Any, state: PyTree) -> PyTree:
             train: TrainState = state["train"]
-            batch = jax.tree.map(lambda leaf: leaf[train.step], state["drawn"])
-            after, metrics = step(train, batch)
+            drawn = jax.tree.map(lambda leaf: leaf[train.step], state["drawn"])
+            after, metrics = step(train, self._batch(data, drawn))
             return {**state, "train": after, "losses": state["losses"].at[train.step].set(metrics["loss"])}
 
         state = one(None, state) if steps is None else jax.lax.fori_loop(0, steps, one, state)
@@ -292,7 +340,7 @@ class Training:
                 outputs, _ = replay.apply(train.params, train.model_state, as_inputs(inputs), key=train.key)
                 return self.loss(outputs, targets)
 
-            metrics["valid_loss"] = jax.lax.map(score, data[1]).mean()
+            metrics["valid_loss"] = jax.lax.map(lambda batch: self._mean_score(score, batch), data[1]).mean()
         return metrics
 
     def _tx(self, hparams: Mapping[str, Any], built: _Built) -> optax.GradientTransformation:
@@ -306,21 +354,38 @@ class Training:
         given = {name: hparams[name] for name in names if name in hparams}
         return (built.mup.with_multipliers(**given) if given else built.mup).replay
 
-    def _objective(self, hparams: Mapping[str, Any], built: _Built, data: PyTree) -> Any:
+    def _batch(self, data: PyTree, drawn: Any) -> tuple[Any, Any]:
+        """The inputs and targets of one step, split over the mesh."""
+        batch = self.batches.fetch(data[0], drawn)
+        if self.mesh is None:
+            return batch
+        return jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh, rules=self.rules))
+
+    def _mean_score(self, score: Callable[[Any], Float[Array, ""]], batch: Any) -> Float[Array, ""]:
+        """The mean of a score over the parts of a batch that the model sees."""
+        if self.accumulate == 1:
+            return score(batch)
+        return jax.lax.map(score, in_parts(batch, self.accumulate)).mean()
+
+    def _objective(self, hparams: Mapping[str, Any], built: _Built) -> Any:
         replay = self._with_multipliers(hparams, built)
 
-        def objective(params: PyTree, model_state: Any, drawn: Any, key: Any) -> Any:
-            inputs, targets = self.batches.fetch(data[0], drawn)
+        def objective(params: PyTree, model_state: Any, batch: Any, key: Any) -> Any:
+            inputs, targets = batch
             outputs, _ = replay.apply(params, model_state, as_inputs(inputs), key=key)
             return self.loss(outputs, targets), (model_state, {})
 
         return objective
 
 
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
 def _mean(losses: Float[Array, " steps"], start: Any, end: Any) -> Float[Array, ""]:
     places = jnp.arange(len(losses))
     inside: Bool[Array, " steps"] = (places >= start) & (places < end)
-    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1)
+    return jnp.where(inside, losses, 0.0).sum() / jnp.maximum(inside.sum(), 1).astype(losses.dtype)
 
 
 def _scaled(params: PyTree, spec: MupSpec, multiple: Any) -> PyTree:
@@ -377,6 +442,15 @@ def _keywords(factory: Callable[..., Any]) -> frozenset[str]:
     return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
 
 
+@takes(
+    model=FACTORY | instance(MupModel, "a MupModel", ""),
+    optimizer=OPTIMIZER,
+    steps=COUNT,
+    width=COUNT | NONE,
+    base_width=COUNT | NONE,
+    batch=COUNT,
+    loss=LOSS,
+)
 def training_run(
     model: Callable[..., Any] | MupModel,
     batches: Any,
@@ -446,10 +520,12 @@ def training_run(
             model, width=width, base_width=width if base_width is None else base_width, **mup_kwargs
         )
         static = _keywords(model)
-    held_out = None if valid is None else as_batches(valid)
+    if isinstance(optimizer, str):
+        optimizer_by_name(optimizer)
+    held_out = None if valid is None else as_batches(valid, "valid")
     return Training(
         model=make,
-        batches=as_batches(batches),
+        batches=as_batches(batches, batch=batch, steps=steps),
         optimizer=optimizer,
         loss=loss,
         default_steps=steps,

@@ -1,7 +1,7 @@
 """Searches hyperparameters on a small model and trains the large one with them."""
 
 from mujax.tune._cost import Front as Front, front as front
-from mujax.tune._numbers import check_counts as check_counts, number as number
+from mujax.tune._numbers import number as number
 from mujax.tune._results import Sweep as Sweep, SweepProgress as SweepProgress, Trial as Trial
 from mujax.tune._sweep import Study as Study, study_module as study_module, sweep as sweep
 from mujax.tune._tasks import TASKS as TASKS

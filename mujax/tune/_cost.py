@@ -13,9 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from mujax._arguments import COUNT, NONE, NOT_NEGATIVE, NUMBER, SEED, several, takes
 from mujax.errors import ConfigError
 
 RESAMPLES = 20
+
+_LOSSES = several("a sequence of losses, None for one that diverged", NUMBER | NONE, "[0.5, None]", least=1)
+_FLOPS = several("a sequence of operations, one for each loss", NOT_NEGATIVE, "[1e9, 2e9]", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ def resampled(count: int, size: int, resamples: int, seed: int = 0) -> list[np.n
     return [random.choice(count, size, replace=False) for _ in range(resamples)]
 
 
+@takes(losses=_LOSSES, flops=_FLOPS, quality=_LOSSES | NONE, resamples=COUNT, seed=SEED)
 def front(
     losses: Sequence[float | None],
     flops: Sequence[float],
@@ -78,6 +83,11 @@ def front(
     Raises:
         ConfigError: no trial has a loss.
     """
+    for name, given in (("flops", flops), ("quality", losses if quality is None else quality)):
+        if len(given) != len(losses):
+            raise ConfigError(
+                where=name, expected=f"one for each of the {len(losses)} losses", got=len(given)
+            )
     chosen_by = np.array([np.inf if loss is None else loss for loss in losses])
     worth = chosen_by if quality is None else np.array([np.inf if one is None else one for one in quality])
     if not np.isfinite(worth).any():

@@ -1,13 +1,10 @@
-"""Parses numbers in settings and on command lines, powers included, and checks counts."""
+"""Parses numbers in settings and on command lines, powers included."""
 
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from typing import Any, Final
-
-from mujax.errors import ConfigError
 
 _NUMBER: Final = r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
 _TEXT: Final = re.compile(
@@ -40,18 +37,3 @@ def number(text: str) -> int | float | None:
 
 def _plain(text: str) -> int | float:
     return float(text) if re.search(r"[.e]", text, re.IGNORECASE) else int(text)
-
-
-def check_counts(**counts: Any) -> None:
-    """Refuses counts, by option, that are not whole numbers of at least 1; None is an option not given.
-
-    Raises:
-        ConfigError: a count is refused.
-    """
-    for name, count in counts.items():
-        if count is None:
-            continue
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-            raise ConfigError(where=name, expected="a whole number of at least 1", got=repr(count))
-        if count < 1:
-            raise ConfigError(where=name, expected="at least 1", got=count)

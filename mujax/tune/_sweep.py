@@ -21,9 +21,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from mujax._arguments import (
+    CALLBACK,
+    COUNT,
+    NAME,
+    NAMED,
+    NONE,
+    PATH,
+    PATIENCE,
+    SECONDS,
+    SEED,
+    TEXT,
+    Kind,
+    check_arguments,
+    function,
+    instance,
+    one_of,
+    takes,
+)
 from mujax.errors import ConfigError, MujaxError
 from mujax.train import MODES, FunctionJob, Job, Mode
-from mujax.tune._numbers import check_counts
 from mujax.tune._results import Sweep, SweepProgress, Trial, read_trials
 from mujax.tune._user_code import summary_of
 from mujax.tune._worker import Reporter, Worker, check_objective
@@ -33,6 +50,12 @@ Run = Callable[[dict[str, Any], Key[Array, ""]], Mapping[str, Any]]
 
 RUNGS: Final = 10
 """Evaluations of a run, the last one included: divergence is noticed there, and a pruner may stop the run."""
+
+
+STORAGE: Final = PATH | Kind(
+    "a storage of Optuna's", lambda value: callable(value.create_new_study), '"sqlite:///mujax.db"'
+)
+"""The address of a database, or the path of an SQLite file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +84,20 @@ class Study:
     heartbeat: float = 60.0
     heartbeat_timeout: float | None = None
     patience: float = 300.0
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            {
+                "name": NAME | NONE,
+                "storage": STORAGE | NONE,
+                "settings": NAMED,
+                "attributes": NAMED,
+                "heartbeat": SECONDS,
+                "heartbeat_timeout": SECONDS | NONE,
+                "patience": PATIENCE,
+            },
+            vars(self),
+        )
 
 
 _OF_STUDY: Final[Mapping[str, str]] = {
@@ -96,13 +133,34 @@ def _as_study(study: str | Study | None, storage: Any, old: Mapping[str, Any]) -
             f"sweep({', '.join(f'{name}=...' for name in old)}) is deprecated; pass "
             f"study=mujax.Study(name, storage, {fields}).",
             DeprecationWarning,
-            stacklevel=3,
+            # Past the check of the arguments.
+            stacklevel=4,
         )
     return Study(
         study, storage, **{_OF_STUDY[name]: value for name, value in old.items() if value is not None}
     )
 
 
+@takes(
+    run=Kind(
+        "a function of hyperparameters and key, or what mujax.training_run returns",
+        lambda value: hasattr(type(value), "advance") or function("", 2, "").accepts(value),
+        "mujax.training_run(...)",
+    ),
+    trials=COUNT,
+    seeds=COUNT,
+    seed=SEED,
+    fixed=NAMED | NONE,
+    objective=TEXT,
+    study=NAME | instance(Study, "a mujax.Study", "") | NONE,
+    storage=STORAGE | NONE,
+    rungs=COUNT,
+    mode=one_of(MODES) | NONE,
+    lanes=COUNT | NONE,
+    progress=CALLBACK | NONE,
+    finished=CALLBACK | NONE,
+    say=CALLBACK | NONE,
+)
 def sweep(
     run: Run | Job,
     space: Mapping[str, Any],
@@ -178,11 +236,6 @@ def sweep(
     started = time.perf_counter()
     studies = study_module()
     place = _as_study(study, storage, old)
-    check_counts(trials=trials, seeds=seeds, rungs=rungs, lanes=lanes)
-    if mode is not None and mode not in MODES:
-        raise ConfigError(
-            where="mode", expected=f"one of {', '.join(map(repr, MODES))} or None", got=repr(mode)
-        )
     job: Any = run if hasattr(type(run), "advance") else FunctionJob(run)  # pyright: ignore[reportArgumentType]
     constant = dict(fixed or {})
     parsed = studies.distributions(space)

@@ -16,6 +16,7 @@ from typing import Any, overload
 import jax
 import numpy as np
 
+from mujax._arguments import CALLBACK, COUNT, NAMED, NONE, TEXTS, instance, takes
 from mujax.check import Progress
 from mujax.errors import ConfigError
 from mujax.train import CompiledRuns, refuse_untransferable, run_one, transfers
@@ -164,6 +165,17 @@ def transfer(
 ) -> Transferred: ...
 
 
+@takes(
+    config=instance((TransferConfig, TuneConfig), "a TransferConfig or a TuneConfig", "TuneConfig(...)")
+    | NONE,
+    width=COUNT | NONE,
+    seeds=COUNT,
+    steps=COUNT | NONE,
+    batch=COUNT | NONE,
+    also=TEXTS,
+    fixed=NAMED | NONE,
+    progress=CALLBACK | NONE,
+)
 def transfer(
     config: TransferConfig | TuneConfig | None = None,
     *,
@@ -220,15 +232,13 @@ def _train_target(
     progress: Callable[[TargetProgress], None],
 ) -> Transferred:
     target = config.target if width is None else width
-    if target is None or target < 1:
+    if target is None:
         raise ConfigError(
             where="width",
             expected="the target's width",
             got=repr(target),
             remedy="pass --width, or width=",
         )
-    if seeds < 1:
-        raise ConfigError(where="seeds", expected="at least 1", got=seeds)
     study = read_study(config)
     best = study.best
     if best is None:

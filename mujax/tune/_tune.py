@@ -15,12 +15,32 @@ from typing import Any, Final
 import jax.numpy as jnp
 
 from mujax import data, rules
+from mujax._arguments import (
+    CALLBACK,
+    COUNT,
+    FACTORY,
+    LOSS,
+    NAME,
+    NAMED,
+    NONE,
+    PATH,
+    PATIENCE,
+    SECONDS,
+    SEED,
+    TEXT,
+    Kind,
+    check_arguments,
+    instance,
+    one_of,
+    several,
+    shown,
+    takes,
+)
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
-from mujax.train import Batches, Mode, Training, as_batches, as_its_kind, default_loss, training_run
-from mujax.tune._numbers import check_counts
+from mujax.train import MODES, Batches, Mode, Training, as_batches, as_its_kind, default_loss, training_run
 from mujax.tune._results import Sweep, SweepProgress, Trial, read_trials
-from mujax.tune._sweep import RUNGS, Study, study_module, sweep
+from mujax.tune._sweep import RUNGS, STORAGE, Study, study_module, sweep
 from mujax.tune._tasks import TASKS, Task, in_batches, powers
 from mujax.tune._user_code import build, imported
 
@@ -33,6 +53,25 @@ OWN_SPACE: Final[Mapping[str, Any]] = {
     "output_mult": powers(-3, 3),
 }
 """The default space of a user's own model."""
+
+
+_KINDS: Final[Mapping[str, Kind]] = {
+    **dict.fromkeys(("seeds", "trials", "rungs", "length"), COUNT),
+    **dict.fromkeys(("steps", "batch", "width", "base_width", "lanes"), COUNT | NONE),
+    "data": PATH | NONE,
+    "loss": TEXT | LOSS | NONE,
+    "zero_init": several("a sequence of 'readout' and 'query'", one_of(("readout", "query")), '("readout",)')
+    | NONE,
+    "space": NAMED | NONE,
+    "fixed": NAMED,
+    "objective": one_of(_OBJECTIVES),
+    "seed": SEED,
+    "study": NAME | instance(Study, "a mujax.Study", "") | NONE,
+    "storage": STORAGE | NONE,
+    "mode": one_of(MODES) | NONE,
+    "heartbeat": SECONDS,
+    "patience": PATIENCE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +150,16 @@ class TuneConfig:
     patience: float = 300.0
 
     def __post_init__(self) -> None:
-        counts = ("seeds", "trials", "rungs", "steps", "batch", "width", "base_width", "lanes", "length")
-        check_counts(**{name: getattr(self, name) for name in counts})
-        if not callable(self.task) and self.task not in TASKS and ":" not in str(self.task):
+        check_arguments(_KINDS, vars(self))
+        if self.data is not None:
+            object.__setattr__(self, "data", pathlib.Path(self.data))
+        named = isinstance(self.task, str) and (self.task in TASKS or ":" in self.task)
+        if not named and not FACTORY.accepts(self.task):
             raise ConfigError(
                 where="task",
                 expected=f"one of {', '.join(TASKS)}, package.module:factory or a function of the width",
-                got=repr(self.task),
+                got=shown(self.task),
+                remedy='pass task="mnist-mlp" or task=lambda width: Net(width)',
             )
         optimizer_by_name(self.optimizer)
         rules.parametrization(self.parametrization)
@@ -126,10 +168,6 @@ class TuneConfig:
             self._check_own()
         else:
             self._check_known(known)
-        if self.objective not in _OBJECTIVES:
-            raise ConfigError(
-                where="objective", expected=f"one of {', '.join(_OBJECTIVES)}", got=repr(self.objective)
-            )
         if self.objective == "valid_loss" and self.batches is not None and self.valid is None:
             raise ConfigError(
                 where="objective",
@@ -137,8 +175,6 @@ class TuneConfig:
                 got="none",
                 remedy="pass valid, or minimise loss or mean_loss",
             )
-        if unknown := sorted({*(self.zero_init or ())} - {"readout", "query"}):
-            raise ConfigError(where="zero_init", expected="'readout' or 'query'", got=repr(unknown[0]))
         if isinstance(self.study, Study):
             default = Study()
             for name in ("storage", "heartbeat", "patience"):
@@ -345,6 +381,9 @@ class TuneConfig:
         return _own_source(self)
 
 
+_CONFIG: Final = instance(TuneConfig, "a TuneConfig", 'TuneConfig("mnist-mlp")')
+
+
 def _of_kind(name: str, values: Any) -> Any:
     """Choices as floats where they were written as whole numbers and the hyperparameter is a float."""
     return [as_its_kind(name, value) for value in values] if isinstance(values, list | tuple) else values
@@ -423,6 +462,7 @@ def _own_source(config: TuneConfig) -> _Source:
     )
 
 
+@takes(config=_CONFIG, progress=CALLBACK | NONE, finished=CALLBACK | NONE, say=CALLBACK | NONE)
 def tune(
     config: TuneConfig,
     *,
@@ -468,6 +508,7 @@ def tune(
     )
 
 
+@takes(config=_CONFIG)
 def read_study(config: TuneConfig) -> Sweep:
     """The trials of a study; runs nothing.
 

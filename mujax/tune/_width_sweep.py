@@ -18,6 +18,22 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from mujax import rules
+from mujax._arguments import (
+    CALLBACK,
+    COUNT,
+    LOG2_LRS,
+    LOSS,
+    NONE,
+    PATH,
+    SEED,
+    TEXT,
+    Kind,
+    check_arguments,
+    instance,
+    one_of,
+    several,
+    takes,
+)
 from mujax.check import (
     Finished,
     Progress,
@@ -62,9 +78,27 @@ _OWN_LOG2_LRS: Final = {
 """Learning rates by the family of the optimizer, as powers of two; those of Adam for all but SGD's."""
 
 
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ConfigError(where=name, expected=f"one of {', '.join(map(repr, known))}", got=repr(value))
+_KINDS: Final[Mapping[str, Kind]] = {
+    "widths": several("at least one width, whole numbers of at least 1", COUNT, "(64, 128)", least=1),
+    "base_width": COUNT,
+    "log2_lrs": LOG2_LRS,
+    "seeds": COUNT,
+    "steps": COUNT,
+    "batch": COUNT,
+    "seed": SEED,
+    "momentum": Kind("a number from 0 up to 1, 1 excluded", lambda value: 0 <= value < 1, "0.9"),
+    "parametrizations": several(
+        f"at least one of {', '.join(map(repr, rules.TABLES))}",
+        one_of(rules.TABLES),
+        '("sp", "mup")',
+        least=1,
+    ),
+    "text": PATH | NONE,
+    "data": PATH | NONE,
+    "loss": TEXT | LOSS | NONE,
+    "length": COUNT,
+    "out": PATH | NONE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,28 +149,20 @@ class TransferConfig:
     out: pathlib.Path | None = None
 
     def __post_init__(self) -> None:
+        check_arguments(_KINDS, vars(self))
         optimizer_by_name(self.optimizer)
-        for name in self.parametrizations:
-            _one_of("parametrizations", name, tuple(rules.TABLES))
-        if not self.parametrizations:
-            raise ConfigError(where="parametrizations", expected="at least one", got="none")
-        for name in ("seeds", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(where=name, expected="at least 1", got=getattr(self, name))
-        if not self.widths:
-            raise ConfigError(where="widths", expected="at least one", got="none")
+        for name in ("text", "data", "out"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, pathlib.Path(getattr(self, name)))
         known = TASKS.get(self.task) if isinstance(self.task, str) else None
         step = 1 if known is None else known.width_step
         for width in (*self.widths, self.base_width):
-            if width < 1 or width % step:
-                kind = "positive numbers" if step == 1 else f"positive multiples of {step}"
-                raise ConfigError(where="widths", expected=f"{kind} for the task {self.name!r}", got=width)
+            if width % step:
+                raise ConfigError(
+                    where="widths", expected=f"multiples of {step} for the task {self.name!r}", got=width
+                )
         if not 0 <= self.seed < 2**31 - self.seeds:
             raise ConfigError(where="seed", expected="a number from 0 up to 2^31", got=self.seed)
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(
-                where="momentum", expected="a number from 0 up to 1, 1 excluded", got=self.momentum
-            )
         object.__setattr__(self, "widths", tuple(sorted({*self.widths, self.base_width})))
         object.__setattr__(self, "log2_lrs", tuple(sorted({float(rate) for rate in self.log2_lrs})))
         object.__setattr__(self, "parametrizations", tuple(dict.fromkeys(self.parametrizations)))
@@ -145,12 +171,6 @@ class TransferConfig:
                 where="widths",
                 expected=f"at least one besides the base width {self.base_width}",
                 got=self.widths,
-            )
-        if len(self.log2_lrs) < 3 or not all(-126 <= rate <= 126 for rate in self.log2_lrs):
-            raise ConfigError(
-                where="log2_lrs",
-                expected="at least three different powers of two from -126 to 126",
-                got=self.log2_lrs,
             )
         if self.text is not None and (known is None or not known.takes_text):
             raise ConfigError(
@@ -409,6 +429,9 @@ def _compare(
     )
 
 
+_CONFIG: Final = instance(TransferConfig, "a TransferConfig", "TransferConfig.for_task()")
+
+
 # ---- running --------------------------------------------------------------------------------------------
 
 
@@ -427,6 +450,7 @@ def _settings(config: TransferConfig, digest: str) -> dict[str, str]:
     }
 
 
+@takes(config=_CONFIG | NONE, progress=CALLBACK | NONE)
 def sweep_widths(
     config: TransferConfig | None = None, *, progress: Callable[[Progress], None] | None = None
 ) -> Report:
@@ -480,8 +504,20 @@ def sweep_widths(
         runs = train_runs(wanted, job, steps=config.steps, stored=stored, progress=progress)
     report = summarise(config, runs)
     if config.out is not None:
-        # Written aside and moved, so that a report is never incomplete.
-        aside = config.out / (REPORT + ".part")
-        aside.write_text(report.to_json(), encoding="utf-8")
-        aside.replace(config.out / REPORT)
+        _save_report(report, config.out)
     return report
+
+
+def _save_report(report: Report, folder: pathlib.Path) -> None:
+    """Written aside and moved, so that a report is never incomplete."""
+    aside = folder / (REPORT + ".part")
+    try:
+        aside.write_text(report.to_json(), encoding="utf-8")
+        aside.replace(folder / REPORT)
+    except OSError as error:
+        raise ConfigError(
+            where="out",
+            expected=f"{folder / REPORT} to be a file that can be written",
+            got=f"an error ({error.strerror or error})",
+            remedy="make room for it and run the same again: the finished runs are stored",
+        ) from error

@@ -71,6 +71,12 @@ def test_spec_scale_measures_in_processes_of_their_own(report, tmp_path):
     assert all(row["import_megabytes"] > 50 and 0 < row["megabytes"] < 500 for row in found["layers"])
 
 
+def test_audit_measures_in_processes_of_its_own(report, tmp_path):
+    rows = report("audit.py", tmp_path / "audit.json", "--cases", "mlp")["rows"]
+    assert [(row["misread"], row["disagreements"]) for row in rows] == [(False, [0]), (True, [1])]
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
+
+
 def test_optimizers_sweeps_both_sides_on_one_grid(report, tmp_path):
     found = report(
         "optimizers.py", tmp_path / "optimizers.json", "--optimizers", "lamb", "--widths", "8", "24"
@@ -187,6 +193,7 @@ def test_transfer_default_names_each_claim_that_fails(scripts):
 @pytest.mark.parametrize(
     ("script", "option"),
     [
+        ("audit.py", "--runs"),
         ("overhead.py", "--runs"),
         ("spec_scale.py", "--runs"),
         ("optimizers.py", "--steps"),

@@ -28,7 +28,7 @@ EXAMPLES = {
     "mujax/core/README.md": 1,
     "mujax/core/depth/README.md": 1,
     "mujax/optim/README.md": 2,
-    "mujax/train/README.md": 3,
+    "mujax/train/README.md": 6,
     "mujax/check/README.md": 2,
     "mujax/tune/README.md": 1,
 }

@@ -355,7 +355,9 @@ def test_between_two_ways_of_writing_it_the_run_is_the_same(t):
 
 @pytest.mark.parametrize("t", [-0.1, 1.5, math.nan])
 def test_interpolation_outside_of_its_range_is_an_error(t):
-    with pytest.raises(mujax.ParametrizationError, match=re.escape(f"expected t from 0 to 1, got {t}")):
+    with pytest.raises(
+        mujax.ParametrizationError, match=re.escape(f"t: expected a number from 0 to 1, got {t}")
+    ):
         mujax.interpolate("sp", "mup", t)
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Shaped
 
+from mujax._arguments import TREE, takes
 from mujax.core.depth._nodes import Node, Nodes, bits, scanned_layers
 from mujax.core.program import EqnPath, JaxprEqn, checkpoint_label, dtype_of, shape_of, source_line
 from mujax.core.trace import Flow
@@ -30,6 +31,7 @@ _REMEDY: Final = (
 )
 
 
+@takes(y=TREE)
 def residual_branch(y: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Marks a value as the output of a residual branch; returns it unchanged.
 

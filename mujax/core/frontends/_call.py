@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
+from mujax.core.frontends._mesh import mesh_of_one, moved
 from mujax.spec import leaf_path
 
 Shape = tuple[int, ...]
@@ -33,6 +34,7 @@ class Call:
         output: takes the model's own output out of the result of `function`.
         static: everything else that `function` depends on; equal where two functions of one model do the
             same.
+        one_device: whether it is traced on a mesh of one device in place of the one in context.
     """
 
     function: Callable[..., Any]
@@ -42,6 +44,7 @@ class Call:
     inputs: tuple[range, range] = (range(0), range(0))
     output: Callable[[Any], Any] = lambda result: result
     static: tuple[Any, ...] = ()
+    one_device: bool = False
 
     def trace(self) -> tuple[ClosedJaxpr, Result]:
         """The function's program and its result."""
@@ -52,7 +55,12 @@ class Call:
             builds.append(build)
             return outputs
 
-        program, shapes = jax.make_jaxpr(flat, return_shape=True)(*self.leaves)
+        traced = jax.make_jaxpr(flat, return_shape=True)
+        if self.one_device:
+            with mesh_of_one():
+                program, shapes = traced(*map(moved, self.leaves))
+        else:
+            program, shapes = traced(*self.leaves)
         return program, Result(shapes, builds[-1])
 
 
@@ -137,6 +145,30 @@ class Initial:
         return {path: tuple(leaves[position].shape) for position, path in which.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """The names that a model gives the axes of a parameter, to split it over a mesh.
+
+    Attributes:
+        names: for each axis a logical name, an axis of the mesh, several of them, or None.
+        rules: the model's own rules from logical names to axes of the mesh, if it has any.
+    """
+
+    names: tuple[Any, ...]
+    rules: tuple[Any, ...] | None = None
+
+
+def explicit_axes(initial: Initial) -> dict[str, Annotation]:
+    """The axes of an explicit mesh that an initialiser itself splits its parameters over."""
+    found: dict[str, Annotation] = {}
+    for position, path in initial.params.items():
+        sharding = getattr(initial.program.out_avals[position], "sharding", None)
+        names = tuple(getattr(sharding, "spec", ()))
+        if any(name is not None for name in names):
+            found[path] = Annotation(names)
+    return found
+
+
 class Frontend(Protocol):
     """A model of one kind, as mujax uses it."""
 
@@ -154,6 +186,26 @@ class Frontend(Protocol):
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
         """The variables with each parameter replaced by `scale(path, parameter)`."""
+        ...
+
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        """The axis names that the model gives its parameters, by path."""
+        ...
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        """The parameters, and the other state, of variables (or of a module)."""
+        ...
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        """The output of `apply` on such parts, and the other state after it; `key` is for random streams."""
         ...
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:

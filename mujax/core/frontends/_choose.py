@@ -12,6 +12,7 @@ from mujax.core.frontends._call import Call, Frontend, Shape, Static, is_array, 
 from mujax.core.frontends._functional import Functional, FunctionalFrontend
 from mujax.core.frontends._linen import LinenFrontend
 from mujax.core.frontends._nnx import NNXFrontend, factory_of, follow_mode
+from mujax.core.frontends._one_device import OneDevice, on_one_device
 from mujax.errors import MujaxError, SpecMismatchError
 
 
@@ -87,6 +88,8 @@ def base_call(
     Raises:
         SpecMismatchError: a shape in the call does not follow from those that `mup_init` saw.
     """
+    if isinstance(base, OneDevice):
+        return on_one_device(base_call(base.end, target, variables, inputs, kwargs, call, sizes, unused))
     if isinstance(base, NNXFrontend) and isinstance(target, NNXFrontend):
         same = base.call(follow_mode(base.abstract(), target.abstract(), variables), inputs, kwargs)
         small = {

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 
-from mujax.core.frontends._call import Call, Initial, Static, call_of, paths_of, sample, trace
+from mujax._arguments import Kind, check_arguments
+from mujax.core.frontends._call import (
+    Annotation,
+    Call,
+    Initial,
+    Static,
+    call_of,
+    explicit_axes,
+    paths_of,
+    sample,
+    trace,
+)
 from mujax.spec import leaf_path
+
+_FUNCTION: Final = Kind("a function", callable, "model.init or model.apply, a pure function")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +36,9 @@ class Functional:
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        check_arguments({"init": _FUNCTION, "apply": _FUNCTION}, vars(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +61,23 @@ class FunctionalFrontend:
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, leaf: scale(leaf_path(path), leaf), variables)
+
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        return explicit_axes(initial)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        return variables, {}
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        return apply(params, *inputs, **kwargs), state
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         return self.call(variables, inputs, kwargs)

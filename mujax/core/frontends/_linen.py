@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import jax
 from flax import linen as nn
 from flax.core import DenyList
+from flax.core.meta import AxisMetadata
 
-from mujax.core.frontends._call import Call, Initial, Static, call_of, sample, trace
+from mujax._arguments import KEY, Kind, check_arguments, instance
+from mujax.core.frontends._call import (
+    Annotation,
+    Call,
+    Initial,
+    Static,
+    call_of,
+    explicit_axes,
+    sample,
+    trace,
+)
 from mujax.spec import leaf_path
+
+_KEY: Final = KEY | Kind(
+    "a dict of them", lambda value: bool(value) and all(map(KEY.accepts, value.values())), ""
+)
+_VARIABLES: Final = instance(Mapping, "the variables that mup.init returns", 'mup.init(key), {"params": ...}')
 
 
 def _linen_paths(variables: Any) -> tuple[dict[int, str], dict[int, str]]:
@@ -44,6 +60,7 @@ class LinenFrontend:
         return sample(self.model.init, key, inputs, kwargs, pick)
 
     def init(self, key: Any, inputs: Sequence[Any], kwargs: Static) -> Any:
+        check_arguments({"key": _KEY}, {"key": key})
         return self.model.init(key, *inputs, **kwargs)
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
@@ -53,6 +70,39 @@ class LinenFrontend:
             lambda p, leaf: scale(leaf_path(p), leaf), variables["params"]
         )
         return {**variables, "params": params}
+
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        boxes = jax.tree_util.tree_leaves_with_path(
+            dict(initial.variables).get("params", {}), is_leaf=lambda leaf: isinstance(leaf, AxisMetadata)
+        )
+        found: dict[str, Annotation] = {}
+        for path, box in boxes:
+            if isinstance(box, nn.Partitioned) and any(name is not None for name in box.names):
+                own = getattr(box, "rules", None)
+                is_logical = isinstance(box, nn.LogicallyPartitioned)
+                rules = (own or nn.get_logical_axis_rules()) if is_logical else None
+                found[leaf_path(path)] = Annotation(tuple(box.names), tuple(rules) if rules else None)
+        return found or explicit_axes(initial)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        rest = {name: leaves for name, leaves in variables.items() if name != "params"}
+        return variables.get("params", {}), rest
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        kwargs = {"rngs": key, **kwargs}
+        if not state:
+            return apply({"params": params}, *inputs, **kwargs), state
+        kwargs = {"mutable": list(state), **kwargs}
+        out, changed = apply({"params": params, **state}, *inputs, **kwargs)
+        return out, {**state, **changed}
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         # One key serves every random stream; sown intermediates are left out.
@@ -64,6 +114,7 @@ class LinenFrontend:
         return dataclasses.replace(call, output=lambda out: out[0]) if kwargs["mutable"] else call
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        check_arguments({"variables": _VARIABLES}, {"variables": variables})
         return call_of(self.model.apply, variables, inputs, kwargs, *_linen_paths(variables))
 
     def leaves(self, variables: Any) -> list[Any]:

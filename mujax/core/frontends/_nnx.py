@@ -7,14 +7,18 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import jax
 from flax import nnx
 
-from mujax.core.frontends._call import Call, Initial, Static, split
+from mujax._arguments import KEY, SEED, check_arguments, instance
+from mujax.core.frontends._call import Annotation, Call, Initial, Static, explicit_axes, split
 from mujax.errors import MujaxError, ShapeMismatchError
 from mujax.spec import leaf_path
+
+_KEY: Final = KEY | instance(nnx.Rngs, "nnx.Rngs", "") | SEED
+_MODULE: Final = instance(nnx.Module, "the module that mup.init returns", "mup.init(key)")
 
 
 def _nnx_paths(state: Any) -> tuple[dict[int, str], dict[int, str]]:
@@ -117,6 +121,7 @@ class NNXFrontend:
         return jax.jit(pick)(key)
 
     def init(self, key: Any, inputs: Sequence[Any], kwargs: Static) -> Any:
+        check_arguments({"key": _KEY}, {"key": key})
         return self._build(key)
 
     def scale_params(self, variables: Any, scale: Callable[[str, Any], Any]) -> Any:
@@ -125,10 +130,39 @@ class NNXFrontend:
         nnx.update(variables, scaled)
         return variables
 
+    def annotations(self, initial: Initial) -> dict[str, Annotation]:
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        specs = nnx.get_partition_spec(initial.variables)
+        found: dict[str, Annotation] = {}
+        for path, variable in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_variable):
+            names = tuple(variable.get_value() or ()) if isinstance(variable, nnx.Param) else ()
+            if any(name is not None for name in names):
+                found[leaf_path(path)] = Annotation(names)
+        return found or explicit_axes(initial)
+
+    def split(self, variables: Any) -> tuple[Any, Any]:
+        return nnx.state(variables, nnx.Param), nnx.state(variables, nnx.Not(nnx.Param))
+
+    def run(
+        self,
+        apply: Callable[..., Any],
+        params: Any,
+        state: Any,
+        inputs: Sequence[Any],
+        key: Any,
+        kwargs: Static,
+    ) -> tuple[Any, Any]:
+        # The module's own streams are part of its state.
+        del key
+        module = nnx.merge(_abstract_parts(self)[0], params, state)
+        out = apply(module, *inputs, **kwargs)
+        return out, nnx.state(module, nnx.Not(nnx.Param))
+
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         return self.call(self.abstract(), inputs, kwargs)
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
+        check_arguments({"variables": _MODULE}, {"variables": variables})
         graph, state = nnx.split(variables)
         leaves, structure = jax.tree.flatten(state)
         kwargs = dict(kwargs)

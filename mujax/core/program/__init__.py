@@ -33,6 +33,7 @@ from mujax.core.program._jax import (
     dtype_of as dtype_of,
     holds_programs as holds_programs,
     is_float as is_float,
+    mesh_sizes as mesh_sizes,
     primitive_name as primitive_name,
     rebuilt as rebuilt,
     shape_of as shape_of,

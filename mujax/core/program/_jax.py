@@ -180,6 +180,12 @@ def control(eqn: JaxprEqn) -> Control | None:
     return None if reader is None else reader(eqn)
 
 
+def mesh_sizes(eqn: JaxprEqn) -> tuple[tuple[str, int], ...]:
+    """Names and sizes of the mesh axes that a `jax.shard_map` runs over; nothing for any other equation."""
+    held = control(eqn) if eqn.primitive.name == "shard_map" else None
+    return tuple(held.mesh.shape.items()) if isinstance(held, ShardMap) else ()
+
+
 def holds_programs(eqn: JaxprEqn) -> bool:
     """Whether an equation holds a program of any kind, known here or not."""
     return next(iter(jex.jaxprs_in_params(eqn.params)), None) is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jax.extend import core as jex
 
-from mujax.core.program import LAYOUT, PRODUCTS, ClosedJaxpr, EqnPath, Var, rebuilt
+from mujax.core.program import LAYOUT, ClosedJaxpr, EqnPath, Var, rebuilt
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._uses import Finding, Fix, Flow, Product, Record, Use, Visit
+from mujax.core.trace._uses import Finding, Fix, Flow, Product, Record, Use
 from mujax.core.trace._values import Scale, Value, fit, parameter
 from mujax.core.trace.primitives import ELEMENTWISE, PRIMITIVES
 from mujax.errors import TraceMismatchError
@@ -26,7 +26,7 @@ class Analysis:
         products: products of two activations.
         output_params: parameters whose product is an output of the program.
         last_params: parameters of whose product an output is an entrywise function, or that goes into an
-            exponential as the logits of a softmax do, and that no further layer reads.
+            exponential as the logits of a softmax do.
         activations: per product, which of its operands is an activation.
         flow: which value is computed from which.
         fixes: what scales with width through constants in the program, and what would correct it.
@@ -108,7 +108,7 @@ def analyse(
         dict(uses),
         list(record.products.values()),
         list(record.output_params),
-        _last_params(record),
+        list(dict.fromkeys((*record.output_params, *record.exponents, *_sources(record.flow)))),
         record.activations,
         record.flow,
         record.undisputed_fixes(),
@@ -117,23 +117,11 @@ def analyse(
     )
 
 
-def _last_params(record: Record) -> list[str]:
-    """Parameters whose product reaches an output or an exponential entrywise, and no further layer."""
-    flow = record.flow
-    read = _sources(flow, (o.origin for v in flow.visits.values() if _is_product(v) for o in v.operands))
-    last = (*record.output_params, *record.exponents, *_sources(flow, flow.outputs))
-    return [path for path in dict.fromkeys(last) if path not in read]
-
-
-def _is_product(visit: Visit) -> bool:
-    return visit.eqn is not None and visit.eqn.primitive.name in PRODUCTS
-
-
-def _sources(flow: Flow, sites: Iterable[EqnPath | None]) -> dict[str, None]:
-    """The parameters whose product some values are entrywise functions of."""
+def _sources(flow: Flow) -> dict[str, None]:
+    """The parameters whose product an output of the program is an entrywise function of."""
     found: dict[str, None] = {}
     seen: set[EqnPath | None] = set()
-    left = list(sites)
+    left = list(flow.outputs)
     while left:
         site = left.pop()
         if site is None or site in seen or (visit := flow.visits.get(site)) is None:

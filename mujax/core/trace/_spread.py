@@ -6,9 +6,10 @@ error function. As long as the distribution stays symmetric about its middle, it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,8 @@ from mujax.core.program import IDENTITIES, RESHAPES, JaxprEqn, dtype_of, shape_o
 _CLOSE: Final = 1e-5
 
 
-class Spread(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Spread:
     """A distribution that is symmetric about its middle.
 
     Attributes:
@@ -65,7 +67,7 @@ def spread_of_result(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread 
         return None
     repeats = len(set(map(id, eqn.invars))) < len(eqn.invars)
     shared = out.shared or repeats or any(value is not None and value.shared for value in spreads)
-    return out._replace(shared=shared and out.reach > 0)
+    return dataclasses.replace(out, shared=shared and out.reach > 0)
 
 
 def _of_known(rule: Callable[..., Spread | None]) -> _Rule:
@@ -129,7 +131,7 @@ def _inverse_erf(reach: float) -> float:
 def _broadcast(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:
     (value,) = spreads[:1]
     sizes = [math.prod(shape_of(atom)) for atom in (eqn.invars[0], eqn.outvars[0])]
-    return value if value is None or sizes[0] == sizes[1] else value._replace(shared=True)
+    return value if value is None or sizes[0] == sizes[1] else dataclasses.replace(value, shared=True)
 
 
 def _first(_: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:

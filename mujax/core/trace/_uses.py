@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from mujax.core.program import (
     Atom,
@@ -134,7 +134,8 @@ def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(dataclasses.replace(finding, count=count) for finding, count in counts.items())
 
 
-class Operand(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Operand:
     """A value that an equation reads.
 
     Attributes:
@@ -153,7 +154,8 @@ class Operand(NamedTuple):
         return None if self.const is None else self.const[1]
 
 
-class Visit(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Visit:
     """An equation of the target as the walk last saw it, or a value that no equation makes.
 
     Attributes:
@@ -169,7 +171,8 @@ class Visit(NamedTuple):
     uses: tuple[Use, ...] = ()
 
 
-class Loop(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Loop:
     """A loop of the target.
 
     Attributes:

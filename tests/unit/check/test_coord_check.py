@@ -264,7 +264,7 @@ def test_result_is_text_and_json(tmp_path):
     assert {one["rule"] for one in stored["faults"]} >= {"learning rate", "forward factor"}
     tap = next(tap for tap in stored["taps"] if tap["name"] == "layers_2/kernel")
     # (widths, steps + 1, quantities), and None for what can't be: nothing has changed at first.
-    assert np.shape(tap["sizes"]["0.0078125"]) == (3, 3, 4)
+    assert np.shape(tap["sizes"]["0.0078125"]) == (3, 3, 5)
 
 
 def test_assert_mup(monkeypatch):
@@ -297,8 +297,8 @@ def test_progress_ends_at_one():
     ("given", "message"),
     [
         ({}, "inputs: expected either inputs or batches, got both or neither."),
-        ({"inputs": X, "steps": 0}, "steps: expected at least 1, got 0."),
-        ({"inputs": X, "seeds": 0}, "seeds: expected at least 1, got 0."),
+        ({"inputs": X, "steps": 0}, "steps: expected a whole number of at least 1, got 0; pass steps=4."),
+        ({"inputs": X, "seeds": 0}, "seeds: expected a whole number of at least 1, got 0; pass seeds=4."),
         (
             {"inputs": X, "loss": default_loss},
             "loss: expected batches with targets beside a loss of your own, got inputs only.",

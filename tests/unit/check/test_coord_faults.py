@@ -178,7 +178,7 @@ PLANTED = {
         optimizer=lambda rate, spec: mujax.mup_adam(rate, spec, eps=3e-3, scale_eps=False),
     ),
     "decay scaled by the µP factor": Planted("*/kernel", "weight decay", Net, optimizer=_decay_before),
-    "transposed kernel misread": Planted("first/kernel", "forward factor", _misread, optimizer="sgd"),
+    "transposed kernel misread": Planted("first/kernel", "role", _misread, optimizer="sgd"),
     "tied embedding divided on both uses": Planted(
         "embed/embedding #1",
         "forward factor",

@@ -221,9 +221,9 @@ def test_fails_where_the_optimum_moves(factory, optimizer, grid, options):
     [
         (
             {"log2_lrs": (-3, -4, -4)},
-            "log2_lrs: expected at least three different learning rates, got (-4.0, -3.0)",
+            "log2_lrs: expected at least three different powers of two from -126 to 126, got (-3, -4, -4)",
         ),
-        ({"seeds": 0}, "seeds: expected at least 1, got 0"),
+        ({"seeds": 0}, "seeds: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

@@ -126,10 +126,10 @@ def test_fails_in_standard_parametrization():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": 0}, "window: expected from 1 to the number of steps, 2, got 0"),
+        ({"window": 0}, "window: expected a whole number of at least 1 or None, got 0"),
         ({"window": 3}, "window: expected from 1 to the number of steps, 2, got 3"),
-        ({"seeds": 0}, "seeds: expected at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate: expected a positive number, got 0.0"),
+        ({"seeds": 0}, "seeds: expected a whole number of at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: expected a positive finite number, got 0.0"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

@@ -184,10 +184,48 @@ def test_a_folder_that_can_not_be_one_is_refused(tmp_path: pathlib.Path) -> None
         RunsFile(tmp_path / "file", SETTINGS)
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "runs.csv").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(ConfigError, match="out: expected"):
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"\xff\xfe\n",
+        b"\xff\xfe",
+        b"\x89PNG\r\n\x1a\n\x00\x00",
+        "width,loss\n".encode("utf-16"),
+        b"notes of mine, without a new line",
+        b"\xef\xbb\xbftask,data",
+        b"\x00" * 64,
+        b"\n\n",
+        b'"' + b"x" * 200_000 + b'"\n',
+        b"PK\x03\x04\x14",
+    ],
+)
+def test_a_file_that_is_none_of_ours_is_refused_and_stays(tmp_path: pathlib.Path, bad: bytes) -> None:
+    (tmp_path / "runs.csv").write_bytes(bad)
+    with pytest.raises(
+        ConfigError, match=r"^out: expected .*runs\.csv to be the runs of a sweep, got someth"
+    ):
         RunsFile(tmp_path, SETTINGS)
+    assert (tmp_path / "runs.csv").read_bytes() == bad
+
+
+@pytest.mark.parametrize("tail", [b"\xff\xfe\x00", b"toy,\x89PNG"])
+def test_undecodable_bytes_behind_the_runs_are_refused_and_stay(
+    tmp_path: pathlib.Path, header: str, tail: bytes
+) -> None:
+    content = (header + LINE).encode() + tail
+    (tmp_path / "runs.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"to be the runs of a sweep, got something else \('utf-8' codec"):
+        RunsFile(tmp_path, SETTINGS)
+    assert (tmp_path / "runs.csv").read_bytes() == content
+
+
+@pytest.mark.parametrize("tail", [b"toy,0", "µ".encode()[:1]])
+def test_half_a_line_is_taken_off_and_run_again(tmp_path: pathlib.Path, header: str, tail: bytes) -> None:
+    """The twin: what an interrupted run left, even half a character of a task's name."""
+    (tmp_path / "runs.csv").write_bytes((header + LINE).encode() + tail)
+    with RunsFile(tmp_path, SETTINGS) as file:
+        assert list(file.runs) == [Run("mup", 16, -3.0, 1)]
+    assert (tmp_path / "runs.csv").read_text() == header + LINE
 
 
 def test_a_file_of_0_3_goes_on_without_untrained_losses(tmp_path: pathlib.Path, header: str) -> None:

@@ -21,7 +21,8 @@ from trials import report_of
 from mujax import cli
 from mujax.check import Progress, Run
 from mujax.check._coord_check import CheckProgress, CoordCheck
-from mujax.cli import _check, _display, _transfer_check
+from mujax.cli import _check, _display, _explain, _transfer_check
+from mujax.core.trace import Finding
 from mujax.errors import DataError, MujaxWarning
 from mujax.tune._width_sweep import Report, TransferConfig
 
@@ -365,6 +366,41 @@ def test_explain_takes_another_parametrization(capsys: Captured) -> None:
     assert "table3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("found", [(), (Finding("measured role", "k: it is read as input", "net.py:3"),)])
+def test_explain_measures_at_three_widths_from_the_base_on(
+    found: tuple[Finding, ...], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    asked: list[tuple[list[int], int, int, dict[str, Any]]] = []
+
+    def disagreements(
+        models: dict[int, Any], base: int, target: int, inputs: Any, progress: Any, **options: Any
+    ) -> tuple[Finding, ...]:
+        progress(CheckProgress(0, 12, 0.5, "width 32"))
+        asked.append((list(models), base, target, options))
+        return found
+
+    monkeypatch.setattr(_explain, "disagreements", disagreements)
+    command = "explain mlp --width 256 --base-width 16 --measure --parametrization table3"
+    assert cli.main(command.split()) == len(found)
+    assert asked == [([16, 32, 64], 16, 64, {"parametrization": "table3"})]
+    captured = capsys.readouterr()
+    assert "readout/kernel" in captured.out
+    _, measured = captured.out.split("Measured at widths 16, 32, 64, where it disagrees with this reading:\n")
+    expected = "measured role at net.py:3: k: it is read as input" if found else "nowhere"
+    assert measured == f"  {expected}\n"
+    assert "width 32" in captured.err
+
+
+@pytest.mark.usefixtures("factories")
+@pytest.mark.parametrize(("parametrization", "code"), [("mup", 0), ("sp", 1)])
+def test_explain_measures_the_users_model(parametrization: str, code: int, capsys: Captured) -> None:
+    command = "explain own.nets:both --width 64 --base-width 16 --measure --parametrization"
+    assert cli.main([*command.split(), parametrization]) == code
+    measured = capsys.readouterr().out.partition("Measured at widths 16, 32, 64")[2]
+    assert ("nowhere" in measured) == (code == 0)
+    assert ("last/kernel: the constants on its product" in measured) == (code == 1)
+
+
 # ---- mujax coord-check ----------------------------------------------------------------------------------
 
 Checks = list[dict[str, Any]]
@@ -561,7 +597,7 @@ SIZES = "--width 32 --base-width 8"
         ("transfer-check --seeds 3 --seed 1 --seeds 4", "--seeds: expected it once, got it twice"),
         ("transfer-check --steps", "Missing value for argument '--steps'"),
         ("transfer-check cifar", "task: expected one of mnist-mlp, text-transformer, package.module:factory"),
-        ("transfer-check --steps 0", "steps: expected at least 1, got 0."),
+        ("transfer-check --steps 0", "steps: expected a whole number of at least 1, got 0; pass steps=4."),
         ("transfer-check mnist-mlp --data a.txt", "text: the task 'mnist-mlp' does not read a text"),
         ("transfer-check text-transformer --data none.txt", "none.txt: expected a text file to read"),
         ("transfer-check mnist-mlp --batch 5000 --out o", "batch: expected at most 4000"),
@@ -583,7 +619,10 @@ SIZES = "--width 32 --base-width 8"
             "at least one (inputs, targets) pair",
         ),
         ("explain", "Missing from mujax explain: MODEL --width N --base-width N; see mujax --help."),
-        ("explain mlp --width 0 --base-width 8", "width: expected at least 1, got 0."),
+        (
+            "explain mlp --width 0 --base-width 8",
+            "width: expected a whole number of at least 1 or None, got 0;",
+        ),
         (f"explain mpl {SIZES}", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
         (
             f"explain none.such:f {SIZES}",
@@ -609,9 +648,12 @@ SIZES = "--width 32 --base-width 8"
         ("coord-check mlp --widths 8,many", "--widths: expected a whole number, got '8,many'"),
         ("coord-check mlp --widths 8", "widths: expected at least two different positive numbers, got (8,)."),
         ("coord-check mlp --widths 0,8", "widths: expected at least two different positive numbers"),
-        ("coord-check mlp --base-width 0", "base_width: expected at least 1, got 0."),
-        ("coord-check mlp --steps 0", "steps: expected at least 1, got 0."),
-        ("coord-check mlp --seeds 0", "seeds: expected at least 1, got 0."),
+        (
+            "coord-check mlp --base-width 0",
+            "base_width: expected a whole number of at least 1 or None, got 0;",
+        ),
+        ("coord-check mlp --steps 0", "steps: expected a whole number of at least 1, got 0; pass steps=4."),
+        ("coord-check mlp --seeds 0", "seeds: expected a whole number of at least 1, got 0; pass seeds=4."),
         ("coord-check mlp --optimizer adamm", "optimizer: expected one of 'acprop', "),
         ("coord-check mlp --parametrization ntk", "parametrization: expected one of"),
         ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which has its own, got ('2x5',)."),

@@ -19,6 +19,7 @@ from jax.nn import initializers as init
 
 import mujax
 from mujax import rules
+from mujax.core.frontends._functional import FunctionalFrontend
 
 # fan-in and fan-out of the hidden kernels grow by 3 and by 5, so that no two modes give the same ratio.
 BASE, TARGET = (8, 12), (24, 60)
@@ -281,6 +282,24 @@ def test_an_opaque_initialiser_is_sampled():
     # Its neighbour is still read exactly.
     own = MEANS["fan_in"](BASE, TARGET)
     assert own * mup.init_scales["he/hidden"] == pytest.approx(RULE["hidden"], rel=1e-6)
+
+
+def test_a_model_is_sampled_once(monkeypatch):
+    """Neither ratio nor mean of the SVD show in the program; both come from one sample of each model."""
+    drawn = []
+    own = FunctionalFrontend.sample_init
+
+    def counted(self, inputs, kwargs, key, paths):
+        drawn.append((self.model, tuple(paths)))
+        return own(self, inputs, kwargs, key, paths)
+
+    monkeypatch.setattr(FunctionalFrontend, "sample_init", counted)
+    kernels = {"svd": _svd, "positive": lambda key, shape: jnp.abs(_svd(key, shape))}
+    base, target = hidden(BASE, kernels), hidden(TARGET, kernels)
+    mup = mujax.mup_init(target, base, X)
+    assert sorted(mup.init_shifts) == ["positive/hidden"]
+    assert [model for model, _ in drawn] == [base, target]
+    assert all({"svd/hidden", "positive/hidden"} <= set(paths) for _, paths in drawn)
 
 
 def test_sampling_has_noise_and_no_bias():

@@ -308,17 +308,17 @@ def test_batches_are_pure_under_jit_and_vmap():
         (
             lambda: data.batch_indices(KEY, 3, batch=0, steps=1),
             ConfigError,
-            "batch: expected at least 1, got 0.",
+            "batch: expected a whole number of at least 1, got 0; pass batch=4.",
         ),
         (
             lambda: data.batch_indices(KEY, 3, batch=1, steps=0),
             ConfigError,
-            "steps: expected at least 1, got 0.",
+            "steps: expected a whole number of at least 1, got 0; pass steps=4.",
         ),
         (
             lambda: data.text_windows(np.zeros(8, np.uint8), length=2, limit=0),
             ConfigError,
-            "limit: expected at least 1, got 0.",
+            "limit: expected a whole number of at least 1 or None, got 0; pass limit=4.",
         ),
     ],
 )
@@ -367,7 +367,8 @@ def test_text_not_longer_than_a_sequence(draw):
 
 @pytest.mark.parametrize("option", ["batch", "length", "steps"])
 def test_text_starts_of_nothing(option):
-    with pytest.raises(ConfigError, match=f"^{option}: expected at least 1, got 0.$"):
+    expected = f"^{option}: expected a whole number of at least 1, got 0; pass {option}=4.$"
+    with pytest.raises(ConfigError, match=expected):
         data.text_starts(99, KEY, **{"batch": 1, "length": 1, "steps": 1, option: 0})
 
 

@@ -145,6 +145,48 @@ def test_nnx_filters_work_with_the_whole_spec(name):
             assert moved == pytest.approx(lr if path in trained else 0, rel=1e-2, abs=1e-7)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nnx_gradients_that_lack_a_layer_are_refused(name):
+    """The negative twin of a filter: the optimizer's parameters have a layer that the gradients lack."""
+    mup = mujax.mup_init(lambda rngs: NNXNet(WIDTH, rngs=rngs), lambda rngs: NNXNet(BASE, rngs=rngs), X)
+    params = nnx.state(nnx.eval_shape(lambda: mup.init(jax.random.key(0))), nnx.Param)
+    tx = OPTIMIZERS[name](mup.spec)
+    part = nnx.filter_state(params, nnx.Not(nnx.PathContains("middle")))
+    init = jax.eval_shape(tx.init, params)
+    with pytest.raises(
+        mujax.SpecMismatchError, match=r"^middle/bias: expected an update of shape \(32,\), .* nnx\.DiffState"
+    ):
+        jax.eval_shape(tx.update, part, init, params)
+    jax.eval_shape(tx.update, part, jax.eval_shape(tx.init, part), part)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_a_tree_that_lacks_a_whole_layer_by_mistake(kind):
+    """The forward pass names it. A state may be what a filter left: at init only a dict is refused."""
+    if kind == "linen":
+        mup = mujax.mup_init(Net(WIDTH), Net(BASE), X)
+        params = jax.eval_shape(mup.init, jax.random.key(0))["params"]
+        lacking = {layer: leaves for layer, leaves in params.items() if layer != "middle"}
+        variables = {"params": lacking}
+    else:
+        mup = mujax.mup_init(lambda rngs: NNXNet(WIDTH, rngs=rngs), lambda rngs: NNXNet(BASE, rngs=rngs), X)
+        variables = nnx.eval_shape(lambda: mup.init(jax.random.key(0)))
+        del variables.middle
+        lacking = nnx.state(variables, nnx.Param)
+    with pytest.raises(mujax.SpecMismatchError, match=r"^middle/bias: expected a parameter of shape \(32,\)"):
+        mup.apply(variables, X)
+    tx = mujax.mup_adam(LR, mup.spec)
+    if kind == "nnx":
+        assert jax.eval_shape(tx.init, lacking)
+        return
+    with pytest.raises(
+        mujax.SpecMismatchError, match=r"^middle/bias: expected shape \(32,\), got no such path"
+    ):
+        jax.eval_shape(tx.init, lacking)
+    with pytest.raises(mujax.SpecMismatchError, match=r"^middle/bias: .* in the tree of gradients"):
+        mujax.mup_global_norm(mup.spec, jax.tree.map(lambda leaf: np.zeros(leaf.shape), lacking))
+
+
 def test_an_nnx_state_of_another_module_is_refused():
     """The negative twin: only what a filter leaves out may be absent."""
     mup = mujax.mup_init(lambda rngs: NNXNet(WIDTH, rngs=rngs), lambda rngs: NNXNet(BASE, rngs=rngs), X)

@@ -502,7 +502,7 @@ def test_a_tree_is_matched_once_per_update(monkeypatch, make):
 class TestSpecArgument:
     def test_not_a_spec(self):
         with pytest.raises(
-            MujaxError, match=r"spec: expected a MupSpec, got float; pass the spec of the result"
+            MujaxError, match=r"spec: expected a MupSpec, got 0.1; pass spec=mup.spec, of the result"
         ):
             mup_adam(make_spec(), 0.1)
 

@@ -392,7 +392,7 @@ class TestErrors:
             mup_muon(0.1, make_spec(), ns_coeffs="nothing")
 
     def test_another_spec(self):
-        with pytest.raises(MujaxError, match="spec: expected a MupSpec, got dict"):
+        with pytest.raises(MujaxError, match="spec: expected a MupSpec, got a dict of 5"):
             mup_scale_by_muon(dict(make_spec()))
 
     def test_another_model(self):

@@ -275,7 +275,7 @@ class TestRegistry:
             mujax.mup_yogi(0.1, make_spec(), beta=0.9)
         with pytest.raises(TypeError, match=r"mup_lars\(\) missing a required argument: 'spec'"):
             mujax.mup_lars(0.1)
-        with pytest.raises(MujaxError, match="spec: expected a MupSpec, got float"):
+        with pytest.raises(MujaxError, match=r"spec: expected a MupSpec, got 0\.1"):
             mujax.mup_lion(make_spec(), 0.1)
 
     def test_unknown_names(self):
@@ -604,7 +604,7 @@ class TestDecay:
         ("kwargs", "message"),
         [
             ({"decay": "none"}, r"decay: expected one of 'independent', 'coupled', 'decoupled', got 'none'"),
-            ({"decay_roles": ("hiden",)}, r"decay_roles: expected a tuple out of 'input', .* got 'hiden'"),
+            ({"decay_roles": ("hiden",)}, r"decay_roles: expected a tuple out of 'input', .* got .'hiden'"),
             ({"decay_roles": "hidden"}, r"decay_roles: expected a tuple out of .* got 'hidden'"),
         ],
     )
@@ -713,7 +713,7 @@ class TestLearningRatesByRole:
             ),
             ({"w9*": 2.0}, r"lr_mults: expected roles .*, got 'w9\*', which is neither"),
             ({"hidden": -1.0}, r"lr_mults: expected multiples of at least 0, got -1.0 for 'hidden'"),
-            ([("hidden", 2.0)], r"lr_mults: expected a dict of multiples .*, got list"),
+            ([("hidden", 2.0)], r"lr_mults: expected a dict of multiples .*, got \["),
         ],
     )
     def test_what_is_no_role_and_matches_nothing(self, mults, message):

@@ -267,7 +267,7 @@ def test_the_file_of_a_check_is_a_png_of_a_size_to_show(tmp_path: pathlib.Path) 
 
 
 def test_a_picture_of_nothing_or_of_a_rate_that_was_not_tried_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reports: expected at least one coordinate check to draw"):
+    with pytest.raises(ConfigError, match="reports: expected at least one result of coord_check"):
         coord_check_figure([])
     with pytest.raises(ConfigError, match=r"learning_rate: expected one that all .*, got 0\.5\."):
         coord_check_figure([check()], learning_rate=0.5)

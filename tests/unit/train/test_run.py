@@ -269,7 +269,7 @@ def test_schedules(name):
             lambda: schedule({"learning_rate": 1.0, "schedule": "step"}, 3),
             "schedule: expected one of 'constant'",
         ),
-        (lambda: as_batches(3), "batches: expected an iterable of .* got int"),
+        (lambda: as_batches(3), "batches: expected an iterable of .* got 3"),
         (lambda: training_run(net, BATCHES, steps=STEPS), "width: expected the width of the model, got none"),
         (lambda: run_of().steps({"steps": 99}), "steps: expected at most 12, the number of batches, got 99"),
         (lambda: run_of().steps({"batch": 8}), "batch: expected batches that can be of any size to tune it"),

@@ -300,21 +300,28 @@ def test_progress_and_finished_trials_are_reported():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"trials": 0}, "trials: expected at least 1, got 0"),
-        ({"seeds": 0}, "seeds: expected at least 1, got 0"),
+        ({"trials": 0}, "trials: expected a whole number of at least 1, got 0"),
+        ({"seeds": 0}, "seeds: expected a whole number of at least 1, got 0"),
         ({"mode": "pmap"}, "mode: expected one of 'loop', 'map', 'vmap' or None, got 'pmap'"),
         ({"fixed": {"x": 1.0}}, "x: expected it in the space or fixed, got it in both"),
         ({"sampler": "best"}, "sampler: expected one of"),
         ({"trials": 1.5}, "trials: expected a whole number of at least 1, got 1.5"),
         ({"seeds": True}, "seeds: expected a whole number of at least 1, got True"),
         ({"space": ["x"]}, r"space: expected a mapping of hyperparameters, got \['x'\]"),
-        ({"study": Study("s", heartbeat="long")}, "heartbeat: expected a number of seconds, got 'long'"),
-        ({"study": Study("")}, "study: expected a name of 1 to 400 characters"),
+        ({"study": ""}, "study: expected a name of 1 to 400 characters"),
+        ({"study": Study(" ")}, "study: expected a name of 1 to 400 characters that does not"),
     ],
 )
 def test_what_makes_no_sense_is_one_sentence(options, text):
     with pytest.raises(ConfigError, match=text):
         sweep(**{"run": bowl, "space": RANGE, "trials": 2, **options})
+
+
+def test_a_study_that_makes_no_sense_is_one_sentence():
+    with pytest.raises(ConfigError, match=r"^heartbeat: expected a number of seconds, .*, got 'long'"):
+        Study("s", heartbeat="long")
+    with pytest.raises(ConfigError, match=r"^name: expected a name of 1 to 400 characters or None, got ''"):
+        Study("")
 
 
 def test_an_objective_that_is_an_array_is_refused():

@@ -199,13 +199,19 @@ def test_a_text_of_ones_own_and_sequences_of_ones_own_length(tmp_path: pathlib.P
         ({"task": "text-transformer", "width": 20}, "width: expected multiples of 16 for the task"),
         ({"data": pathlib.Path("a")}, "data: expected none for the task 'mnist-mlp'"),
         ({"loss": max}, "batches, loss: expected none for the task 'mnist-mlp'"),
-        ({"trials": 0}, "trials: expected at least 1, got 0"),
+        ({"trials": 0}, "trials: expected a whole number of at least 1, got 0"),
         ({"optimizer": "adamm"}, "optimizer: expected one of"),
         ({"parametrization": "mupp"}, "parametrization"),
-        ({"zero_init": ("bias",)}, "zero_init: expected 'readout' or 'query', got 'bias'"),
+        (
+            {"zero_init": ("bias",)},
+            "zero_init: expected a sequence of 'readout' and 'query' or None, got .'bias'",
+        ),
         ({"task": net, "width": 8, "batches": []}, "steps: expected the number of steps beside batches"),
-        ({"steps": 1.5}, "steps: expected a whole number of at least 1, got 1.5"),
-        ({"objective": "accuracy"}, "objective: expected one of loss, mean_loss, valid_loss, got 'accuracy'"),
+        ({"steps": 1.5}, "steps: expected a whole number of at least 1 or None, got 1.5"),
+        (
+            {"objective": "accuracy"},
+            "objective: expected one of 'loss', 'mean_loss', 'valid_loss', got 'accuracy'",
+        ),
         (
             {"task": net, "width": 8, "batches": [], "steps": 3, "objective": "valid_loss"},
             "objective: expected held-out batches for 'valid_loss', got none; pass valid",

@@ -142,6 +142,8 @@ def _report_expanded_square(
         if use.path in heads
         and use.kind == "contraction"
         and any(same(total, use.contracted[1] / use.contracted[0]) for total in sums)
+        # What is left grows for a hidden kernel, whose product gets no factor.
+        and not any(role != "fan_in" and size != base for _, role, size, base in use.axes)
     ]
     if not products or not interp.scales_are_known:
         return False

@@ -472,6 +472,20 @@ def test_a_readout_alone_has_its_factor():
     assert [correction.kind for correction in mup.corrections] == ["readout"]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_hidden_product_beside_a_sum_over_a_state_is_no_square(scaled):
+    """A state-space model whose state grows: the sum over the state is at fault, not what is added to it."""
+
+    def make(k, h, key, step):
+        read_in, read_out, v = jnp.split(h @ k, 3, -1)
+        mixing = read_out @ read_in.T
+        return (mixing / h.shape[-1] if scaled else mixing) @ v + v
+
+    mup = read(make, shape=lambda w: (w, 3 * w), strict=False)
+    assert [finding.kind for finding in mup.findings] == ([] if scaled else ["unscaled sum"])
+    assert mup.spec["k"].role == "hidden"
+
+
 # ---- experts ---------------------------------------------------------------------------------------------
 
 

@@ -533,6 +533,37 @@ def test_features_of_a_backbone_grow_with_its_layers(case):
     assert read(case, strict=True).spec["k"].role == HIDDEN
 
 
+@pytest.mark.parametrize("feeds", [True, False])
+def test_a_projection_that_feeds_layers_is_no_head(feeds):
+    """Parts of fixed size beside the width, as in Mamba's `in_proj`, and an output: its cache."""
+
+    def at(width):
+        shapes = {"first": (4, width), "mixed": (width, width + 8), "last": (width, 3)}
+
+        def apply(p, x):
+            h = jax.nn.relu(x @ p["first"])
+            cache = h @ p["mixed"]
+            kept, gate = cache[:, :width], cache[:, width:].sum(1, keepdims=True)
+            return (kept * gate if feeds else h) @ p["last"], cache
+
+        return mujax.Functional(
+            lambda key, x: {
+                name: jax.random.normal(jax.random.fold_in(key, n), shape)
+                for n, (name, shape) in enumerate(shapes.items())
+            },
+            apply,
+        )
+
+    def read_it():
+        return mujax.mup_init(at(24), at(8), jnp.ones((2, 4)), strict=True).spec["mixed"]
+
+    if feeds:
+        assert (read_it().role, read_it().r_in, read_it().r_out) == ("hidden", 3, 2)
+    else:
+        with pytest.raises(mujax.ShapeMismatchError, match="mixed: expected 16 entries along axis 1"):
+            read_it()
+
+
 def test_the_role_of_a_readout_needs_a_product_for_its_factor():
     """With a gain's use there is no product; init and learning rate alone would let the outputs grow."""
     case = Case(lambda w: (w, 3), lambda k, h, w: h * k[:, 0], None)
