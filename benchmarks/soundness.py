@@ -208,8 +208,8 @@ def judge(
     names = list(program.params)
     size, change = np.stack(sizes), np.stack(changes)
 
-    # A mean is brought to 1 / fan-in, and with it goes what all entries of an activation have in common, while
-    # its deviations stay: until these are the larger part, changes fall.
+    # A mean is brought to 1 / fan-in, and with it goes what all entries of an activation have in common,
+    # while its deviations stay: until these are the larger part, changes fall.
     slack = -0.5 if program.has_means else 0.0
 
     def check(tap: Any, what: str, values: np.ndarray, scale: np.ndarray, low: float) -> None:
@@ -263,20 +263,26 @@ def silent(
     """Those of the wrong values that nothing explains.
 
     A finding explains those at its place and after it. A norm, or a `scale` correction, takes a wrong scale
-    out: it explains those right before it, if nothing after it is wrong.
+    out: it explains those right before it, if nothing after it is wrong. So does a finding, where the scale
+    is a constant of the model's own.
     """
-    first = min((_place(finding.where, program) for finding in findings), default=10**6)
-    bad = {one.line for one in wrong}
+    places = [_place(finding.where, program) for finding in findings]
+    bad = {one.line for one in wrong if one.line < min(places, default=10**6)}
+    if not bad:
+        return []
     repairs = [_line(one.where, program) for one in corrections if one.kind == "scale"]
     repairs += [line for line, name in program.steps if name == "norm"]
+    # A constant in the model is taken out where it matters, or reported there.
+    if re.search(r"[*/] n\b", program.body[min(bad) - 2]):
+        repairs += places
     for repair in repairs:
         # Were a value in between right, something else would have hidden the scale: it may saturate. Logits
         # have norms of their own.
-        between = [tap for tap in program.taps if min(bad, default=0) <= tap.line < repair]
-        before = [tap.line for tap in between if not tap.name.startswith("s")]
-        if all(line < repair for line in bad) and set(before) <= bad:
+        between = [tap for tap in program.taps if min(bad) <= tap.line < repair]
+        before = {tap.line for tap in between if not tap.name.startswith("s")}
+        if max(bad) < repair and before <= bad:
             return []
-    return [one for one in wrong if one.line < first]
+    return [one for one in wrong if one.line in bad]
 
 
 def run(program: Program, number: int = 0, rounds: Rounds = ROUNDS) -> Result:
