@@ -356,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minimise", action="store_true", help="with --show: leave out what a failure does not need"
     )
-    parser.add_argument("--quick", action="store_true", help="a smoke run: three programs")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: at most three programs")
     parser.add_argument("--out", type=pathlib.Path, default=common.OUT / "soundness.json")
     options = parser.parse_args(argv)
     if options.show is not None:
@@ -366,19 +366,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"{n:3} {line}" for n, line in enumerate(program.source().split("\n"), start=1)))
         print(json.dumps(dataclasses.asdict(run(program, options.show)), indent=1))
         return 0
-    count = 3 if options.quick else options.programs
+    for name in ("programs", "jobs"):
+        value = getattr(options, name)
+        if value < 1:
+            parser.error(f"--{name}: expected at least 1, got {value}.")
+    count = min(options.programs, 3) if options.quick else options.programs
     lines = options.out.with_suffix(".jsonl")
     lines.parent.mkdir(parents=True, exist_ok=True)
     wanted = range(options.start, options.start + count)
     done: dict[int, dict[str, Any]] = {}
-    if lines.exists() and not options.quick:
-        for text in lines.read_text().splitlines():
-            one = json.loads(text)
+    if lines.exists():
+        # A run that was killed may have left half a line.
+        whole = [text for text in lines.read_text().splitlines(keepends=True) if text.endswith("\n")]
+        lines.write_text("".join(whole))
+        for one in map(json.loads, whole):
             if one["seed"] == options.seed and one["number"] in wanted:
                 done[one["number"]] = one
     left = [number for number in wanted if number not in done]
     begin = time.perf_counter()
-    with lines.open("w" if options.quick else "a") as file:
+    with lines.open("a") as file:
 
         def keep(result: Result) -> None:
             one = {"seed": options.seed, **dataclasses.asdict(result)}
@@ -396,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
 
-        if options.jobs <= 1 or options.quick:
+        if options.jobs == 1 or options.quick:
             for number in left:
                 keep(_run_numbered(options.seed, number))
         elif left:
