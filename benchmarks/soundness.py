@@ -209,7 +209,7 @@ def judge(
     size, change = np.stack(sizes), np.stack(changes)
 
     # A mean is brought to 1 / fan-in, and with it goes what all entries of an activation have in common,
-    # while its deviations stay: until these are the larger part, changes fall.
+    # while its deviations stay: until these are the larger part, sizes and changes fall.
     # The same holds for a sum over the width that is brought to the size that it can reach.
     sums = any(re.search(r"tanh\(\w+\.sum\(-1", line) for line in program.body)
     slack = -0.5 if sums or program.has_means else 0.0
@@ -230,7 +230,7 @@ def judge(
             out.append(wrong)
 
     for number, tap in enumerate(program.taps):
-        check(tap, "size", size[:, :, number], 0 * size[:, :, number], tap.lo)
+        check(tap, "size", size[:, :, number], 0 * size[:, :, number], tap.lo + slack)
         for name in tap.params:
             values = change[:, :, names.index(name), number]
             low = tap.change_lo + slack + program.slower.get(name, 0.0)
