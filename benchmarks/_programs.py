@@ -203,6 +203,7 @@ class Writer:
         self._count = 0
         self.quiet = 0
         self.slower: dict[str, float] = {}
+        self._narrow: set[str] = set()
 
     def name(self, letter: str) -> str:
         self._count += 1
@@ -220,6 +221,10 @@ class Writer:
         self.params[name] = init
         self._fresh.append(name)
         return f'p["{name}"]'
+
+    def reads_out(self, parameter: str) -> None:
+        """Notes that the product with this parameter falls at the start, as that of a readout does."""
+        self._narrow.add(parameter[3:-2])
 
     def after_fall(self, parameter: str) -> str:
         """Notes that what this parameter multiplies falls at the start, as the output of a readout does."""
@@ -262,6 +267,8 @@ class Writer:
         name = self.name(letter)
         self.line(f'{name} = tap("{name}", {expression})')
         fresh, self._fresh = tuple(self._fresh), []
+        if not self._narrow.isdisjoint(fresh):
+            lo -= 0.5
         if change_lo is not None and change_lo > lo:
             # Gains of a kernel that reads out change its product by as much as that is at the start.
             for one in fresh:
@@ -351,6 +358,7 @@ def stored(g: Writer, rows: str, cols: str) -> str:
         return f"{g.dense('3', rows, cols, fan_in=rows)}[{g.pick(0, 1, 2)}]"
     if way == 7:
         a, b = g.dense(rows, "3", fan_in=rows), g.after_fall(g.dense("3", cols, fan_in="3"))
+        g.reads_out(a)
         return f"({a} @ {b})"
     if way == 8:
         w, a, b = (
@@ -547,7 +555,7 @@ def dense(g: Writer, v: Var) -> Var:
     else:
         product = f"{v.name} @ {w}"
     out = g.value(f"{product}{bias(g, 'n')}", v.kind, v.lo)
-    return g.value(activation(g, out.name, 1), v.kind, v.lo) if g.chance(0.7) else out
+    return g.value(activation(g, out.name, 1), v.kind, out.lo) if g.chance(0.7) else out
 
 
 @step("hsi", 2)

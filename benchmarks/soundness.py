@@ -208,11 +208,12 @@ def judge(
     names = list(program.params)
     size, change = np.stack(sizes), np.stack(changes)
 
-    # A mean is brought to 1 / fan-in, and with it goes what all entries of an activation have in common,
-    # while its deviations stay: until these are the larger part, sizes and changes fall.
-    # The same holds for a sum over the width that is brought to the size that it can reach.
+    # The mean of a uniform kernel is brought to 1 / fan-in, and with it goes what all entries of an activation
+    # have in common, while its deviations stay: until these are the larger part, sizes and changes fall. The
+    # same holds for a sum over the width that is brought to the size that it can reach.
     sums = any(re.search(r"tanh\(\w+\.sum\(-1", line) for line in program.body)
-    slack = -0.5 if sums or program.has_means else 0.0
+    means = any("nn.initializers.uniform" in init for init in program.params.values())
+    slack = -0.5 if sums or means else 0.0
 
     def check(tap: Any, what: str, values: np.ndarray, scale: np.ndarray, low: float) -> None:
         if not np.isfinite(values[0]).all():
