@@ -208,9 +208,9 @@ def judge(
     names = list(program.params)
     size, change = np.stack(sizes), np.stack(changes)
 
-    # The mean of a uniform kernel is brought to 1 / fan-in, and with it goes what all entries of an activation
-    # have in common, while its deviations stay: until these are the larger part, sizes and changes fall. The
-    # same holds for a sum over the width that is brought to the size that it can reach.
+    # The mean of a uniform kernel is brought to 1 / fan-in, and with it goes what all entries of an
+    # activation have in common, while its deviations stay: until these are the larger part, sizes and changes
+    # fall. The same holds for a sum over the width that is brought to the size that it can reach.
     sums = any(re.search(r"tanh\(\w+\.sum\(-1", line) for line in program.body)
     means = any("nn.initializers.uniform" in init for init in program.params.values())
     slack = -0.5 if sums or means else 0.0
