@@ -1,9 +1,9 @@
 """Random programs, read and measured: what is claimed holds over widths, or a finding names the place.
 
 The programs and the measurement are those of `benchmarks/soundness.py`, which has the details. Here each
-program is measured at two widths with one seed, and at four with three if it looks wrong. A hundred
-take about a minute of CPU time, on a busy machine. Left out, as they take long: images and convolutions, programs of more than seven
-parameters, and initialisers with a mean, which are sampled.
+program is measured at two widths with one seed, and at four with three if it looks wrong. A hundred take
+about a minute of CPU time on a busy machine. Left out, as they take long: images and convolutions, programs
+of more than seven parameters, and initialisers with a mean, which are sampled.
 """
 
 import importlib.util
