@@ -17,7 +17,7 @@ def scripts():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
         for path in BENCHMARKS.glob("*.py"):
-            if path.stem == "common" or path.stem.endswith("_torch"):
+            if path.stem == "common" or path.stem.startswith("_") or path.stem.endswith("_torch"):
                 continue
             spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
             found[path.name] = importlib.util.module_from_spec(spec)
@@ -190,6 +190,17 @@ def test_transfer_default_names_each_claim_that_fails(scripts):
         assert text in line
 
 
+def test_soundness_measures_random_programs_and_resumes(report, tmp_path):
+    out = tmp_path / "soundness.json"
+    found = report("soundness.py", out, "--programs", "3", "--start", "20", text="programs  3")
+    assert found["programs"] == sum(found["outcomes"].values()) == 3
+    assert found["seconds_each"] > 0
+    # Nothing is run again, and the times are those of the run.
+    assert report("soundness.py", out, "--programs", "3", "--start", "20") == found | {
+        "load_average": json.loads(out.read_text())["load_average"]
+    }
+
+
 @pytest.mark.parametrize(
     ("script", "option"),
     [
@@ -201,6 +212,8 @@ def test_transfer_default_names_each_claim_that_fails(scripts):
         ("sweep.py", "--rounds"),
         ("pareto.py", "--trials"),
         ("transfer_default.py", "--seeds"),
+        ("soundness.py", "--programs"),
+        ("soundness.py", "--jobs"),
     ],
 )
 def test_bad_options_are_one_line(scripts, capsys, script, option):
