@@ -67,12 +67,22 @@ def initial_values(
                 target_end.sample_init(inputs, kwargs, key, unknown),
                 strict=True,
             )
+            read = read_initial_values(base.program, base.program)
+            base_means = {path: read[position].mean for position, path in base.params.items()}
             for path, small, big in pairs:
-                ratio = _rms_ratio(small, big)
-                mean = values[path].mean
-                # The base's sample gives the mean too, so that `init_shifts` need not draw it again.
-                values[path] = InitialValues(ratio, _mean(small) * ratio if mean is None else mean)
+                values[path] = _sampled(small, big, base_means[path], values[path].mean)
     return values
+
+
+def _sampled(small: Any, big: Any, base_mean: float | None, mean: float | None) -> InitialValues:
+    """The properties of samples of base and target, with their means where the programs show them."""
+    base_mean = _mean(small) if base_mean is None else base_mean
+    mean = _mean(big) if mean is None else mean
+    ratio = _rms_ratio(small, big)
+    deviations = [float(np.std(np.asarray(leaf, np.float64))) for leaf in (small, big)]
+    if base_mean * mean > 0 and deviations[0] > 1e-6 * abs(base_mean):
+        return InitialValues(deviations[1] / deviations[0], mean, mean / base_mean)
+    return InitialValues(ratio, base_mean * ratio)
 
 
 def init_shifts(
@@ -96,7 +106,8 @@ def init_shifts(
     """
     table = spec.parametrization
     factors = {
-        path: rules.mean_scale(param, table, ratio) - rules.init_scale(param, table, ratio)
+        path: rules.mean_scale(param, table, values[path].mean_ratio or ratio)
+        - rules.init_scale(param, table, ratio)
         for path, param in spec.items()
         if (ratio := values[path].ratio)
     }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from mujax import rules
 from mujax.core._corrections import Plan, reads_out
-from mujax.core.program import ClosedJaxpr, equation_at, equations, source_line
+from mujax.core.program import ClosedJaxpr, equation_at, equations, shape_of, source_line
 from mujax.core.trace import Finding, Use, axes_of_use, informative_uses
 from mujax.spec import MupSpec, ParamSpec, Role
 
@@ -64,6 +64,9 @@ class FirstCall:
             program: the other call's program.
             plan: its corrections.
         """
+        if any(not isinstance(size, int) for var in program.jaxpr.invars for size in shape_of(var)):
+            # Means over a batch of unknown size have no known scale; their factors cancel.
+            return []
         return [
             *self._of_roles(plan),
             *self._of_readouts(plan),

@@ -413,7 +413,11 @@ def t5_rows(r_heads: float, r_size: float, tied: bool) -> dict[str, Any]:
 
 TEXTS = (IDS, MASK, IDS, MASK)
 # Two layers of the encoder, and two of the decoder with two attentions each.
-UNSCALED = {("unscaled sum", "dot_product_attention_weights("): 6}
+# Its 1/sqrt(d) is in the initialiser of the query.
+UNSCALED = {
+    ("unscaled sum", "dot_product_attention_weights("): 6,
+    ("scale in an initialiser", "dot_product_attention_weights("): 6,
+}
 T5 = Model(
     t5,
     TEXTS,

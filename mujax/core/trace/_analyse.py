@@ -147,10 +147,13 @@ class InitialValues(NamedTuple):
         ratio: entries of the target over those of the base; 0 for identically zero, None where it does not
             show.
         mean: the mean of the target's entries; None where it does not show.
+        mean_ratio: their mean over the mean of the base's, where it scales unlike the entries; `ratio` is
+            that of their deviation then.
     """
 
     ratio: float | None
     mean: float | None
+    mean_ratio: float | None = None
 
 
 def read_initial_values(base: ClosedJaxpr, target: ClosedJaxpr) -> list[InitialValues]:

@@ -206,7 +206,9 @@ def _multiply(
         pending: list[Pending] = []
         bent = _bent_kernels(side)
         # A low-rank product that is added to a kernel gets its factor for itself.
-        term = any(_contracts_width(view, side.contract) and not view.inner for view in side.value.views)
+        term = _leaves_width(side.value, side.gone) and any(
+            _contracts_width(view, side.contract) and not view.inner for view in side.value.views
+        )
         for view in side.value.views:
             if view.path in bent or _is_gain(view, side):
                 interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))

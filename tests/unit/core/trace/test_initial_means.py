@@ -121,3 +121,29 @@ def test_centred_values_are_not_shifted():
     mup = mujax.mup_init(linen(512, INIT.orthogonal()), linen(32, INIT.orthogonal()), X)
     assert mup.init_shifts == {}
     assert "Initial values with a mean" not in mup.explain()
+
+
+# ---- a mean and a deviation that scale differently -----------------------------------------------------
+
+APART = {
+    "a constant mean": lambda key, shape: 0.2 + random.normal(key, shape) / shape[0] ** 0.5,
+    "a constant deviation": lambda key, shape: 3.0 / shape[0] + 0.2 * random.normal(key, shape),
+    "neither is constant": lambda key, shape: 3.0 / shape[0] + random.normal(key, shape) / shape[0] ** 0.5,
+    "both are constant": lambda key, shape: 0.2 + 0.3 * random.normal(key, shape),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_mean_and_deviation_have_a_rule_each(name):
+    def net(width):
+        hidden = nn.Dense(width, kernel_init=lambda key, shape, _: APART[name](key, shape))
+        return nn.Sequential([nn.Dense(width), nn.relu, hidden, nn.relu, nn.Dense(3)])
+
+    def kernel(width):
+        x = jnp.ones((2, 5))
+        return mujax.mup_init(net(width), net(64), x).init(random.key(1), x)["params"]["layers_2"]["kernel"]
+
+    small, big = kernel(64), kernel(256)
+    # A quarter of the mean, by the coherent rule; half of the deviation.
+    assert big.mean() / small.mean() == pytest.approx(1 / 4, rel=0.1)
+    assert big.std() / small.std() == pytest.approx(1 / 2, rel=0.05)

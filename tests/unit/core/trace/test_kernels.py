@@ -396,6 +396,22 @@ def test_a_low_rank_term_of_a_kernel_has_its_own_factor(name):
     assert [(c.path, c.factor) for c in mup.corrections if c.kind == "readout"] == [("a", 0.25)]
 
 
+def test_a_low_rank_term_of_a_readout_has_one_factor():
+    def build(width):
+        def init(key, x):
+            shapes = {"in": (7, width), "w": (width, 5), "a": (width, 3), "b": (3, 5)}
+            return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+        def apply(p, x):
+            return jax.nn.relu(x @ p["in"]) @ (p["w"] + p["a"] @ p["b"])
+
+        return mujax.Functional(init, apply)
+
+    mup = mujax.mup_init(build(64), build(BASE), X, strict=True)
+    assert {path: mup.spec[path].role for path in "wab"} == {"w": "output", "a": "output", "b": "finite"}
+    assert [correction.factor for correction in mup.corrections] == [0.25]
+
+
 def test_the_factor_is_on_the_low_rank_term_alone():
     x, key = jax.random.normal(jax.random.key(1), (2, 7)), jax.random.key(0)
     outs = []

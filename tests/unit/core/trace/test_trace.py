@@ -418,6 +418,11 @@ def test_uses_that_contradict_each_other_are_an_error(shape, use):
         read(Case(shape, use, None))
 
 
+ADDED_VECTOR = Case(
+    lambda w: {"k": (w, w), "g": (w, 1)},
+    lambda p, h, w: h @ (p["k"] + p["g"]),
+    {"k": IN_OUT, "g": (OUTPUT, (0,), (1,), ())},
+)
 LOW_RANK_UPDATE = Case(
     lambda w: {"k": (w, w), "down": (w, 2), "up": (2, w)},
     lambda p, h, w: h @ (p["k"] + p["down"] @ p["up"]),
@@ -457,17 +462,20 @@ def test_a_flat_parameter_of_which_one_part_grows_is_fine(shape, use, role):
 
 
 def test_parameters_that_want_different_factors_on_one_product_are_an_error():
-    """A readout of finite rank inside of a hidden kernel: Table 8 wants a factor on its product alone."""
+    """A vector that is added to a hidden kernel reads out: Table 8 wants a factor on its product alone."""
     with pytest.raises(mujax.RoleError) as caught:
-        read(LOW_RANK_UPDATE)
-    line = LOW_RANK_UPDATE.use.__code__.co_firstlineno
-    assert str(caught.value).startswith("k and down: expected one factor for their common product at")
+        read(ADDED_VECTOR)
+    line = ADDED_VECTOR.use.__code__.co_firstlineno
+    assert str(caught.value).startswith("k and g: expected one factor for their common product at")
     assert f"test_trace.py:{line}, got roles that require different ones; use separate products" in str(
         caught.value
     )
-    # Table 3 has no factors in the forward pass.
-    spec = read(LOW_RANK_UPDATE, parametrization="table3").spec
-    assert {path: spec_of(spec[path]) for path in LOW_RANK_UPDATE.expected} == LOW_RANK_UPDATE.expected
+
+
+def test_a_low_rank_update_of_a_kernel_has_roles_of_its_own():
+    for table in ("mup", "table3"):
+        spec = read(LOW_RANK_UPDATE, parametrization=table).spec
+        assert {path: spec_of(spec[path]) for path in LOW_RANK_UPDATE.expected} == LOW_RANK_UPDATE.expected
 
 
 @pytest.mark.parametrize(
