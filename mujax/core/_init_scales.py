@@ -19,6 +19,9 @@ from mujax.spec import MupSpec
 # Initialisers that the trace cannot explain are sampled, which takes seconds up to this many entries.
 _SAMPLE_LIMIT: Final = 1 << 26
 
+# Mean and deviation scale differently where their logarithms differ by this much; less is chance.
+_APART: Final = 0.2
+
 
 def initial_values(
     target_end: Frontend,
@@ -80,8 +83,10 @@ def _sampled(small: Any, big: Any, base_mean: float | None, mean: float | None) 
     mean = _mean(big) if mean is None else mean
     ratio = _rms_ratio(small, big)
     deviations = [float(np.std(np.asarray(leaf, np.float64))) for leaf in (small, big)]
-    if base_mean * mean > 0 and deviations[0] > 1e-6 * abs(base_mean):
-        return InitialValues(deviations[1] / deviations[0], mean, mean / base_mean)
+    if base_mean * mean > 0 and min(deviations) > 1e-6 * abs(base_mean):
+        apart = math.log(deviations[1] / deviations[0]) - math.log(mean / base_mean)
+        if abs(apart) > _APART:
+            return InitialValues(deviations[1] / deviations[0], mean, mean / base_mean)
     return InitialValues(ratio, base_mean * ratio)
 
 

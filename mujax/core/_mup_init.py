@@ -386,8 +386,9 @@ def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], pla
             "scale in an initialiser",
             f"{first}'s own initial values shrink {init_scales[first]:.4g} times more from base to target "
             "than 1/sqrt(fan-in) does, as where the 1/sqrt(d) of attention logits is folded into an "
-            "initialiser; mup.init brings them to 1/sqrt(fan-in), so these logits grow by that factor with width; divide "
-            "the query by d (the size of a head) in the model, and leave d out of the initialiser",
+            "initialiser; mup.init brings them to 1/sqrt(fan-in), so these logits grow by that factor with "
+            "width; divide the query by d (the size of a head) in the model, and leave d out of the "
+            "initialiser",
             where,
             1 + len(others),
         )
