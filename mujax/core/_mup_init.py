@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, Final, Literal
 
 from mujax import rules
-from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments
+from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments, several
 from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
 from mujax.core._meshes import check_same_places, other_mesh, refuse_own_mesh
@@ -28,7 +28,7 @@ from mujax.core.depth import (
 )
 from mujax.core.frontends import Call, Frontend, Initial, OneDevice, Result, frontend, is_split
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Analysis, Finding, InitialValues, analyse, merged
+from mujax.core.trace import Analysis, Finding, InitialValues, Use, analyse, merged
 from mujax.errors import AuditError, MujaxError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
@@ -73,6 +73,13 @@ _OPTIONS: Final = {
     )
     | NONE,
     "zero_init": TEXTS,
+    "other_calls": several(
+        "a sequence of dicts of keyword arguments",
+        ArgumentKind(
+            "a dict of keyword arguments", lambda value: isinstance(value, Mapping), '{"train": True}'
+        ),
+        '({"train": True},)',
+    ),
     "depth_alpha": NUMBER,
     "residual": TEXTS,
     "strict": FLAG,
@@ -121,6 +128,7 @@ def mup_init(
     depth: tuple[int, int] | Literal["scan"] | None = None,
     depth_alpha: float = 1.0,
     residual: Sequence[str] = (),
+    other_calls: Sequence[Mapping[str, Any]] = (),
     strict: bool = False,
     **kwargs: Any,
 ) -> MupModel:
@@ -153,6 +161,9 @@ def mup_init(
             is Depth-µP.
         residual: the residual branches, as globs of module scopes or of parameters, where they cannot be
             determined from the program; see also `mujax.residual_branch`.
+        other_calls: further ways in which the model is called, each as the keyword arguments that differ:
+            the role of a parameter that the call with `inputs` and `kwargs` does not use, such as a mask
+            token, is read off the first of them that uses it.
         strict: raise on any finding, instead of a `MujaxWarning`.
         **kwargs: passed to the model with `inputs`.
 
@@ -192,6 +203,7 @@ def mup_init(
             "zero_init": zero_init,
             "depth_alpha": depth_alpha,
             "residual": residual,
+            "other_calls": other_calls,
             "strict": strict,
         },
     )
@@ -208,6 +220,9 @@ def mup_init(
         wide = _traced(end if read is target else OneDevice(end), inputs, kwargs)
         check_same_parameters("delta", wide.initial, small.initial)
     analysis = analyse(small.program, wide.program, wide.call.params, dict.fromkeys(wide.call.state, 1.0))
+    for more in other_calls:
+        uses = _uses_in(small, wide, inputs, {**kwargs, **more})
+        analysis = dataclasses.replace(analysis, uses={**uses, **analysis.uses})
     spec = describe_parameters(
         target.initial,
         small.initial,
@@ -308,12 +323,22 @@ def _unused(roles: Mapping[str, Role | ParamSpec], spec: MupSpec, analysis: Anal
         Finding(
             "unused parameter",
             "the traced call does not use it, so its role is not known and it keeps the base's initial "
-            f'values and learning rate; trace a call that uses it, or give its role, roles={{"{path}": ...}}',
+            "values and learning rate; give a call that uses it, other_calls=({...},), or its role, "
+            f'roles={{"{path}": ...}}',
             path,
         )
         for path, param in spec.items()
         if param.infinite and not analysis.uses.get(path) and not _is_given(path, roles)
     ]
+
+
+def _uses_in(
+    base: _Traced, wide: _Traced, inputs: Sequence[Any], kwargs: dict[str, Any]
+) -> Mapping[str, Sequence[Use]]:
+    """The uses of the parameters in another call of the same models."""
+    calls = [one.end.example(one.initial.variables, inputs, kwargs) for one in (base, wide)]
+    (small, _), (big, _) = (call.trace() for call in calls)
+    return analyse(small, big, calls[1].params, dict.fromkeys(calls[1].state, 1.0)).uses
 
 
 def _is_given(path: str, roles: Mapping[str, Role | ParamSpec]) -> bool:

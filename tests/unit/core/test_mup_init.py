@@ -1012,3 +1012,45 @@ def test_features_that_grow_are_no_classes():
 
     x = jax.ShapeDtypeStruct((2, 5), jnp.float32)
     assert mujax.mup_init(net(64), net(16), x).spec["head/kernel"].role == "hidden"
+
+
+# ---- parameters that the first call does not use -----------------------------------------------------
+
+
+class Masked(nn.Module):
+    """Replaces masked features by a learned token, and may add a head of its own."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, mask=None, project=False):
+        token = self.param("token", nn.initializers.normal(1.0), (self.width,))
+        inner = self.param("inner", nn.initializers.lecun_normal(), (self.width, self.width))
+        x = nn.relu(nn.Dense(self.width)(x))
+        if mask is not None:
+            x = jnp.where(mask[:, None], token, x)
+        return nn.Dense(3)(nn.relu(x @ inner) if project else x)
+
+
+def test_the_role_of_an_unused_parameter_is_read_off_another_call():
+    mask, x = jnp.array([True, False, True, False]), jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    with pytest.warns(mujax.MujaxWarning, match=r"give a call that uses it, other_calls="):
+        mup = mujax.mup_init(Masked(64), Masked(16), x)
+    assert [finding.where for finding in mup.findings] == ["inner", "token"]
+    assert mup.spec["inner"].role == "input"
+    calls = ({"mask": mask}, {"project": True})
+    mup = mujax.mup_init(Masked(64), Masked(16), x, other_calls=calls, strict=True)
+    assert (mup.spec["token"].role, mup.spec["inner"].role, mup.spec["inner"].fan_in) == (
+        "input",
+        "hidden",
+        (0,),
+    )
+    variables = mup.init(KEY, jnp.ones(x.shape))
+    assert mup.apply(variables, jnp.ones(x.shape), mask, project=True).shape == (4, 3)
+
+
+def test_a_parameter_that_no_call_uses_is_still_reported():
+    x = jax.ShapeDtypeStruct((4, 5), jnp.float32)
+    with pytest.warns(mujax.MujaxWarning, match="inner"):
+        mup = mujax.mup_init(Masked(64), Masked(16), x, other_calls=({"mask": jnp.ones(4, bool)},))
+    assert [finding.where for finding in mup.findings] == ["inner"]
