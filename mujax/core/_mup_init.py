@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, Final, Literal
 
 from mujax import rules
-from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments
+from mujax._arguments import FLAG, GLOBS, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments
 from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
 from mujax.core._meshes import check_same_places, other_mesh, refuse_own_mesh
@@ -74,7 +74,7 @@ _OPTIONS: Final = {
     | NONE,
     "zero_init": TEXTS,
     "depth_alpha": NUMBER,
-    "residual": TEXTS,
+    "residual": GLOBS,
     "strict": FLAG,
 }
 

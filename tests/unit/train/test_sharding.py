@@ -199,7 +199,7 @@ def test_parts_have_keys_and_metrics_of_their_own():
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        (0, "accumulate: expected at least 1, got 0."),
+        (0, "accumulate: expected a whole number of at least 1, got 0; pass accumulate=4."),
         (3, "accumulate: expected a number that divides the batch, got 3 for 8 examples."),
     ],
 )
