@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mujax.errors import ConfigError, MujaxError
 
@@ -390,6 +390,7 @@ def _are_rules(value: Any) -> bool:
     )
 
 
+ANY_MESH: Final = instance((Mesh, AbstractMesh), "a mesh", 'make_mesh({"data": -1})')
 MESH: Final = instance(Mesh, "a mesh", 'make_mesh({"data": -1})')
 MESH_SIZES: Final = Kind(
     "a mesh or the sizes of its axes by name",

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Key, PyTree
 
 from mujax._arguments import (
+    ANY_MESH,
     AXES,
     KEY,
     MESH,
@@ -89,7 +90,7 @@ def _parsed(text: str) -> dict[str, int]:
     return sizes
 
 
-@takes(mup=_MODEL, mesh=MESH, tree=SHAPES | NONE, rules=RULES | NONE)
+@takes(mup=_MODEL, mesh=ANY_MESH, tree=SHAPES | NONE, rules=RULES | NONE)
 def shardings(mup: MupModel, mesh: Mesh, tree: PyTree = None, *, rules: Rules | None = None) -> PyTree:
     """Where each array of a tree that holds the model's parameters belongs on a mesh.
 
@@ -147,7 +148,7 @@ def following(tree: PyTree, places: Places, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-@takes(mesh=MESH, rules=RULES | NONE, leading=NOT_BELOW_0)
+@takes(mesh=ANY_MESH, rules=RULES | NONE, leading=NOT_BELOW_0)
 def batch_sharding(mesh: Mesh, *, rules: Rules | None = None, leading: int = 0) -> NamedSharding:
     """How batches are split: over the axes that the rules give the name `batch`, or over `data` and `fsdp`.
 

@@ -551,13 +551,21 @@ ROWS: dict[str, Row] = {
             "tree": ("text", {"a": "b"}, THING),
             "rules": RULES,
         },
-        {"tree": (None, PARAMS, ZEROS, {"step": 3}), "rules": (None, {"*": PartitionSpec()})},
+        {
+            "mesh": (MESH.abstract_mesh,),
+            "tree": (None, PARAMS, ZEROS, {"step": 3}),
+            "rules": (None, {"*": PartitionSpec()}),
+        },
     ),
     "batch_sharding": Row(
         train.batch_sharding,
         {"mesh": MESH},
         {"mesh": MESHES, "rules": (*RULES, [("batch", "nothing")]), "leading": PREFETCH},
-        {"rules": (None, [("batch", "data")], [("batch", None)], [["batch", ["data"]]]), "leading": (0, 1)},
+        {
+            "mesh": (MESH.abstract_mesh,),
+            "rules": (None, [("batch", "data")], [("batch", None)], [["batch", ["data"]]]),
+            "leading": (0, 1),
+        },
     ),
     "batch_share": Row(
         train.batch_share, {"mesh": MESH}, {"mesh": MESHES, "rules": (*RULES, [("batch", "nothing")])}
