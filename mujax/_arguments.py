@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mujax.errors import ConfigError, MujaxError
 
@@ -170,7 +171,9 @@ POSITIVE: Final = Kind("a positive finite number", lambda value: _is_number(valu
 NOT_NEGATIVE: Final = Kind(
     "a finite number of at least 0", lambda value: _is_number(value) and value >= 0, "0.1"
 )
+NOT_BELOW_0: Final = at_least(0)
 SECONDS: Final = dataclasses.replace(POSITIVE, expected="a number of seconds, more than 0", example="60.0")
+MINUTES: Final = dataclasses.replace(POSITIVE, expected="a number of minutes, more than 0", example="10.0")
 PATIENCE: Final = dataclasses.replace(NOT_NEGATIVE, expected="a number of seconds", example="300.0")
 SHARE: Final = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1, "0.5")
 SCALAR: Final = Kind("a number, or an array of one", _is_scalar, "1.0")
@@ -197,6 +200,11 @@ NAME: Final = Kind(
 PATH: Final = Kind(
     "a path", lambda value: isinstance(value, str | os.PathLike) and str(value) != "", '"folder/file"'
 )
+CHECKPOINT_RULES: Final[Mapping[str, Kind]] = {
+    "keep": COUNT,
+    "every_steps": COUNT | NONE,
+    "every_minutes": MINUTES | NONE,
+}
 
 
 def one_of(names: Iterable[str], error: type[MujaxError] = ConfigError) -> Kind:
@@ -251,6 +259,7 @@ def several(
 
 
 TEXTS: Final = several("a sequence of texts", TEXT, '("name",)')
+GLOBS: Final = several("a sequence of globs", TEXT, '("*/attention",)')
 WIDTHS: Final = several(
     "at least two different widths, whole numbers of at least 1", COUNT, "(64, 128, 256)", different=2
 )
@@ -336,4 +345,69 @@ TRANSFORM: Final = Kind(
     "an optax transform",
     lambda value: callable(value.init) and callable(value.update),
     "optax.scale_by_lion()",
+)
+
+
+def _is_described(leaf: Any) -> bool:
+    return _is_scalar(leaf) or all(hasattr(leaf, name) for name in ("shape", "dtype"))
+
+
+SHAPES: Final = Kind(
+    "a tree of arrays or of their shapes",
+    lambda value: all(map(_is_described, jax.tree.leaves(value))),
+    "jax.eval_shape(create)",
+)
+FLOATING: Final = Kind(
+    "a type of floating numbers", lambda value: jnp.issubdtype(jnp.dtype(value), jnp.floating), "jnp.bfloat16"
+)
+WHOLE_NUMBERS: Final = Kind(
+    "a type of whole numbers",
+    lambda value: value is not None and np.dtype(value).kind in "iu",
+    '"uint16"',
+)
+
+
+# ---- meshes ---------------------------------------------------------------------------------------------
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether it gives sizes by name; -1 may stand for the rest."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and _is_whole(size) for name, size in value.items()
+    )
+
+
+def _are_rules(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(
+            isinstance(glob, str) and isinstance(split, PartitionSpec | tuple)
+            for glob, split in value.items()
+        )
+    pairs = [(name, axes) for name, axes in _items(value)]
+    return all(
+        isinstance(name, str) and (axes is None or TEXT.accepts(axes) or TEXTS.accepts(axes))
+        for name, axes in pairs
+    )
+
+
+ANY_MESH: Final = instance((Mesh, AbstractMesh), "a mesh", 'make_mesh({"data": -1})')
+MESH: Final = instance(Mesh, "a mesh", 'make_mesh({"data": -1})')
+MESH_SIZES: Final = Kind(
+    "a mesh or the sizes of its axes by name",
+    lambda value: _are_sizes(getattr(value, "shape", value)),
+    'make_mesh({"data": -1})',
+)
+AXES: Final = Kind(
+    "sizes of axes by name, or as a text",
+    lambda value: TEXT.accepts(value) or _are_sizes(value),
+    '{"data": -1}',
+)
+RULES: Final = Kind(
+    "pairs of an axis of the model and one of the mesh, or a mapping from globs to PartitionSpecs",
+    _are_rules,
+    '[("mlp", "tensor")]',
+)
+SHARDING: Final = instance(Sharding, "a sharding", 'NamedSharding(mesh, PartitionSpec("data"))')
+NAMED_SHARDING: Final = instance(
+    NamedSharding, "a NamedSharding", 'NamedSharding(mesh, PartitionSpec("data"))'
 )

@@ -11,6 +11,7 @@ from typing import Any, Final
 import jax
 
 from mujax import rules
+from mujax._arguments import COUNT, FLAG, NONE, several, takes
 from mujax.check._coord_check import (
     CheckProgress,
     by_name,
@@ -37,7 +38,10 @@ _OPTIONS: Final = frozenset(
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
 )
 
+_WIDTHS: Final = several("a sequence of widths, whole numbers of at least 1", COUNT, "(64, 128)", least=1)
 
+
+@takes(measure=FLAG, widths=_WIDTHS | NONE)
 def audit(
     model: Any,
     base: Any,
@@ -162,14 +166,14 @@ def _built(factory: Any, base: Any, widths: Sequence[int]) -> dict[int, Any]:
     Raises:
         ConfigError: no factory, a base that is not a width, or no width beside it.
     """
-    if not callable(factory) or not isinstance(base, int):
+    if not callable(factory) or not COUNT.accepts(base):
         raise ConfigError(
             where="widths",
             expected="a function of the width for model and the base's width for base",
             got=f"{type(factory).__name__} and {type(base).__name__}",
         )
     wanted = sorted({base, *map(int, widths)})
-    if len(wanted) < 2 or wanted[0] < 1:
+    if len(wanted) < 2:
         raise ConfigError(
             where="widths", expected="positive numbers other than the base's", got=tuple(widths)
         )

@@ -10,7 +10,16 @@ from fractions import Fraction
 from typing import Any, Final, Literal
 
 from mujax import rules
-from mujax._arguments import FLAG, NONE, NUMBER, TEXTS, Kind as ArgumentKind, check_arguments, several
+from mujax._arguments import (
+    FLAG,
+    GLOBS,
+    NONE,
+    NUMBER,
+    TEXTS,
+    Kind as ArgumentKind,
+    check_arguments,
+    several,
+)
 from mujax.core._corrections import Kind, Plan, disabled_kinds, plan_call, zero_params
 from mujax.core._init_scales import init_shifts, initial_values, stored_scales
 from mujax.core._meshes import check_same_places, other_mesh, refuse_own_mesh
@@ -81,7 +90,7 @@ _OPTIONS: Final = {
         '({"train": True},)',
     ),
     "depth_alpha": NUMBER,
-    "residual": TEXTS,
+    "residual": GLOBS,
     "strict": FLAG,
 }
 

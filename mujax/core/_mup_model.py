@@ -16,7 +16,7 @@ from jax.extend import core as jex
 from jax.sharding import PartitionSpec
 
 from mujax import rules
-from mujax._arguments import NONE, SCALAR, takes
+from mujax._arguments import MESH_SIZES, NONE, RULES, SCALAR, takes
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import Split, explain
 from mujax.core._meshes import check_same_places
@@ -318,6 +318,7 @@ class MupModel:
             multiplier_sites=self._plan.multiplier_sites,
         )
 
+    @takes(mesh=MESH_SIZES | NONE, rules=RULES | NONE)
     def explain(self, mesh: Any = None, rules: Rules | None = None) -> str:
         """The role table, the corrections and the findings, as text.
 
@@ -330,6 +331,7 @@ class MupModel:
             split = Split(sizes_of(mesh), self.partition(mesh, rules), bool(self._annotations))
         return explain(self.spec, self.init_scales, self.init_shifts, self.corrections, self.findings, split)
 
+    @takes(mesh=MESH_SIZES, rules=RULES | NONE)
     def partition(self, mesh: Any, rules: Rules | None = None) -> dict[str, PartitionSpec]:
         """How each parameter is split over a mesh: as the model annotates it, or else by roles and axes.
 

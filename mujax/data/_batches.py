@@ -13,8 +13,8 @@ from mujax._arguments import COUNT, KEY, NONE, Kind, instance, takes
 from mujax.data._splits import Examples
 from mujax.errors import DataError
 
-_EXAMPLES: Final = instance(Examples, "Examples", "data.train")
-_TOKENS: Final = Kind(
+EXAMPLES: Final = instance(Examples, "Examples", "data.train")
+TOKENS: Final = Kind(
     "an array of tokens, whole numbers along one axis",
     lambda value: len(value.shape) == 1 and jnp.issubdtype(value.dtype, jnp.integer),
     "data.train",
@@ -61,7 +61,7 @@ def epoch_order(key: Key[Array, ""], epoch: Int[Array, ""] | int, n: int) -> Int
     return jax.random.permutation(jax.random.fold_in(key, epoch), n)
 
 
-@takes(examples=_EXAMPLES, key=KEY, batch=COUNT, steps=COUNT)
+@takes(examples=EXAMPLES, key=KEY, batch=COUNT, steps=COUNT)
 def image_batches(examples: Examples, key: Key[Array, ""], *, batch: int, steps: int) -> Examples:
     """Batches of labelled examples, with a leading step axis.
 
@@ -130,7 +130,7 @@ def step_starts(
     return jax.random.randint(jax.random.fold_in(key, step), (batch,), 0, places)
 
 
-@takes(tokens=_TOKENS, starts=_STARTS, length=COUNT)
+@takes(tokens=TOKENS, starts=_STARTS, length=COUNT)
 def text_window(
     tokens: Integer[np.ndarray | Array, " n"], starts: Int[np.ndarray | Array, "*shape"], *, length: int
 ) -> Examples:
@@ -159,7 +159,7 @@ def text_window(
     return Examples(windows[..., :-1], windows[..., 1:])
 
 
-@takes(tokens=_TOKENS, key=KEY, batch=COUNT, length=COUNT, steps=COUNT)
+@takes(tokens=TOKENS, key=KEY, batch=COUNT, length=COUNT, steps=COUNT)
 def text_batches(
     tokens: Integer[np.ndarray | Array, " n"], key: Key[Array, ""], *, batch: int, length: int, steps: int
 ) -> Examples:
@@ -191,7 +191,7 @@ def text_batches(
     return text_window(tokens, starts, length=length)
 
 
-@takes(tokens=_TOKENS, length=COUNT, limit=COUNT | NONE)
+@takes(tokens=TOKENS, length=COUNT, limit=COUNT | NONE)
 def text_windows(
     tokens: Integer[np.ndarray | Array, " n"], *, length: int, limit: int | None = None
 ) -> Examples:

@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Integer, Key, PyTree
 
-from mujax.data._batches import epoch_order, need_tokens, step_starts
+from mujax._arguments import COUNT, KEY, NONE, NOT_BELOW_0, SHARDING, takes
+from mujax.data._batches import EXAMPLES, TOKENS, epoch_order, need_tokens, step_starts
 from mujax.data._splits import Examples
 from mujax.errors import ConfigError, DataError
 
@@ -120,8 +121,6 @@ class _Read(Stream):
 
     def __init__(self, source: Source, sharding: Sharding | None, prefetch: int) -> None:
         super().__init__(source.about)
-        if prefetch < 0:
-            raise ConfigError(where="prefetch", expected="at least 0", got=prefetch)
         self._source, self._placement = source, _Placement(sharding, source.batch)
         # Now and not at the first batch: grain may be missing.
         self._grain, self._prefetch = _grain(), prefetch
@@ -297,6 +296,15 @@ class _Text:
         return Examples(windows[:, :-1], windows[:, 1:])
 
 
+@takes(
+    tokens=TOKENS,
+    key=KEY,
+    batch=COUNT,
+    length=COUNT,
+    vocab_size=COUNT | NONE,
+    sharding=SHARDING | NONE,
+    prefetch=NOT_BELOW_0,
+)
 def text_stream(
     tokens: Integer[np.ndarray, " n"],
     key: Key[Array, ""],
@@ -358,6 +366,7 @@ class _Images:
         return Examples(_canonical(self._inputs[wanted]), _canonical(self._targets[wanted]))
 
 
+@takes(examples=EXAMPLES, key=KEY, batch=COUNT, sharding=SHARDING | NONE, prefetch=NOT_BELOW_0)
 def image_stream(
     examples: Examples,
     key: Key[Array, ""],
@@ -472,6 +481,7 @@ class _Sequential(Stream):
         super().close()
 
 
+@takes(batch=COUNT, sharding=SHARDING | NONE, prefetch=NOT_BELOW_0)
 def grain_stream(dataset: Any, *, batch: int, sharding: Sharding | None = None, prefetch: int = 2) -> Stream:
     """Batches of a grain dataset of single examples, each (inputs, targets) or any other tree of arrays.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
+from mujax._arguments import COUNT, NONE, PATH, WHOLE_NUMBERS, takes
 from mujax.data._files import NUMPY_RAISES
 from mujax.data._splits import MIN_TEXT_BYTES, TextData, text_data
 from mujax.errors import ConfigError, DataError
@@ -16,6 +17,7 @@ from mujax.errors import ConfigError, DataError
 _MAX_VOCAB: Final = 2**16
 
 
+@takes(path=PATH, vocab_size=COUNT | NONE, dtype=WHOLE_NUMBERS)
 def token_file(
     path: str | os.PathLike[str], *, vocab_size: int | None = None, dtype: str = "uint16"
 ) -> TextData:
@@ -62,8 +64,6 @@ def token_file(
                 got=f"none, and {tokens.dtype} does not tell it",
                 remedy="pass vocab_size=",
             )
-    if vocab_size < 1:
-        raise ConfigError(where="vocab_size", expected="at least 1", got=vocab_size)
     return text_data(tokens, vocab_size)
 
 
@@ -84,7 +84,7 @@ def _npy(path: pathlib.Path) -> np.ndarray:
 
 
 def _raw(path: pathlib.Path, dtype: str) -> np.ndarray:
-    kind = _whole_numbers(dtype)
+    kind = np.dtype(dtype).newbyteorder("<")
     try:
         size = path.stat().st_size
         if size % kind.itemsize:
@@ -102,16 +102,6 @@ def _raw(path: pathlib.Path, dtype: str) -> np.ndarray:
         if isinstance(error, DataError):
             raise
         raise _unreadable(path, "a file of raw tokens", error) from error
-
-
-def _whole_numbers(dtype: str) -> np.dtype[Any]:
-    try:
-        kind = np.dtype(dtype).newbyteorder("<")
-    except TypeError:
-        kind = None
-    if kind is None or kind.kind not in "iu":
-        raise ConfigError(where="dtype", expected="a type of whole numbers, such as uint16", got=dtype)
-    return kind
 
 
 def _unreadable(path: pathlib.Path, expected: str, error: BaseException) -> DataError:

@@ -14,7 +14,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
-from mujax._arguments import COUNT, FLAG, NONE, TEXT, check_arguments, function, shown, takes
+from mujax._arguments import (
+    COUNT,
+    FLAG,
+    KEY,
+    NAMED_SHARDING,
+    NONE,
+    NOT_BELOW_0,
+    TEXT,
+    check_arguments,
+    function,
+    shown,
+    takes,
+)
 from mujax.data import Stream, grain_stream, is_grain
 from mujax.errors import ConfigError
 
@@ -146,6 +158,7 @@ def check_batches(batches: Any, name: str = "batches") -> list[tuple[Any, Any]]:
     return [tuple(batch) for batch in listed]
 
 
+@takes(key=KEY, batch=COUNT, steps=COUNT, sharding=NAMED_SHARDING | NONE, prefetch=NOT_BELOW_0)
 def stream(
     batches: Any,
     key: Key[Array, ""],

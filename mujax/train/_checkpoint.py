@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import operator
 import os
 import pathlib
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree, UInt32
 
+from mujax._arguments import CHECKPOINT_RULES, NAMED, NONE, PATH, instance, takes
 from mujax.data import Stream
 from mujax.errors import CheckpointError, ConfigError, MujaxError
 from mujax.spec import MupSpec, ParamSpec
@@ -94,6 +94,12 @@ class Checkpoints:
     {'params': {'bias': (3,), 'kernel': (4, 3)}}
     """
 
+    @takes(
+        directory=PATH,
+        spec=instance(MupSpec, "a MupSpec", "mup.spec"),
+        hparams=NAMED | NONE,
+        **CHECKPOINT_RULES,
+    )
     def __init__(
         self,
         directory: str | os.PathLike[str],
@@ -104,11 +110,6 @@ class Checkpoints:
         every_steps: int | None = None,
         every_minutes: float | None = 10.0,
     ) -> None:
-        for name, value in (("keep", keep), ("every_steps", every_steps)):
-            if value is not None and value < 1:
-                raise ConfigError(where=name, expected="at least 1", got=value)
-        if every_minutes is not None and not 0 < every_minutes < math.inf:
-            raise ConfigError(where="every_minutes", expected="a positive number", got=every_minutes)
         self.preempted = False
         self._spec = spec
         self._hparams = _as_json("hparams", dict(hparams or {}))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from mujax._arguments import shown
+from mujax._arguments import LOSS, instance, shown, takes
 from mujax.core import MupModel
 from mujax.errors import ConfigError
 from mujax.train._step import Loss
@@ -59,6 +59,7 @@ def default_loss(outputs: Any, targets: Any) -> Float[Array, ""]:
     )
 
 
+@takes(mup=instance(MupModel, "a MupModel", "mup_init(...)"), loss=LOSS)
 def model_loss(mup: MupModel, loss: OutputLoss = default_loss, **kwargs: Any) -> Loss:
     """The loss of a model of any kind, for `train_step` and `train_scan`, on what `mup.split` returns.
 

@@ -17,14 +17,34 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Key, PyTree
 
+from mujax._arguments import (
+    ANY_MESH,
+    AXES,
+    KEY,
+    MESH,
+    NONE,
+    NOT_BELOW_0,
+    RULES,
+    SHAPES,
+    TRANSFORM,
+    TREE,
+    instance,
+    several,
+    takes,
+)
 from mujax.core import MupModel, Rules, largest_axis
 from mujax.errors import ConfigError
 from mujax.spec import leaf_path
 from mujax.train._step import TrainState, unshared
 
 _BATCH: Final = ("data", "fsdp")
+_MODEL: Final = instance(MupModel, "a MupModel", "mup_init(...)")
+_DEVICES: Final = several(
+    "a sequence of devices", instance(jax.Device, "a device", ""), "jax.devices()", least=1
+)
 
 
+@takes(axes=AXES, devices=_DEVICES | NONE)
 def make_mesh(axes: Mapping[str, int] | str, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices of all processes.
 
@@ -70,6 +90,7 @@ def _parsed(text: str) -> dict[str, int]:
     return sizes
 
 
+@takes(mup=_MODEL, mesh=ANY_MESH, tree=SHAPES | NONE, rules=RULES | NONE)
 def shardings(mup: MupModel, mesh: Mesh, tree: PyTree = None, *, rules: Rules | None = None) -> PyTree:
     """Where each array of a tree that holds the model's parameters belongs on a mesh.
 
@@ -127,6 +148,7 @@ def following(tree: PyTree, places: Places, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+@takes(mesh=ANY_MESH, rules=RULES | NONE, leading=NOT_BELOW_0)
 def batch_sharding(mesh: Mesh, *, rules: Rules | None = None, leading: int = 0) -> NamedSharding:
     """How batches are split: over the axes that the rules give the name `batch`, or over `data` and `fsdp`.
 
@@ -171,6 +193,7 @@ def check_batch(examples: int, mesh: Mesh, rules: Rules | None = None) -> None:
         )
 
 
+@takes(batch=TREE, mesh=MESH, rules=RULES | NONE, leading=NOT_BELOW_0)
 def put_batch(batch: PyTree, mesh: Mesh, *, rules: Rules | None = None, leading: int = 0) -> PyTree:
     """Puts a batch on a mesh: each process gives its own share of the examples.
 
@@ -192,6 +215,12 @@ def put_batch(batch: PyTree, mesh: Mesh, *, rules: Rules | None = None, leading:
 
     def put(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
+        if leaf.ndim <= leading:
+            raise ConfigError(
+                where="batch",
+                expected=f"arrays of at least {leading + 1} axes, up to that of the examples",
+                got=f"one of shape {leaf.shape}",
+            )
         whole = (*leaf.shape[:leading], leaf.shape[leading] * shares, *leaf.shape[leading + 1 :])
         check_batch(whole[leading], mesh, rules)
         return jax.make_array_from_process_local_data(sharding, leaf, whole)
@@ -199,6 +228,7 @@ def put_batch(batch: PyTree, mesh: Mesh, *, rules: Rules | None = None, leading:
     return jax.tree.map(put, batch)
 
 
+@takes(mesh=MESH, rules=RULES | NONE)
 def batch_share(mesh: Mesh, *, rules: Rules | None = None) -> tuple[int, int]:
     """Which share of each global batch this process reads, for `put_batch`.
 
@@ -225,6 +255,7 @@ def batch_share(mesh: Mesh, *, rules: Rules | None = None) -> tuple[int, int]:
     return starts.index(first[jax.process_index()]), len(starts)
 
 
+@takes(mup=_MODEL, tx=TRANSFORM, key=KEY | NONE, mesh=MESH | NONE, rules=RULES | NONE)
 def create_state(
     mup: MupModel,
     tx: optax.GradientTransformation,

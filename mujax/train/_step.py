@@ -19,7 +19,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Key, PyTree
 
-from mujax._arguments import COUNT, FLAG, KEY, NONE, TRANSFORM, TREE, function, takes
+from mujax._arguments import COUNT, FLAG, FLOATING, KEY, NONE, TRANSFORM, TREE, function, takes
 from mujax.errors import ConfigError, MujaxError
 from mujax.spec import leaf_path
 
@@ -307,8 +307,6 @@ def _accumulated(graded: Callable[..., _Graded], parts: int) -> Callable[..., _G
 def _pure_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int, compute_dtype: Any) -> Step:
     update = optax.with_extra_args_support(tx).update
     graded = _graded(loss, compute_dtype)
-    if accumulate < 1:
-        raise ConfigError(where="accumulate", expected="at least 1", got=accumulate)
     if accumulate > 1:
         graded = _accumulated(graded, accumulate)
 
@@ -328,7 +326,7 @@ def _pure_step(loss: Loss, tx: optax.GradientTransformation, accumulate: int, co
     return step
 
 
-@takes(loss=_LOSS, tx=TRANSFORM, donate=FLAG, accumulate=COUNT)
+@takes(loss=_LOSS, tx=TRANSFORM, donate=FLAG, accumulate=COUNT, compute_dtype=FLOATING | NONE)
 def train_step(
     loss: Loss,
     tx: optax.GradientTransformation,
@@ -371,7 +369,14 @@ def train_step(
     return _jitted(_pure_step(loss, tx, accumulate, compute_dtype), donate)
 
 
-@takes(loss=_LOSS, tx=TRANSFORM, donate=FLAG, unroll=COUNT, accumulate=COUNT)
+@takes(
+    loss=_LOSS,
+    tx=TRANSFORM,
+    donate=FLAG,
+    unroll=COUNT,
+    accumulate=COUNT,
+    compute_dtype=FLOATING | NONE,
+)
 def train_scan(
     loss: Loss,
     tx: optax.GradientTransformation,

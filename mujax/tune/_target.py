@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree
 
+from mujax._arguments import CHECKPOINT_RULES, PATH, check_arguments
 from mujax.errors import ConfigError, PreemptedError, ProcessError
 from mujax.spec import MupSpec
 from mujax.train import Checkpoints, CompiledRuns, run_one
@@ -53,6 +54,9 @@ class CheckpointRules:
     keep: int = 2
     every_steps: int | None = None
     every_minutes: float | None = 10.0
+
+    def __post_init__(self) -> None:
+        check_arguments({"folder": PATH, **CHECKPOINT_RULES}, vars(self))
 
     def of(self, seed: int, spec: MupSpec, about: Mapping[str, Any]) -> Checkpoints:
         """The checkpoints of the run with a seed."""

@@ -9,10 +9,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from mujax._arguments import PATH, takes
 from mujax.errors import ConfigError
 from mujax.tune._results import Trial
 
 
+@takes(folder=PATH)
 def event_writer(folder: str | os.PathLike[str]) -> Callable[..., Any]:
     """Makes tensorboardX's `SummaryWriter` of a run, by its name, in a folder.
 
@@ -47,6 +49,7 @@ def event_writer(folder: str | os.PathLike[str]) -> Callable[..., Any]:
     return lambda run, **options: tensorboardX.SummaryWriter(str(path / run), **options)
 
 
+@takes(folder=PATH)
 def tensorboard_writer(folder: str | os.PathLike[str]) -> Callable[[Trial], None]:
     """Writes each trial into a separate folder: for `finished` of `mujax.sweep` and `mujax.tune`.
 

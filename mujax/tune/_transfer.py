@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mujax._arguments import CALLBACK, COUNT, NAMED, NONE, PATH, TEXT, TEXTS, instance, takes
+from mujax._arguments import AXES, CALLBACK, COUNT, MESH, NAMED, NONE, PATH, TEXTS, instance, takes
 from mujax.check import Progress
 from mujax.errors import ConfigError
 from mujax.train import CompiledRuns, make_mesh, refuse_untransferable, transfers
@@ -194,9 +194,9 @@ def transfer(
     batch=COUNT | NONE,
     also=TEXTS,
     fixed=NAMED | NONE,
-    mesh=instance(Mesh, "a mesh", "make_mesh(...)") | NAMED | TEXT | NONE,
+    mesh=AXES | MESH | NONE,
     accumulate=COUNT,
-    checkpoints=instance(CheckpointRules, "CheckpointRules", "...") | PATH | NONE,
+    checkpoints=PATH | instance(CheckpointRules, "CheckpointRules", "...") | NONE,
     progress=CALLBACK | NONE,
 )
 def transfer(

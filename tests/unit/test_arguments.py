@@ -11,16 +11,19 @@ import importlib
 import inspect
 import math
 import re
+import tempfile
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import linen as nn, nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import mujax
 from mujax import data, optim, plot, testing
@@ -69,6 +72,11 @@ RATES = (None, 8, "8", (), (-8, -7), (-8, -7, NAN), (-8, -7, "6"), (-8, -7, 127)
 LISTS = ("text", 3, [3], THING)
 TREES = (None, "text", {}, {"a": "b"}, THING)
 KEYS = (None, "text", 1.5, jnp.ones(2), THING)
+MESHES = (None, "data=-1", 3, [], {"data": 1}, THING)
+MESH_SIZES = (None, "data=-1", 3, [], {"fsdp": 1.5}, {3: 1}, np.ones(2), THING)
+RULES = ("mlp", 3, ("mlp", "tensor"), [("mlp",)], [(3, "fsdp")], [("mlp", 3)], {"*": 3}, {3: None}, THING)
+SHARDINGS = (PartitionSpec("data"), "data", 3, [], THING)
+PREFETCH = (None, *WHOLE)
 TRANSFORMS = (None, "adam", 3, optax.adam, THING)
 BATCHES = (None, [], "text", 3, {}, [1], [(1,)], [("a", "b")], [(None, None)], [THING])
 RESULTS = (None, "text", 3, THING)
@@ -88,6 +96,8 @@ NNX_MUP = mujax.mup_init(
 )
 SPEC = MUP.spec
 PARAMS = jax.eval_shape(lambda: MUP.init(KEY, X))["params"]
+MESH = train.make_mesh({"data": 1}, jax.devices()[:1])
+BY_DATA = NamedSharding(MESH, PartitionSpec("data"))
 ZEROS = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), PARAMS)
 
 
@@ -167,6 +177,11 @@ def audit(model: Any, base: Any, **kwargs: Any) -> Any:
     return mujax.audit(model, base, X, **kwargs)
 
 
+def checkpoints(**given: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        train.Checkpoints(**{"directory": folder, "spec": SPEC, **given}).close()
+
+
 def tune_config(**given: Any) -> Any:
     return mujax.TuneConfig(**{"task": stop, "width": 8, "batches": PAIRS, "steps": 3, **given})
 
@@ -216,7 +231,23 @@ TUNED = {
     "heartbeat": POSITIVES,
     "patience": NOT_NEGATIVES,
 }
+# Of streams: the valid call does not read any batch.
+STREAMED = {"key": KEYS, "batch": COUNTS, "sharding": SHARDINGS, "prefetch": PREFETCH}
+STREAMED_ALSO = {"sharding": (None, BY_DATA), "prefetch": (0, 2)}
+CHECKPOINTS = {
+    "keep": COUNTS,
+    "every_steps": COUNTS_OR_NONE,
+    "every_minutes": (*POSITIVES[:3], *POSITIVES[4:]),
+}
 LOAD = {"path": (*PATHS, "no/such/file")}
+STEP = {
+    "loss": (None, *FUNCTIONS),
+    "tx": TRANSFORMS,
+    "donate": FLAGS,
+    "accumulate": COUNTS,
+    "compute_dtype": ("text", "int32", 3, int, [], THING),
+}
+STEP_ALSO = {"compute_dtype": (None, "bfloat16", jnp.bfloat16, np.dtype("float32"), np.float16)}
 ROWS: dict[str, Row] = {
     "coord_check": Row(
         mujax.coord_check,
@@ -276,7 +307,11 @@ ROWS: dict[str, Row] = {
     "audit": Row(
         audit,
         {"model": net(16), "base": net(8)},
-        {name: MUP_INIT[name] for name in ("model", "base")},
+        {
+            **{name: MUP_INIT[name] for name in ("model", "base")},
+            "measure": FLAGS,
+            "widths": (*SOME_WIDTHS[1:], (16, 32)),
+        },
         free=frozenset({"inputs", "kwargs"}),
     ),
     "residual_branch": Row(mujax.residual_branch, {"y": jnp.ones(2)}, {"y": TREES}),
@@ -383,6 +418,44 @@ ROWS: dict[str, Row] = {
         dict.fromkeys(("output_mult", "attention_mult", "input_mult"), ("2", [2.0], NAN, True, X, THING)),
         {"output_mult": (None, 3, jnp.ones(()), np.float32(2))},
     ),
+    "MupModel.explain": Row(
+        MUP.explain,
+        {},
+        {"mesh": MESH_SIZES[1:], "rules": RULES},
+        {"mesh": (None, MESH, {"fsdp": 2}), "rules": (None, {"*/kernel": PartitionSpec()})},
+    ),
+    "MupModel.partition": Row(
+        MUP.partition,
+        {"mesh": {"fsdp": 2}},
+        {"mesh": MESH_SIZES, "rules": (*RULES, [("mlp", "fsdp")], {"nothing": PartitionSpec()})},
+        {"mesh": (MESH, MESH.abstract_mesh), "rules": (None, {"layers_2/kernel": PartitionSpec("fsdp")})},
+    ),
+    "MupModel.split": Row(
+        MUP.split, {"variables": {"params": ZEROS}}, {"variables": (None, "text", 3, X, THING)}
+    ),
+    "MupModel.split of NNX": Row(
+        NNX_MUP.split,
+        {"variables": nnx.eval_shape(lambda: NNX_MUP.init(KEY))},
+        {"variables": (None, "text", {}, X, nnx.Linear, THING)},
+    ),
+    "MupModel.apply_split": Row(
+        lambda key=None, **given: jax.eval_shape(lambda: MUP.apply_split(**given, key=key, inputs=X)),
+        {"params": ZEROS, "state": {}},
+        {
+            "params": (None, "text", {}, {**ZEROS, "layers_0": {"kernel": "a"}}, X, THING),
+            "state": (None, "text", 3, [], X, THING),
+            "key": KEYS[1:],
+        },
+        {"key": (None, KEY, {"dropout": KEY})},
+        frozenset({"inputs", "kwargs"}),
+        called={"params": "layers_0/"},
+    ),
+    "MupModel.apply_split of NNX": Row(
+        lambda params, state: NNX_MUP.apply_split(params, state, X),
+        dict(zip(("params", "state"), nnx.eval_shape(lambda: NNX_MUP.split(NNX_MUP.init(KEY))), strict=True)),
+        dict.fromkeys(("params", "state"), (None, "text", {}, X, THING)),
+        ends=TypeError,
+    ),
     "Batches": Row(
         mujax.Batches,
         {"data": (), "draw": stop, "fetch": stop},
@@ -392,8 +465,14 @@ ROWS: dict[str, Row] = {
     "as_batches": Row(
         train.as_batches,
         {"batches": PAIRS},
-        {"batches": BATCHES, "name": TEXTS},
-        {"batches": (lambda key, step: stop,)},
+        {"batches": BATCHES, "name": TEXTS, "batch": COUNTS, "steps": COUNTS_OR_NONE},
+        {"batches": (lambda key, step: stop,), "steps": (None, 2)},
+    ),
+    "stream": Row(
+        train.stream,
+        {"batches": PAIRS, "key": KEY, "batch": 4, "steps": 3},
+        {**STREAMED, "batches": BATCHES, "steps": (4, *COUNTS)},
+        STREAMED_ALSO,
     ),
     "check_batches": Row(train.check_batches, {"batches": PAIRS}, {"batches": BATCHES, "name": TEXTS}),
     "training_run": Row(
@@ -430,15 +509,83 @@ ROWS: dict[str, Row] = {
         {"key": (None, KEY)},
         frozenset({"model_state"}),
     ),
-    "train_step": Row(
-        train.train_step,
-        {"loss": stop, "tx": optax.sgd(0.1)},
-        {"loss": (None, *FUNCTIONS), "tx": TRANSFORMS, "donate": FLAGS},
+    "create_state": Row(
+        train.create_state,
+        {"mup": MUP, "tx": optax.sgd(0.1)},
+        {
+            "mup": (*RESULTS, net(8), SPEC),
+            "tx": TRANSFORMS,
+            "key": KEYS[1:],
+            "mesh": MESHES[1:],
+            "rules": RULES,
+        },
+        {"key": (None, KEY), "mesh": (None, MESH)},
     ),
+    "train_step": Row(train.train_step, {"loss": stop, "tx": optax.sgd(0.1)}, STEP, STEP_ALSO),
     "train_scan": Row(
-        train.train_scan,
-        {"loss": stop, "tx": optax.sgd(0.1)},
-        {"loss": (None, *FUNCTIONS), "tx": TRANSFORMS, "donate": FLAGS, "unroll": COUNTS},
+        train.train_scan, {"loss": stop, "tx": optax.sgd(0.1)}, {**STEP, "unroll": COUNTS}, STEP_ALSO
+    ),
+    "model_loss": Row(
+        train.model_loss,
+        {"mup": MUP},
+        {"mup": (*RESULTS, net(8), SPEC), "loss": (None, *FUNCTIONS)},
+        {"mup": (NNX_MUP,), "loss": (lambda outputs, targets: 0.0,)},
+        frozenset({"kwargs"}),
+    ),
+    "make_mesh": Row(
+        train.make_mesh,
+        {"axes": {"data": -1}},
+        {
+            "axes": (None, "", "data", "data=a", "data=0", {}, {"data": 0}, {"data": 1.5}, {3: 1}, 3, THING),
+            "devices": ("cpu", 3, [], [3], iter(jax.devices()), THING),
+        },
+        {"axes": ("data=-1", {"data": jax.device_count()}), "devices": (None, jax.devices()[:1])},
+        called={"axes": "mesh"},
+    ),
+    "shardings": Row(
+        train.shardings,
+        {"mup": MUP, "mesh": MESH},
+        {
+            "mup": (*RESULTS, net(8), SPEC),
+            "mesh": MESHES,
+            "tree": ("text", {"a": "b"}, THING),
+            "rules": RULES,
+        },
+        {
+            "mesh": (MESH.abstract_mesh,),
+            "tree": (None, PARAMS, ZEROS, {"step": 3}),
+            "rules": (None, {"*": PartitionSpec()}),
+        },
+    ),
+    "batch_sharding": Row(
+        train.batch_sharding,
+        {"mesh": MESH},
+        {"mesh": MESHES, "rules": (*RULES, [("batch", "nothing")]), "leading": PREFETCH},
+        {
+            "mesh": (MESH.abstract_mesh,),
+            "rules": (None, [("batch", "data")], [("batch", None)], [["batch", ["data"]]]),
+            "leading": (0, 1),
+        },
+    ),
+    "batch_share": Row(
+        train.batch_share, {"mesh": MESH}, {"mesh": MESHES, "rules": (*RULES, [("batch", "nothing")])}
+    ),
+    "put_batch": Row(
+        train.put_batch,
+        {"batch": (X, X), "mesh": MESH},
+        {
+            "batch": (*TREES, 3, [1.0, 2.0]),
+            "mesh": MESHES,
+            "rules": (*RULES, [("batch", "nothing")]),
+            "leading": PREFETCH,
+        },
+        {"batch": (X, {"a": jnp.ones(2)}), "leading": (1,)},
+    ),
+    "Checkpoints": Row(
+        checkpoints,
+        {},
+        {"directory": PATHS, "spec": (*RESULTS, {}), "hparams": (*NAMED, {"a": THING}), **CHECKPOINTS},
+        {"hparams": (None, {"a": 1}), "every_steps": (None, 3), "every_minutes": (None, 1)},
     ),
     "Study": Row(
         mujax.Study,
@@ -511,10 +658,25 @@ ROWS: dict[str, Row] = {
             "batch": COUNTS_OR_NONE,
             "also": (None, *LISTS),
             "fixed": NAMED,
+            "mesh": (3, [], {"data": 1.5}, {3: 1}, THING),
+            "accumulate": COUNTS,
+            "checkpoints": (3, "", [], THING),
             "progress": FUNCTIONS,
+        },
+        {
+            "mesh": (None, MESH, "data=-1", {"data": -1}),
+            "checkpoints": (None, "a", tune.CheckpointRules("a")),
         },
         ends=Reached,
     ),
+    "CheckpointRules": Row(
+        tune.CheckpointRules,
+        {"folder": "a"},
+        {"folder": PATHS, **CHECKPOINTS},
+        {"every_steps": (None, 3), "every_minutes": (None, 1)},
+    ),
+    "event_writer": Row(tune.event_writer, {"folder": tempfile.gettempdir()}, {"folder": PATHS}),
+    "tensorboard_writer": Row(tune.tensorboard_writer, {"folder": tempfile.gettempdir()}, {"folder": PATHS}),
     "sweep": Row(
         mujax.sweep,
         {"run": stop, "space": {"x": [0.0, 1.0]}, "trials": 2},
@@ -560,6 +722,44 @@ ROWS: dict[str, Row] = {
     "load": Row(data.load, {"path": "/dev/null"}, LOAD, ends=mujax.DataError),
     "text": Row(data.text, {"path": "/dev/null"}, {"path": LOAD["path"][1:]}, ends=mujax.DataError),
     "digest": Row(data.digest, {"arrays": ZEROS}, {"arrays": TREES}),
+    "token_file": Row(
+        data.token_file,
+        {"path": "/dev/null"},
+        {
+            "path": (*PATHS, "no/such/file"),
+            "vocab_size": COUNTS_OR_NONE,
+            "dtype": (None, "float32", "text", 3, [], THING),
+        },
+        ends=mujax.DataError,
+        called={"path": "no/such/file"},
+    ),
+    "is_grain": Row(data.is_grain, {"dataset": 3}, {}, free=frozenset({"dataset"})),
+    "grain_stream": Row(
+        data.grain_stream,
+        {"dataset": grain.MapDataset.range(4), "batch": 2},
+        {
+            **{name: values for name, values in STREAMED.items() if name != "key"},
+            "dataset": (None, "text", 3, [1, 2], X, THING),
+        },
+        STREAMED_ALSO,
+    ),
+    "image_stream": Row(
+        data.image_stream,
+        {"examples": data.Examples(X, X), "key": KEY, "batch": 2},
+        {**STREAMED, "examples": (None, (X, X), X, THING), "batch": (5, *COUNTS)},
+        STREAMED_ALSO,
+    ),
+    "text_stream": Row(
+        data.text_stream,
+        {"tokens": np.arange(9), "key": KEY, "batch": 2, "length": 3},
+        {
+            **STREAMED,
+            "tokens": (None, "text", X, [1], THING),
+            "length": COUNTS,
+            "vocab_size": COUNTS_OR_NONE,
+        },
+        STREAMED_ALSO,
+    ),
     "batch_indices": Row(
         data.batch_indices,
         {"key": KEY, "n": 4, "batch": 2, "steps": 1},
@@ -776,6 +976,9 @@ MADE_BY_MUJAX = {
     "TargetRun",
     "Report",
     "TransferredVsTuned",
+    "Saved",
+    "Speed",
+    "Stream",
 }
 
 # What packages lend each other; their arguments are checked by the functions above.
@@ -804,8 +1007,9 @@ BETWEEN_PACKAGES = {
     "tail",
     "number",
     "study_module",
-    "tensorboard_writer",
     "build",
+    "disagreements",
+    "made_up_inputs",
     "imported",
     "summary_of",
     "parametrization_title",

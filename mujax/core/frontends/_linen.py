@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.core import DenyList
 from flax.core.meta import AxisMetadata
 
-from mujax._arguments import KEY, Kind, check_arguments, instance
+from mujax._arguments import KEY, NONE, Kind, check_arguments, instance
 from mujax.core.frontends._call import (
     Annotation,
     Call,
@@ -28,6 +28,12 @@ _KEY: Final = KEY | Kind(
     "a dict of them", lambda value: bool(value) and all(map(KEY.accepts, value.values())), ""
 )
 _VARIABLES: Final = instance(Mapping, "the variables that mup.init returns", 'mup.init(key), {"params": ...}')
+
+_SPLIT: Final = {
+    "params": instance(Mapping, "the parameters that mup.split returns", "mup.split(variables)[0]"),
+    "state": instance(Mapping, "the state that mup.split returns", "mup.split(variables)[1]"),
+    "key": _KEY | NONE,
+}
 
 
 def _linen_paths(variables: Any) -> tuple[dict[int, str], dict[int, str]]:
@@ -85,6 +91,7 @@ class LinenFrontend:
         return found or explicit_axes(initial)
 
     def split(self, variables: Any) -> tuple[Any, Any]:
+        check_arguments({"variables": _VARIABLES}, {"variables": variables})
         rest = {name: leaves for name, leaves in variables.items() if name != "params"}
         return variables.get("params", {}), rest
 
@@ -97,6 +104,7 @@ class LinenFrontend:
         key: Any,
         kwargs: Static,
     ) -> tuple[Any, Any]:
+        check_arguments(_SPLIT, {"params": params, "state": state, "key": key})
         kwargs = {"rngs": key, **kwargs}
         if not state:
             return apply({"params": params}, *inputs, **kwargs), state

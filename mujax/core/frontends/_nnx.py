@@ -19,6 +19,7 @@ from mujax.spec import leaf_path
 
 _KEY: Final = KEY | instance(nnx.Rngs, "nnx.Rngs", "") | SEED
 _MODULE: Final = instance(nnx.Module, "the module that mup.init returns", "mup.init(key)")
+_STATE: Final = instance(nnx.State, "a state that mup.split returns", "mup.split(variables)")
 
 
 def _nnx_paths(state: Any) -> tuple[dict[int, str], dict[int, str]]:
@@ -141,6 +142,7 @@ class NNXFrontend:
         return found or explicit_axes(initial)
 
     def split(self, variables: Any) -> tuple[Any, Any]:
+        check_arguments({"variables": _MODULE}, {"variables": variables})
         return nnx.state(variables, nnx.Param), nnx.state(variables, nnx.Not(nnx.Param))
 
     def run(
@@ -152,6 +154,7 @@ class NNXFrontend:
         key: Any,
         kwargs: Static,
     ) -> tuple[Any, Any]:
+        check_arguments({"params": _STATE, "state": _STATE}, {"params": params, "state": state})
         # The module's own streams are part of its state.
         del key
         module = nnx.merge(_abstract_parts(self)[0], params, state)

@@ -134,8 +134,12 @@ def test_values_come_in_the_dtypes_that_jax_computes_in():
             ConfigError,
             "expected a grain.MapDataset or .* got list",
         ),
-        (lambda: data.grain_stream(SEVERAL, batch=0), ConfigError, "batch: expected at least 1, got 0"),
-        (lambda: mapped(prefetch=-1), ConfigError, "prefetch: expected at least 0, got -1"),
+        (
+            lambda: data.grain_stream(SEVERAL, batch=0),
+            ConfigError,
+            "batch: expected a whole number of at least 1, got 0",
+        ),
+        (lambda: mapped(prefetch=-1), ConfigError, "prefetch: expected a whole number of at least 0, got -1"),
         (
             lambda: data.grain_stream(grain.MapDataset.range(3), batch=4),
             DataError,

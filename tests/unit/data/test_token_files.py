@@ -58,7 +58,7 @@ class _Places:
     """A text whose tokens are their places, in units of 2^32."""
 
     def __init__(self, size):
-        self.size = size
+        self.size, self.shape, self.dtype = size, (size,), np.dtype(np.int64)
 
     def __len__(self):
         return self.size
@@ -87,7 +87,12 @@ def test_places_are_drawn_from_the_whole_of_a_long_text():
         (b"x" * 40_000, {"dtype": "uint32"}, ConfigError, "vocab_size: expected the number .* uint32"),
         (b"x" * 40_000, {"dtype": "float16"}, ConfigError, "dtype: expected a type of whole numbers"),
         (b"x" * 40_000, {"dtype": "words"}, ConfigError, "dtype: expected a type of whole numbers"),
-        (b"x" * 40_000, {"vocab_size": 0}, ConfigError, "vocab_size: expected at least 1, got 0"),
+        (
+            b"x" * 40_000,
+            {"vocab_size": 0},
+            ConfigError,
+            "vocab_size: expected a whole number of at least 1 or None, got 0",
+        ),
     ],
 )
 def test_a_wrong_raw_file_is_refused(write, options, error, message, tmp_path):

@@ -120,7 +120,7 @@ def test_a_stream_is_left_as_it_is():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (3, "batches: expected an iterable of .* or a grain dataset, got int"),
+        (3, "batches: expected an iterable of .* or a grain dataset, got 3;"),
         (KINDS["list"][:2], "steps: expected at most 2, the number of batches, got 3"),
     ],
 )

@@ -394,9 +394,9 @@ def test_a_checkpoint_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0}, "keep: expected at least 1, got 0"),
-        ({"every_steps": 0}, "every_steps: expected at least 1, got 0"),
-        ({"every_minutes": -1}, "every_minutes: expected a positive number, got -1"),
+        ({"keep": 0}, "keep: expected a whole number of at least 1, got 0"),
+        ({"every_steps": 0}, "every_steps: expected a whole number of at least 1 or None, got 0"),
+        ({"every_minutes": -1}, "every_minutes: expected a number of minutes, more than 0 or None, got -1"),
         ({"hparams": {"rate": float("nan")}}, "hparams: expected values that JSON has"),
         ({"hparams": {"rate": object()}}, "hparams: expected values that JSON has"),
     ],
