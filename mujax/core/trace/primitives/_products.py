@@ -165,7 +165,9 @@ def _scale_of_product(
 
 
 def _is_kernel_of_mean_zero(value: Value) -> bool:
-    return value.kind != "param" or (value.sign.is_centred and not any(view.bent for view in value.views))
+    # A gate that went through a function is no kernel.
+    bent = any(view.bent and view.growing > 1 for view in value.views)
+    return value.kind != "param" or (value.sign.is_centred and not bent)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -423,6 +423,27 @@ def test_the_factor_is_on_the_low_rank_term_alone():
     np.testing.assert_allclose(outs[0], outs[1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_gated_mixture_of_readouts_keeps_the_scale_of_what_it_reads():
+    """The gate is a scalar through a sigmoid; the model's own 1/sqrt(width) behind the product is held."""
+
+    def build(width, gated=True):
+        def init(key, x):
+            shapes = {"in": (7, width), "w": (width, 5), "v": (width, 5), "s": ()}
+            return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+        def apply(p, x):
+            gate = jax.nn.sigmoid(p["s"])
+            kernel = gate * p["w"] + (1 - gate) * p["v"] if gated else p["w"] + p["v"]
+            return (jax.nn.relu(x @ p["in"]) * width**0.5) @ kernel / width
+
+        return mujax.Functional(init, apply)
+
+    for gated in (True, False):
+        mup = mujax.mup_init(build(64, gated), build(BASE, gated), X)
+        assert [c.factor for c in mup.corrections if c.kind == "readout"] == [0.25]
+        assert [c.factor for c in mup.corrections if c.kind == "scale"] == pytest.approx([0.5, 4.0])
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_kernel_that_is_rolled_is_a_kernel(axis):
     param = read(lambda k, h, key, step: h @ jnp.roll(k, 1, axis)).spec["k"]
