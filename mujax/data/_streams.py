@@ -280,7 +280,7 @@ class _Text:
         else:
             # More places than an int32 holds. The remainder of 64 random bits favours none noticeably.
             high, low = self._draw(_wide_starts, step, self.batch).astype(np.uint64)
-            starts = ((high << np.uint64(32)) | low) % np.uint64(places)
+            starts = np.asarray(((high << np.uint64(32)) | low) % np.uint64(places))
         within = np.add.outer(starts[rows].astype(np.int64), np.arange(self._length + 1))
         windows = np.asarray(self._tokens[within])
         if self._vocab_size is not None:
