@@ -39,7 +39,7 @@ def measure(case: str, misread: bool, quick: bool) -> dict[str, Any]:
     from mujax import models
 
     _, inputs = models.BUILD[case](BASE)
-    widths, base = ((32,), 8) if quick else (WIDTHS, BASE)
+    widths, base = ((64, 128), 16) if quick else (WIDTHS, BASE)
     roles = {CASES[case]: "input"} if misread else None
     wall, cpu = time.perf_counter(), time.process_time()
     found = mujax.audit(
