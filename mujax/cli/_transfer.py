@@ -238,11 +238,10 @@ def run(options: Transfer) -> int:
                 progress=count,
             )
     except KeyboardInterrupt:
-        rest = (
-            "nothing was written"
-            if checkpoints is None
-            else "the same command goes on from the last checkpoint"
-        )
+        if checkpoints is not None:
+            rest = "the same command goes on from the last checkpoint"
+        else:
+            rest = f"nothing but {METRICS} was written" if (out / METRICS).exists() else "nothing was written"
         raise StoppedError(f"interrupted; {rest}.") from None
     except PreemptedError as error:
         raise StoppedError(str(error)) from None
@@ -255,12 +254,14 @@ def run(options: Transfer) -> int:
     if found.params is not None:
         write_aside(out / PARAMS, lambda path: save(path, flat(found.params)))
         written.append(PARAMS)
+    if (out / METRICS).exists():
+        written.append(METRICS)
     console = Console()
     console.width = console.width if console.is_terminal else max(console.width, 120)
     _print_hparams(console, found, fixed)
     for sentence in _outcome(found):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-    files = ", ".join(str(out / name) for name in (*written, METRICS))
+    files = ", ".join(str(out / name) for name in written)
     console.print(f"\nWritten: {files}", highlight=False, markup=False, soft_wrap=True)
     if lost:
         which = "" if len(found.runs) == 1 else f" with seed {', '.join(lost)}"

@@ -25,6 +25,7 @@ from mujax.tune._tune import TuneConfig
 Captured = pytest.CaptureFixture[str]
 Tuned = list[TuneConfig]
 
+ONE_DEVICE = {"mesh": None, "accumulate": 1, "checkpoints": None}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -404,7 +405,12 @@ def test_a_target_ends_with_its_hyperparameters_loss_costs_and_files(
     assert (results / "target.png").read_bytes().startswith(PNG)
     with np.load(results / "params.npz") as params:
         assert {name: params[name].shape for name in params} == {"first/kernel": (2, 3), "bias": (3,)}
-    assert sorted(path.name for path in results.iterdir()) == ["params.npz", "target.json", "target.png"]
+    assert sorted(path.name for path in results.iterdir()) == [
+        "metrics.csv",
+        "params.npz",
+        "target.json",
+        "target.png",
+    ]
 
 
 def test_every_option_reaches_the_training_of_the_target(asked: Asked, folder: pathlib.Path) -> None:
@@ -428,6 +434,7 @@ def test_every_option_reaches_the_training_of_the_target(asked: Asked, folder: p
             "batch": 3,
             "also": ("dropout",),
             "fixed": {"weight_decay": 2.0**-4, "b2": 0.9},
+            **ONE_DEVICE,
         }
     ]
     assert (folder / "there" / "params.npz").exists()
@@ -436,7 +443,7 @@ def test_every_option_reaches_the_training_of_the_target(asked: Asked, folder: p
 def test_options_left_out_are_those_of_the_study(asked: Asked) -> None:
     assert cli.main(["transfer", "--study", "s"]) == 0
     assert asked.of_study == [{"study": "s", "storage": None}]
-    nothing = {"width": None, "seeds": 1, "steps": None, "batch": None, "also": (), "fixed": {}}
+    nothing = {"width": None, "seeds": 1, "steps": None, "batch": None, "also": (), "fixed": {}, **ONE_DEVICE}
     assert asked.transfer == [nothing]
 
 
@@ -471,7 +478,7 @@ def test_costs_that_nobody_knows_are_not_made_up(asked: Asked, capsys: Captured)
 
 
 @pytest.mark.parametrize("strikes", [1, 2])
-def test_an_interrupted_target_ends_with_130_and_no_files(
+def test_an_interrupted_target_ends_with_130_and_no_results(
     strikes: int, asked: Asked, monkeypatch: pytest.MonkeyPatch, capsys: Captured, folder: pathlib.Path
 ) -> None:
     def transfer(*_: Any, progress: Any, **__: Any) -> Transferred:
@@ -482,8 +489,16 @@ def test_an_interrupted_target_ends_with_130_and_no_files(
 
     monkeypatch.setattr(_transfer, "transfer", transfer)
     assert cli.main(["transfer", "--study", "mine", "--out", "here"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "mujax: interrupted; nothing was written."
-    assert list((folder / "here").iterdir()) == []
+    written = [path.name for path in (folder / "here").iterdir()]
+    said = capsys.readouterr().err.splitlines()[-1]
+    # The second Ctrl-C does not wait for the run under way.
+    if strikes == 1:
+        assert (written, said) == (
+            ["metrics.csv"],
+            "mujax: interrupted; nothing but metrics.csv was written.",
+        )
+    else:
+        assert (written, said) == ([], "mujax: interrupted; nothing was written.")
 
 
 def test_parameters_of_types_that_numpy_has_not_are_stored_as_float32(tmp_path: pathlib.Path) -> None:
