@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import EqnPath, shape_of
+from mujax.core.program import LAYOUT, EqnPath, shape_of
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._parity import Parity, product_of, sum_of
 from mujax.core.trace._uses import Pair
@@ -387,7 +387,7 @@ def _axes_of_data(interp: Interpreter, ins: Sequence[Value], shape: Shape) -> fr
         visit = None if site is None else interp.record.flow.visits.get(site)
         eqn = None if visit is None else visit.eqn
         if visit is None or eqn is None or eqn.primitive.name not in {"broadcast_in_dim", *ELEMENTWISE}:
-            return frozenset(range(len(shape)))
+            return frozenset() if _is_tiled(interp, site) else frozenset(range(len(shape)))
         sizes = [shape_of(atom) for atom in eqn.invars]
         if eqn.primitive.name == "broadcast_in_dim":
             axes = eqn.params["broadcast_dimensions"]
@@ -399,6 +399,39 @@ def _axes_of_data(interp: Interpreter, ins: Sequence[Value], shape: Shape) -> fr
                 if operand.kind == "data"
             ]
     return frozenset(own)
+
+
+def _is_tiled(interp: Interpreter, site: EqnPath | None) -> bool:
+    """Whether an activation may be laid out from one that was repeated, along axes that no longer show.
+
+    It is not where layout and entrywise functions lead back to a layer's product or to an input.
+    """
+    left, seen = [site], set[EqnPath | None]()
+    while left:
+        site = left.pop()
+        if site in seen:
+            continue
+        seen.add(site)
+        visit = None if site is None else interp.record.flow.visits.get(site)
+        if visit is None:
+            return True
+        if visit.eqn is None:
+            continue
+        name = visit.eqn.primitive.name
+        data = [operand.origin for operand in visit.operands if operand.kind == "data"]
+        if any(use.kind == "contraction" for use in visit.uses):
+            # The axes of a batch are the activation's.
+            batch = name == "dot_general" and any(visit.eqn.params["dimension_numbers"][1])
+            left += data if batch else []
+            continue
+        if name == "broadcast_in_dim":
+            given, made = (math.prod(shape_of(atom)) for atom in (visit.eqn.invars[0], visit.eqn.outvars[0]))
+            if given != made:
+                return True
+        if name not in LAYOUT and name not in ELEMENTWISE:
+            return True
+        left += data
+    return False
 
 
 def _are_weights(ins: Sequence[Value], shape: Shape, base: Shape) -> bool:

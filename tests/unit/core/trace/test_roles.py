@@ -170,3 +170,28 @@ def test_the_axis_that_an_activation_is_repeated_along_is_fan_out():
 
     mup = mujax.mup_init(model(64), model(16), jax.ShapeDtypeStruct((5, 6), jnp.float32))
     assert (mup.spec["k"].role, mup.spec["k"].fan_in, mup.spec["k"].fan_out) == ("hidden", (0,), (1,))
+
+
+@pytest.mark.parametrize("nonlinear", [lambda x: x, lambda x: jax.nn.silu(x.T).T])
+def test_an_activation_that_is_repeated_along_a_merged_axis_is_fan_out_there(nonlinear):
+    """A KAN layer: inputs repeated for each output by a product with ones, and summed for each output."""
+
+    def model(width):
+        def init(key, x):
+            return {
+                "in": jax.random.normal(key, (6, width)),
+                "k": jax.random.normal(key, (width, width)) / width**0.5,
+                "out": jax.random.normal(key, (width, 3)) / width**0.5,
+            }
+
+        def apply(params, x):
+            x = jnp.tanh(x @ params["in"])
+            rows, size = x.shape
+            tiled = jnp.einsum("ij,k->ikj", x, jnp.ones(size)).reshape(rows, size * size)
+            y = params["k"].reshape(1, size * size) * nonlinear(tiled)
+            return jnp.tanh(y.reshape(rows, size, size).sum(2)) @ params["out"]
+
+        return mujax.Functional(init, apply)
+
+    mup = mujax.mup_init(model(64), model(16), jax.ShapeDtypeStruct((5, 6), jnp.float32))
+    assert (mup.spec["k"].role, mup.spec["k"].fan_in, mup.spec["k"].fan_out) == ("hidden", (1,), (0,))
