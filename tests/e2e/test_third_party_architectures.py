@@ -495,7 +495,7 @@ def graph_model(name: str, **more: Any) -> Callable[[Widths], Any]:
 
 
 # A vector for each of two heads, which grow from 8 to 24; Glorot's deviation.
-SCORES = Stacked("output", (1,), (), r_in=3, init=((2 + 24) / (2 + 8)) ** 0.5, stack=(0,))
+SCORES = Row("output", (1,), (0,), r_in=3, init=((2 + 24) / (2 + 8)) ** 0.5)
 GRAPH_ATTENTION = Model(
     graph_model("GAT", norm="layer_norm", jk="cat"),
     GRAPH,
