@@ -6,17 +6,31 @@ The coordinate check, wider is better and the transfer check share these argumen
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import optax
 from jaxtyping import PyTree
 
+from mujax._arguments import COUNT, FACTORY, LOSS, NAMED, NONE, OPTIMIZER, SEED, WIDTHS, Kind
 from mujax.core import MupModel, mup_init
 from mujax.core.frontends import frontend
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
 from mujax.spec import MupSpec
 from mujax.train import as_inputs
+
+TRAINED: Final[Mapping[str, Kind]] = {
+    "factory": FACTORY,
+    "widths": WIDTHS,
+    "optimizer": OPTIMIZER,
+    "seeds": COUNT,
+    "seed": SEED,
+    "loss": LOSS | NONE,
+    "base": FACTORY | NONE,
+    "base_width": COUNT | NONE,
+    "kwargs": NAMED | NONE,
+}
+"""The arguments of a check that trains models at several widths."""
 
 Optimizer = Callable[[Any, MupSpec], optax.GradientTransformation]
 """(learning rate, which may be traced, and spec) -> the optimizer."""

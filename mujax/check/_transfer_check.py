@@ -19,19 +19,11 @@ import numpy as np
 from jaxtyping import Float
 
 from mujax._arguments import (
-    COUNT,
-    FACTORY,
     LOG2_LRS,
-    LOSS,
-    NAMED,
-    NONE,
     NOT_NEGATIVE,
-    OPTIMIZER,
-    SEED,
-    WIDTHS,
     takes,
 )
-from mujax.check._models import Optimizer, models_at, optimizer_of
+from mujax.check._models import TRAINED, Optimizer, models_at, optimizer_of
 from mujax.check._optimum import (
     CONFIDENCE,
     Optimum,
@@ -135,15 +127,7 @@ class TransferCheck:
 
 
 @takes(
-    factory=FACTORY,
-    widths=WIDTHS,
-    optimizer=OPTIMIZER,
-    seeds=COUNT,
-    seed=SEED,
-    loss=LOSS | NONE,
-    base=FACTORY | NONE,
-    base_width=COUNT | NONE,
-    kwargs=NAMED | NONE,
+    **TRAINED,
     log2_lrs=LOG2_LRS,
     max_drift=NOT_NEGATIVE,
     max_regret=NOT_NEGATIVE,

@@ -20,18 +20,12 @@ from jaxtyping import Float
 
 from mujax._arguments import (
     COUNT,
-    FACTORY,
-    LOSS,
-    NAMED,
     NONE,
     NOT_NEGATIVE,
-    OPTIMIZER,
     POSITIVE,
-    SEED,
-    WIDTHS,
     takes,
 )
-from mujax.check._models import Optimizer, models_at, optimizer_of
+from mujax.check._models import TRAINED, Optimizer, models_at, optimizer_of
 from mujax.check._optimum import Status, difference
 from mujax.check._width_runs import train_models
 from mujax.errors import ConfigError
@@ -130,15 +124,7 @@ class WiderIsBetter:
 
 
 @takes(
-    factory=FACTORY,
-    widths=WIDTHS,
-    optimizer=OPTIMIZER,
-    seeds=COUNT,
-    seed=SEED,
-    loss=LOSS | NONE,
-    base=FACTORY | NONE,
-    base_width=COUNT | NONE,
-    kwargs=NAMED | NONE,
+    **TRAINED,
     learning_rate=POSITIVE,
     window=COUNT | NONE,
     max_rise=NOT_NEGATIVE,

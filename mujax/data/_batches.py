@@ -44,6 +44,14 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
     >>> batch_indices(jax.random.key(0), 10, batch=4, steps=3).shape
     (3, 4)
     """
+    need_examples(n, batch)
+    per_epoch = n // batch
+    epochs = jnp.arange(-(-steps // per_epoch))
+    order = jax.vmap(lambda epoch: epoch_order(key, epoch, n))(epochs)
+    return order[:, : per_epoch * batch].reshape(-1, batch)[:steps]
+
+
+def need_examples(n: int, batch: int) -> None:
     if n < batch:
         raise DataError(
             where="batch",
@@ -51,10 +59,6 @@ def batch_indices(key: Key[Array, ""], n: int, *, batch: int, steps: int) -> Int
             got=batch,
             remedy="take a smaller one",
         )
-    per_epoch = n // batch
-    epochs = jnp.arange(-(-steps // per_epoch))
-    order = jax.vmap(lambda epoch: epoch_order(key, epoch, n))(epochs)
-    return order[:, : per_epoch * batch].reshape(-1, batch)[:steps]
 
 
 def epoch_order(key: Key[Array, ""], epoch: Int[Array, ""] | int, n: int) -> Int[Array, " n"]:

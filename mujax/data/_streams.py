@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Integer, Key, PyTree
 
 from mujax._arguments import COUNT, KEY, NONE, NOT_BELOW_0, SHARDING, takes
-from mujax.data._batches import EXAMPLES, TOKENS, epoch_order, need_tokens, step_starts
+from mujax.data._batches import EXAMPLES, TOKENS, epoch_order, need_examples, need_tokens, step_starts
 from mujax.data._splits import Examples
 from mujax.errors import ConfigError, DataError
 
@@ -346,13 +346,7 @@ def text_stream(
 class _Images:
     def __init__(self, examples: Examples, key: Key[Array, ""], batch: int) -> None:
         n = len(examples.targets)
-        if n < batch:
-            raise DataError(
-                where="batch",
-                expected=f"at most {n}, the number of examples",
-                got=batch,
-                remedy="take a smaller one",
-            )
+        need_examples(n, batch)
         # Of a memory-mapped array a view.
         self._inputs, self._targets = map(np.asarray, examples)
         self._draw, self.batch, self.steps = _Drawer(key), batch, _ENDLESS
