@@ -39,7 +39,7 @@ from mujax._arguments import (
 )
 from mujax.check._faults import Violation, alike, find_faults
 from mujax.check._made_up import loss_of_one, made_up
-from mujax.check._measure import STATS, Batch, Measured, Program, Subject, floating
+from mujax.check._measure import STATS, Batch, Measured, Program, Subject
 from mujax.check._misread import find_misread, overruled
 from mujax.check._models import Optimizer, models_at, optimizer_of
 from mujax.check._optimizer_response import Response, respond
@@ -379,7 +379,7 @@ def subjects(clean: MupModel, models: Mapping[int, MupModel], optimizer: Optimiz
         models: the models, by width.
         optimizer: (learning rate, spec) -> optax transform.
     """
-    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, _outputs(clean))
+    taps = find_taps(clean)
     return {width: Subject(mup.replay, _bound(optimizer, mup), taps) for width, mup in models.items()}
 
 
@@ -407,11 +407,6 @@ def _clean(
 def by_name(roles: Mapping[str, Role | ParamSpec]) -> dict[str, Role | ParamSpec]:
     """The roles that are given by name: a `ParamSpec` has the shapes of one pair of widths."""
     return {pattern: role for pattern, role in roles.items() if isinstance(role, str)}
-
-
-def _outputs(mup: MupModel) -> list[str]:
-    found = floating(mup.replay.output())
-    return ["output"] if len(found) == 1 else [f"output {number}" for number, _ in enumerate(found)]
 
 
 def _default_rates(optimizer: Any) -> tuple[float, ...]:

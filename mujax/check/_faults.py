@@ -20,8 +20,9 @@ import numpy as np
 from mujax import rules
 from mujax.check._measure import Measured, Subject, inserted_factor, insertion_factor, site_factor
 from mujax.check._optimizer_response import Response
-from mujax.check._taps import Tap, chain
+from mujax.check._taps import Tap, chain, mixing_sites
 from mujax.core import MupModel
+from mujax.core.program import EqnPath
 from mujax.spec import ParamSpec
 
 Rule = Literal[
@@ -206,9 +207,16 @@ def find_faults(
             number = numbers[path]
             initial = [measured[width].initial[:, number].mean() for width in ends]
             scales = [_param_factor(models[width], path) for width in ends]
-            factors = [
-                site_factor(checked[width], tap) * factor for width, factor in zip(ends, scales, strict=True)
-            ]
+            here = tap
+            if tap.kind in ("product", "readout") and _is_gain(clean, tap, path):
+                # The constants on the product are the kernel's.
+                here, factors = dataclasses.replace(tap, kind="vector"), scales
+            else:
+                # A kernel that the model normalises gets back its size at the product.
+                factors = [
+                    site_factor(checked[width], tap) * factor / held
+                    for width, factor, held in zip(ends, scales, (1.0, _scale(clean, tap.site)), strict=True)
+                ]
             lrs = [_known_lr(response, number) for response in responses]
             exponents = Exponents(
                 initial=exponent(*initial) if min(initial) > 0 else None,
@@ -217,7 +225,7 @@ def find_faults(
                 linear=bool(responses[1].linear[number]),
             )
             param = relative(clean, models, path)
-            add(*broken_rules(tap, path, param, log2_width_ratio, exponents))
+            add(*broken_rules(here, path, param, log2_width_ratio, exponents))
             felt = [(one.epsilon[number], one.decay[number]) for one in responses]
             if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
                 # A key's bias has no gradient but for rounding: epsilon may take over there.
@@ -226,6 +234,18 @@ def find_faults(
     add(*_of_attention(clean, checked[narrow], checked[wide], log2_width_ratio))
     add(*_of_constants(clean, checked[narrow], checked[wide], log2_width_ratio))
     return tuple(found.values())
+
+
+def _is_gain(clean: MupModel, tap: Tap, path: str) -> bool:
+    """Whether a parameter only multiplies the kernel, entry by entry."""
+    uses = clean.replay.analysis.uses[path]
+    return all(use.kind == "elementwise" for use in uses if use.site == tap.site and use.kind != "opaque")
+
+
+def _scale(clean: MupModel, site: EqnPath | None) -> float:
+    """What brings a value that the model's constants or norms scale with width back to size, at a place."""
+    corrections = () if site is None else clean.replay.corrections.get(site, ())
+    return math.prod(one.factor for one in corrections if one.kind == "scale")
 
 
 def _typical(measured: Measured) -> float:
@@ -292,15 +312,16 @@ def _of_constants(
     Those behind a product with a parameter are part of that product's factor and checked there.
     """
     replay = clean.replay
+    traced = replay.program, replay.analysis
     counted = {
-        step.site
+        place
         for tap in wide.taps
         if tap.site is not None and tap.params
-        for step in chain(replay.program, replay.analysis, tap.site)
+        for place in (tap.site, *(step.site for step in chain(*traced, tap.site, mixing_sites(wide.taps))))
     }
     out = []
     for site, corrections in replay.corrections.items():
-        wanted = math.prod(one.factor for one in corrections if one.kind == "scale")
+        wanted = _scale(clean, site)
         applied = insertion_factor(wide, site) / insertion_factor(narrow, site)
         off = math.log2(applied / wanted) / log2_width_ratio
         if site not in counted and wanted != 1 and abs(off) > _EXACT:

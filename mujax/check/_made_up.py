@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mujax.check._measure import Batch, floating
+from mujax.check._measure import Batch
+from mujax.check._taps import floating
 from mujax.core import MupModel
 from mujax.errors import ConfigError
 from mujax.train import default_loss

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key, PyTree
 
-from mujax.check._taps import Tap, downstream
+from mujax.check._taps import Tap, downstream, floating, mixing_sites
 from mujax.core import Replay
 from mujax.core.program import EqnPath, Insertion, Record
 from mujax.spec import leaf_path
@@ -105,7 +105,7 @@ class Program:
         self._loss = loss
         self._batches = batches
         self._seeds = seeds
-        self._factors = [_later_factor(subject.replay, tap) for tap in subject.taps]
+        self._factors = [_later_factor(subject, tap) for tap in subject.taps]
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
         key = jax.eval_shape(lambda: jax.random.key(0))
         rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
@@ -232,12 +232,13 @@ def _lanes(state: _State, seeds: int) -> int:
     return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
 
 
-def _later_factor(replay: Replay, tap: Tap) -> float:
+def _later_factor(subject: Subject, tap: Tap) -> float:
     """The product of the constants behind a tap, inserted and the user's own."""
     if tap.site is None:
         return 1.0
+    replay, products = subject.replay, mixing_sites(subject.taps)
     inserted = {site: _constant(insertion) for site, insertion in replay.insertions.items()}
-    return downstream(replay.program, replay.analysis, inserted, tap.site)
+    return downstream(replay.program, replay.analysis, inserted, tap.site, products)
 
 
 def _constant(insertion: Insertion | None) -> float:
@@ -248,7 +249,7 @@ def _constant(insertion: Insertion | None) -> float:
 def site_factor(subject: Subject, tap: Tap) -> float:
     """The product of all constants on a tap and behind it, inserted and the user's own."""
     own = 1.0 if tap.site is None else insertion_factor(subject, tap.site)
-    return own * _later_factor(subject.replay, tap)
+    return own * _later_factor(subject, tap)
 
 
 def insertion_factor(subject: Subject, site: EqnPath) -> float:
@@ -260,12 +261,6 @@ def inserted_factor(subject: Subject, tap: Tap) -> float:
     """The inserted constants alone."""
     bare = subject._replace(replay=dataclasses.replace(subject.replay, insertions={}))
     return site_factor(subject, tap) / site_factor(bare, tap)
-
-
-def floating(output: Any) -> list[Any]:
-    """The arrays of floats that a model returns; what it returns beside them (a string, None) is left out."""
-    leaves = (leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype"))
-    return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
 
 def _sizes(old: Any, new: Any, factor: float, part: Any = None, inputs: Any = None) -> Float[Array, " stats"]:

@@ -13,16 +13,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
-import jax
 import numpy as np
 
 from mujax import rules
 from mujax.check._faults import Violation, relative
-from mujax.check._measure import floating
 from mujax.check._slopes import FALLS, TOLERANCE, Check, judge_gains
-from mujax.check._taps import Tap
+from mujax.check._taps import Tap, makers_of_outputs
 from mujax.core import MupModel, with_role
-from mujax.core.program import EqnPath
+from mujax.core.program import EqnPath, equation_at
 from mujax.core.trace import axes_of_use
 from mujax.errors import RoleError
 from mujax.spec import ROLES, ParamSpec, Role
@@ -169,7 +167,7 @@ class _Reading:
         """The parameters that reach a tap other than through the taps before it."""
         replay, flow = self._clean.replay, self._clean.replay.analysis.flow
         ends = {one.site for one in taps if one.site is not None and one.kind != "vector"} - {tap.site}
-        waiting: list[EqnPath | None] = [tap.site if tap.site is not None else self._maker(tap)]
+        waiting: list[EqnPath | None] = [tap.site or makers_of_outputs(self._clean)[tap.output or 0]]
         seen: set[EqnPath | None] = {None, *ends}
         while waiting:
             site = waiting.pop(0)
@@ -183,14 +181,6 @@ class _Reading:
             elif site in flow.visits:
                 waiting += [operand.origin for operand in flow.visits[site].operands]
 
-    def _maker(self, tap: Tap) -> EqnPath | None:
-        """The equation that makes an output of the model."""
-        replay = self._clean.replay
-        numbers = replay.call.output(replay.result.build(range(len(replay.result.shapes))))
-        pairs = zip(jax.tree.leaves(numbers), jax.tree.leaves(replay.output()), strict=True)
-        of_floats = [number for number, leaf in pairs if floating(leaf)]
-        return replay.analysis.flow.outputs[of_floats[tap.output or 0]]
-
     def _is_doubtful(self, tap: Tap, path: str) -> bool:
         """Whether a role does not stand on a product that was seen."""
         param = self._clean.spec[path]
@@ -200,8 +190,8 @@ class _Reading:
     def _fitting(self, tap: Tap, path: str, growth: Growth) -> Role | None:
         """The role that would bring both exponents into what is allowed; first the one that its use shows."""
         param = relative(self._clean, self._models, path)
-        if len(param.shape) < 2 and not any(use.kind == "contraction" for use in self._uses.get(path, ())):
-            # A bias or a gain: what grows is what it meets.
+        if self._is_vector(path, param):
+            # What grows is what it meets.
             return None
         narrow, *_, wide = self._models
         log2_width_ratio = math.log2(wide / narrow)
@@ -230,6 +220,16 @@ class _Reading:
             if after and all(bound <= value <= TOLERANCE for bound, value in zip(kept, after, strict=True)):
                 fits[role] = sum(map(abs, after)) - (role == self.shown(tap, path))
         return min(fits, key=fits.__getitem__, default=None)
+
+    def _is_vector(self, path: str, param: ParamSpec) -> bool:
+        """Whether it is a bias, or a gain of one axis: one of more axes may be a kernel that is summed."""
+        uses = [use for use in self._uses.get(path, ()) if use.kind != "opaque"]
+        eqns = [equation_at(self._clean.replay.program, use.site) for use in uses]
+        if any(use.kind == "contraction" for use in uses):
+            return False
+        return len(param.shape) < 2 or (
+            len(eqns) > 0 and all(eqn.primitive.name in ("add", "sub") for eqn in eqns)
+        )
 
     def _exponents(self, path: str, param: ParamSpec, log2_width_ratio: float) -> tuple[float, float]:
         """What a role does to the size of a product and to the effect of an update."""

@@ -160,14 +160,16 @@ def judge(
     """
     size, change, by_weights = (stats[..., STATS.index(name)] for name in ("size", "change", "by_weights"))
     trained = slice(1, None)
-    falls = -0.5 if tap.falls_at_first else 0.0
+    falls = min(tap.own_fall, tap.falls)
+    designed = math.log2(tap.scale) / math.log2(widths[-1] / widths[0])
+    low, high = min(designed, 0.0) - TOLERANCE, max(designed, 0.0) + TOLERANCE
     vanishes = _FALLS_BY_RULE if verified else FALLS
     compared: list[tuple[Quantity, np.ndarray, tuple[float, float]]] = []
     if tap.kind != "vector":
         compared = [
-            ("initial size", size[:, :, 0], (falls - TOLERANCE, TOLERANCE)),
-            ("size", _over_steps(size[:, :, trained]), (falls - TOLERANCE, TOLERANCE)),
-            ("change", _over_steps(change[:, :, trained]), (vanishes, TOLERANCE)),
+            ("initial size", size[:, :, 0], (falls + low, high)),
+            ("size", _over_steps(size[:, :, trained]), (falls + low, high)),
+            ("change", _over_steps(change[:, :, trained]), (vanishes + min(designed, 0.0), high)),
         ]
     if tap.operand >= 0 and tap.params:
         # How long a gain or bias keeps moving in one direction depends on much else, so of these only the
@@ -197,7 +199,7 @@ def judge_gains(
     size, by_weights, inputs = (stats[..., STATS.index(name)] for name in ("size", "by_weights", "inputs"))
     if not np.all(inputs > 0):
         return []
-    falls = -0.5 if tap.falls_at_first else 0.0
+    falls = tap.own_fall
     lowest = _FALLS_BY_RULE if vanishes else FALLS
     compared: list[tuple[Quantity, np.ndarray, tuple[float, float]]] = [
         ("initial gain", (size / inputs)[:, :, 0], (falls - TOLERANCE, TOLERANCE)),

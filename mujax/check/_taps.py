@@ -8,11 +8,15 @@ call; one in a scan has one for all iterations.
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core as jex
 
+from mujax.check._inherited import initial_exponents
+from mujax.core import MupModel
 from mujax.core.program import (
     IDENTITIES,
     PRODUCTS,
@@ -30,7 +34,7 @@ from mujax.core.program import (
     subprograms,
     tappable,
 )
-from mujax.core.trace import Analysis, Operand, Use, axes_of_use
+from mujax.core.trace import Analysis, Operand, Use, axes_of_use, informative_uses
 from mujax.spec import ParamSpec
 
 TapKind = Literal["product", "readout", "lookup", "vector", "logits", "mixing", "norm", "output"]
@@ -57,6 +61,9 @@ class Tap:
             where the change cannot be split.
         output: number of the output, if it is one.
         reads: the operand whose size is looked at; None for the equation's result.
+        scale: how its size scales from the narrowest model to the widest by the model's own design: as a sum
+            over the width that something which grows as much is divided by later, or a vector of unit norm.
+        falls: the power of the width that it may scale by at initialisation, as what it comes from does.
     """
 
     name: str
@@ -67,32 +74,32 @@ class Tap:
     operand: int = -1
     output: int | None = None
     reads: int | None = None
+    scale: float = 1.0
+    falls: float = 0.0
 
     @property
-    def falls_at_first(self) -> bool:
-        """Whether it may fall as one over the root of the width at initialisation."""
-        return self.kind in FALLS_AT_FIRST
+    def own_fall(self) -> float:
+        """The power of the width that it may fall by at initialisation, whatever it is computed from."""
+        return -0.5 if self.kind in FALLS_AT_FIRST else 0.0
 
 
-def find_taps(
-    program: ClosedJaxpr, analysis: Analysis, params: Mapping[str, ParamSpec], outputs: Sequence[str]
-) -> tuple[Tap, ...]:
-    """The taps of a program, in its order.
+def find_taps(mup: MupModel) -> tuple[Tap, ...]:
+    """The taps of a model, in its program's order.
 
     Args:
-        program: the target's program.
-        analysis: of base and target, which must differ in width, so that growing axes are known.
-        params: the parameters, whose shapes show which of their axes grow.
-        outputs: names of the outputs to read.
+        mup: the model; it must differ from its base in width, so that growing axes are known.
     """
+    program, analysis, params = mup.replay.program, mup.replay.analysis, mup.spec
     found: dict[EqnPath, Tap] = {}
     eqns = dict(equations(program))
     uses: dict[EqnPath, list[Use]] = collections.defaultdict(list)
     for of_param in analysis.uses.values():
-        for use in of_param:
+        for use in informative_uses(of_param):
             uses[use.site].append(use)
     for site, here in uses.items():
-        if kind := _kind(here, params):
+        # A kernel with a gain of its own is a kernel.
+        here.sort(key=lambda use: use.kind == "elementwise")
+        if kind := _kind(here[0], params):
             paths = tuple(dict.fromkeys(use.path for use in here))
             operand = _param_operand(eqns[site], analysis.flow.operands(site))
             found[site] = Tap(paths[0], kind, site, here[0].where, paths, operand)
@@ -106,16 +113,48 @@ def find_taps(
         if site not in found:
             name = _module(eqns[site]) or source_line(eqns[site])
             found[site] = Tap(f"{name} norm", "norm", site, source_line(eqns[site]), reads=reads)
+    sums = {product.site for product in analysis.products if product.contracted[0] != product.contracted[1]}
+    readouts = {site for site, tap in found.items() if tap.kind == "readout"}
+    falls = initial_exponents(analysis, readouts | sums)
+
+    def placed(tap: Tap, maker: EqnPath | None) -> Tap:
+        if maker is None:
+            return tap
+        scale, fall = analysis.scales.get(maker, 1.0), min(falls.get(maker, 0.0), 0.0)
+        return dataclasses.replace(tap, scale=scale, falls=fall)
+
     order = {site: number for number, site in enumerate(eqns)}
     taps = [
-        found[site]
+        placed(found[site], _maker(analysis, found[site]))
         for site in sorted(found, key=order.__getitem__)
         if tappable(program, site) and not isinstance(eqns[site].outvars[0], jex.DropVar)
     ]
-    taps += [
-        Tap(name, "output", None, "the model's output", output=number) for number, name in enumerate(outputs)
-    ]
+    outputs = makers_of_outputs(mup)
+    for number, maker in enumerate(outputs):
+        name = "output" if len(outputs) == 1 else f"output {number}"
+        taps.append(placed(Tap(name, "output", None, "the model's output", output=number), maker))
     return tuple(_with_unique_names(taps))
+
+
+def makers_of_outputs(mup: MupModel) -> list[EqnPath | None]:
+    """For each array of floats that the model returns, the equation that makes it."""
+    replay = mup.replay
+    numbers = replay.call.output(replay.result.build(range(len(replay.result.shapes))))
+    pairs = zip(jax.tree.leaves(numbers), jax.tree.leaves(replay.output()), strict=True)
+    return [replay.analysis.flow.outputs[number] for number, leaf in pairs if floating(leaf)]
+
+
+def floating(output: Any) -> list[Any]:
+    """The arrays of floats that a model returns; what it returns beside them (a string, None) is left out."""
+    leaves = (leaf for leaf in jax.tree.leaves(output) if hasattr(leaf, "dtype"))
+    return [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _maker(analysis: Analysis, tap: Tap) -> EqnPath | None:
+    """The equation that makes what a tap reads."""
+    if tap.site is None or tap.reads is None:
+        return tap.site
+    return analysis.flow.operands(tap.site)[tap.reads].origin
 
 
 _BILINEAR = PRODUCTS | {"mul"}
@@ -128,8 +167,7 @@ def _module(eqn: JaxprEqn) -> str:
     return "/".join(part for part in parts if "->" not in part and "jit(" not in part)
 
 
-def _kind(uses: Sequence[Use], params: Mapping[str, ParamSpec]) -> TapKind | None:
-    use = uses[0]
+def _kind(use: Use, params: Mapping[str, ParamSpec]) -> TapKind | None:
     if use.kind == "lookup":
         return "lookup"
     if use.kind == "elementwise":
@@ -199,7 +237,11 @@ def _norms(program: ClosedJaxpr, analysis: Analysis, site: EqnPath = ()) -> Iter
 
 
 def downstream(
-    program: ClosedJaxpr, analysis: Analysis, factors: Mapping[EqnPath, float], site: EqnPath
+    program: ClosedJaxpr,
+    analysis: Analysis,
+    factors: Mapping[EqnPath, float],
+    site: EqnPath,
+    products: Collection[EqnPath],
 ) -> float:
     """The constants that the output of an equation is multiplied with before anything else is done to it.
 
@@ -212,13 +254,22 @@ def downstream(
         analysis: of its operands.
         factors: factors that are inserted, by place.
         site: the place of the equation.
+        products: the places of the products of two activations.
     """
     factor = 1.0
-    for step in chain(program, analysis, site):
+    for step in chain(program, analysis, site, products):
         if step.product:
             return 1.0
         factor *= step.constant * factors.get(step.site, 1.0)
     return factor
+
+
+def mixing_sites(taps: Sequence[Tap]) -> frozenset[EqnPath]:
+    """The places of the products of two activations, as the widest model against the narrowest has them.
+
+    Where nothing grows, queries made of parameters alone are no activation.
+    """
+    return frozenset(tap.site for tap in taps if tap.site and tap.kind in ("logits", "mixing"))
 
 
 class Step(NamedTuple):
@@ -235,7 +286,9 @@ class Step(NamedTuple):
     product: bool = False
 
 
-def chain(program: ClosedJaxpr, analysis: Analysis, site: EqnPath) -> Iterator[Step]:
+def chain(
+    program: ClosedJaxpr, analysis: Analysis, site: EqnPath, products: Collection[EqnPath]
+) -> Iterator[Step]:
     """The equations that an output goes through one after the other, for as long as they only scale it.
 
     The last one is the product that it goes into, if that is what ends the chain.
@@ -244,8 +297,8 @@ def chain(program: ClosedJaxpr, analysis: Analysis, site: EqnPath) -> Iterator[S
         program: the program that the equation is in.
         analysis: of its operands.
         site: the place of the equation.
+        products: the places of the products of two activations.
     """
-    products = {product.site for product in analysis.products}
     jaxpr = program_at(program, site).jaxpr
     out = jaxpr.eqns[int(site[-1])].outvars[0]
     while True:

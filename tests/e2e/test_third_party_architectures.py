@@ -26,7 +26,7 @@ import pytest
 
 import mujax
 from mujax import rules
-from mujax.check._taps import Tap, downstream, find_taps
+from mujax.check._taps import Tap, downstream, find_taps, mixing_sites
 
 third_party = pytest.importorskip("test_third_party", exc_type=ImportError)
 Row, vector, embedding, hidden, scaled_hidden, readout, FINITE = (
@@ -754,7 +754,7 @@ def sizes(mup: mujax.MupModel, taps: tuple[Tap, ...], seeds: int = 16) -> np.nda
                 found.append(outputs[tap.output or 0])
                 continue
             record = records[tap.site]
-            later = downstream(replay.program, replay.analysis, inserted, tap.site)
+            later = downstream(replay.program, replay.analysis, inserted, tap.site, mixing_sites(taps))
             found.append(later * (record.out if tap.reads is None else record.operands[tap.reads]))
         return jnp.stack([jnp.mean(jnp.abs(x)) for x in found])
 
@@ -765,7 +765,7 @@ def sizes(mup: mujax.MupModel, taps: tuple[Tap, ...], seeds: int = 16) -> np.nda
 def slopes(name: str, **kwargs: Any) -> dict[Tap, float]:
     """How each activation grows with width, from the base to `WIDER`."""
     small, large = (MODELS[name].wrap(at, **kwargs) for at in (BASE, WIDER))
-    taps = find_taps(large.replay.program, large.replay.analysis, large.spec, ["output"])
+    taps = find_taps(large)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.log(sizes(large, taps) / sizes(small, taps)) / math.log(WIDER.features)
     return {tap: slope for tap, slope in zip(taps, found, strict=True) if np.isfinite(slope)}

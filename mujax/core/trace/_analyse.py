@@ -32,6 +32,8 @@ class Analysis:
         fixes: what scales with width through constants in the program, and what would correct it.
         unscaled: products of readouts that must not get a factor.
         findings: places that cannot be corrected.
+        scales: how values scale, target over base, that are neither corrected nor reported: a sum over the
+            width that something which grows as much is divided by later, a returned vector of unit norm.
     """
 
     uses: Mapping[str, Sequence[Use]]
@@ -43,6 +45,7 @@ class Analysis:
     fixes: Sequence[Fix]
     unscaled: frozenset[EqnPath]
     findings: Sequence[Finding]
+    scales: Mapping[EqnPath, float]
 
 
 def analyse(
@@ -114,6 +117,7 @@ def analyse(
         record.undisputed_fixes(),
         frozenset(record.unscaled),
         list(record.findings.values()),
+        record.kept_scales(),
     )
 
 

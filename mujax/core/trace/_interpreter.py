@@ -465,6 +465,7 @@ class Interpreter:
                     value.spread = None if value.const else spread
                     if value.spread and value.spread.is_centred and not self.exact:
                         value.parity = _sign_of_noise(pair, ins)
+            self._note_scale(pair.site, outs)
             self.record.flow.visits[pair.site] = Visit(
                 pair.target,
                 tuple(map(_operand, ins)),
@@ -475,6 +476,12 @@ class Interpreter:
             for value in outs:
                 value.state = value.kind == "data"
         return outs
+
+    def _note_scale(self, site: EqnPath, outs: Sequence[Value]) -> None:
+        """Records how a result scales."""
+        self.record.scales.pop(site, None)
+        if len(outs) == 1 and outs[0].kind == "data" and outs[0].scale.total and not outs[0].scale.is_one:
+            self.record.scales[site] = outs[0].scale.total, outs[0].scale.origins
 
     def _makes(self, value: Value, var: Var, site: EqnPath, sources: Sequence[Value]) -> None:
         """Records a value that no equation makes."""

@@ -285,6 +285,7 @@ class Record:
         unscaled: products of readouts that must not get a factor.
         noise: factors on noise that is added to kernels.
         findings: places that cannot be corrected.
+        scales: how the entries of a result scale where that is not by 1, and where the scale left 1.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
@@ -305,6 +306,7 @@ class Record:
     unscaled: set[EqnPath] = dataclasses.field(default_factory=set)
     noise: dict[EqnPath, Fix] = dataclasses.field(default_factory=dict)
     findings: dict[tuple[str, EqnPath], Finding] = dataclasses.field(default_factory=dict)
+    scales: dict[EqnPath, tuple[float, frozenset[EqnPath]]] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> Record:
         """A record to go back to: the body of a loop is walked again until its facts no longer change.
@@ -316,6 +318,7 @@ class Record:
             "activations": self.activations,
             "flow": self.flow,
             "places": self.places,
+            "scales": self.scales,
         }
         contractions = {number: list(uses) for number, uses in self.contractions.items()}
         copied: dict[str, Any] = {
@@ -349,6 +352,11 @@ class Record:
         """The fixes whose value is used at one size, one entry per equation, and those of noise."""
         fixes = [fix for site, fix in self.fixes.items() if site not in self.disputed]
         return [*fixes, *self.noise.values()]
+
+    def kept_scales(self) -> dict[EqnPath, float]:
+        """How values scale, target over base, that are neither corrected nor reported."""
+        known = {*self.fixes, *(site for _, site in self.findings)}
+        return {site: total for site, (total, origins) in self.scales.items() if not origins & known}
 
     def unforeseen(self, foreseen: Mapping[EqnPath, Fix]) -> dict[EqnPath, Fix]:
         """The fixes of values whose size was used elsewhere in this walk as if they had none.

@@ -89,6 +89,25 @@ def resnet(width):
     return models.ResNet(models.ResNetConfig(stage_sizes=(1, 1), stage_widths=(width, 2 * width)))
 
 
+class Designed(nn.Module):
+    """Falls or grows by design: learned queries, a linear attention, a bottleneck, normalised kernels."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width, name="first")(x)
+        queries = self.param("queries", nn.initializers.normal(1.0), (3, self.width))
+        attend = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")
+        pooled = attend(jnp.broadcast_to(queries, (len(x), 3, self.width)), x)
+        q, k = (nn.elu(nn.DenseGeneral((2, self.width // 2), name=name)(pooled)) + 1 for name in ("q", "k"))
+        above = jnp.einsum("bthd,bhde->bthe", q, jnp.einsum("bthd,bthe->bhde", k, k))
+        mixed = (above / jnp.einsum("bthd,bhd->bth", q, k.sum(1))[..., None]).reshape(pooled.shape)
+        latents = nn.Dense(4, name="latents")(mixed)
+        decoded = nn.relu(nn.WeightNorm(nn.Dense(self.width, name="decoder"))(latents))
+        return nn.WeightNorm(nn.Dense(6, name="out"))(nn.relu(nn.Dense(self.width, name="last")(decoded)))
+
+
 def measured(build, inputs=X, base=32, width=128, **kwargs):
     """The findings that were measured, of the two models as they are."""
     found = mujax.audit(build(width), build(base), inputs, measure=True, **kwargs)
@@ -104,6 +123,11 @@ RIGHT = {
         MLP,
         X,
         {"zero_init": ("readout",), "parametrization": "table3"},
+    ),
+    "what falls or grows by design": (
+        Designed,
+        jax.ShapeDtypeStruct((8, 6, 12), jnp.float32),
+        {"base": 16, "width": 64},
     ),
     "a product that can't be seen, with its role": (pure, X, {"roles": {"hidden": "hidden"}}),
 }

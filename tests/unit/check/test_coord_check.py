@@ -129,7 +129,7 @@ def test_other_ways_of_writing_pass(parametrization):
 
 def measured(factory, inputs, width=16, base=8, steps=2):
     mup = mujax.mup_init(factory(width), factory(base), inputs)
-    taps = find_taps(mup.replay.program, mup.replay.analysis, mup.spec, ["output"])
+    taps = find_taps(mup)
     targets = jnp.zeros(mup.replay.output().shape[:-1], jnp.int32)
     subject = Subject(mup.replay, lambda rate: mujax.mup_adam(rate, mup.spec), taps)
     (run,) = Program(subject, default_loss, [((inputs,), targets)], [0]).run(2.0**-7, steps)
@@ -179,7 +179,7 @@ def test_sizes_are_those_of_the_model_trained_by_hand():
 
 def test_seeds_at_once_or_one_after_the_other():
     mup = mujax.mup_init(linen_mlp(16), linen_mlp(8), X)
-    taps = find_taps(mup.replay.program, mup.replay.analysis, mup.spec, ["output"])
+    taps = find_taps(mup)
     subject = Subject(mup.replay, lambda rate: mujax.mup_adam(rate, mup.spec), taps)
     batches = [((X,), jnp.zeros(8, jnp.int32))]
     one, two = (
@@ -200,7 +200,7 @@ def test_layers_in_a_scan_are_seen_as_those_outside_of_one():
 
 def test_taps_are_named_after_parameters_and_modules():
     mup = mujax.mup_init(transformer(32, n_heads=4), transformer(16, n_heads=4), TOKENS)
-    taps = find_taps(mup.replay.program, mup.replay.analysis, mup.spec, ["output"])
+    taps = find_taps(mup)
     kinds = {tap.name: tap.kind for tap in taps}
     assert kinds["token_embedding/embedding"] == "lookup"
     assert kinds["block_0/attention/query/kernel"] == "product"
@@ -223,7 +223,7 @@ def test_each_call_of_a_reused_module_has_a_tap():
             return nn.Dense(4)(layer(layer(nn.Dense(self.width)(x))))
 
     mup = mujax.mup_init(Twice(32), Twice(16), X)
-    taps = find_taps(mup.replay.program, mup.replay.analysis, mup.spec, ["output"])
+    taps = find_taps(mup)
     names = [tap.name for tap in taps]
     assert {"layer/kernel #1", "layer/kernel #2"} <= set(names)
     assert len(set(names)) == len(names)

@@ -37,7 +37,7 @@ def found(grown, linear=False, **options):
         for width in WIDTHS
     }
     clean = models[32]
-    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, ["output"])
+    taps = find_taps(clean)
     paths = tuple(clean.spec)
     table = np.ones((len(WIDTHS), 3, 3, len(taps), len(STATS)))
     noise = np.exp2(0.02 * np.random.default_rng(0).normal(size=table.shape))
@@ -113,7 +113,7 @@ def test_no_bias_is_blamed_for_what_it_meets():
         for width in WIDTHS
     }
     clean = models[32]
-    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, ["output"])
+    taps = find_taps(clean)
     reading = _Reading(clean, models, dict.fromkeys(clean.spec, False))
     assert reading.blamed(taps[-1], ["last/bias"], Growth(0.5, 1.0)) is None
     one = reading.blamed(taps[-1], ["last/bias", "last/kernel"], Growth(0.5, 1.0))
@@ -129,7 +129,7 @@ def test_in_the_standard_parametrization_roles_change_nothing():
 def test_roles_that_the_product_shows_are_not_overruled():
     def of(**options):
         mup = mujax.mup_init(Net(32), Net(8), X, **options)
-        taps = find_taps(mup.replay.program, mup.replay.analysis, mup.spec, ["output"])
+        taps = find_taps(mup)
         return [tap.name for tap in taps if overruled(mup, tap)]
 
     assert of() == of(roles={"hidden/kernel": "hidden"}) == []
@@ -146,7 +146,7 @@ def test_a_tied_embedding_is_not_overruled():
             return embed.attend(nn.relu(nn.Dense(self.width)(embed(tokens))))
 
     mup = mujax.mup_init(Tied(32), Tied(8), jax.ShapeDtypeStruct((4,), jnp.int32))
-    taps = find_taps(mup.replay.program, mup.replay.analysis, mup.spec, ["output"])
+    taps = find_taps(mup)
     assert not any(overruled(mup, tap) for tap in taps)
 
 
@@ -176,7 +176,7 @@ def test_a_kernel_that_cannot_be_followed_is_found_between_the_taps():
             for width in WIDTHS
         }
     clean = models[32]
-    taps = find_taps(clean.replay.program, clean.replay.analysis, clean.spec, ["output"])
+    taps = find_taps(clean)
     (number,) = [number for number, tap in enumerate(taps) if tap.kind == "mixing"]
     table = np.ones((len(WIDTHS), 2, 2, len(taps), len(STATS))) * np.exp2(
         0.01 * np.random.default_rng(0).normal(size=(len(WIDTHS), 2, 2, len(taps), len(STATS)))

@@ -28,8 +28,8 @@ def stats(size=0.0, change=0.0, by_weights=0.0, noise=0.02, seed=0):
     return table
 
 
-def tap(kind="product"):
-    return Tap("net/kernel", kind, (0,), "net.py:1", ("net/kernel",), 1)
+def tap(kind="product", **scales):
+    return Tap("net/kernel", kind, (0,), "net.py:1", ("net/kernel",), 1, **scales)
 
 
 def statuses(checks):
@@ -66,6 +66,19 @@ def test_one_seed_takes_the_scatter_around_the_line():
     scattered = fitted_slope(WIDTHS, noisy(1.0, 0.3, seeds=1)[..., 0])
     assert straight.high - straight.low < 1e-6
     assert scattered.high - scattered.low > 0.2
+
+
+def initially(slope, **scales):
+    return statuses(judge(tap(**scales), WIDTHS, stats(size=slope)))["initial size"]
+
+
+def test_what_a_tap_inherits_passes_and_no_more():
+    """An activation behind a bottleneck falls with it; a sum that is divided out later grows by design."""
+    assert (
+        initially(-0.5, falls=-0.5) == initially(1.0, scale=8.0) == initially(-0.5, scale=8**-0.5) == "pass"
+    )
+    assert initially(-0.5) == initially(1.0) == initially(0.5, falls=-0.5) == "fail"
+    assert initially(-1.0, falls=-0.5) == initially(1.5, scale=8.0) == initially(-0.5, scale=8.0) == "fail"
 
 
 def test_what_depends_on_nothing_passes():

@@ -130,12 +130,16 @@ def _report_expanded_square(
 
     A factor on it would break the identity. Returns whether it is one.
     """
-    sums = [
-        scale.total
+    grown = [
+        (value, scale.total)
         for value, scale in zip(ins, scales, strict=True)
         if scale.total and abs(value.scale.degree - 1) < 1e-6 and value.scale.summed != 1
     ]
-    heads = frozenset[str]().union(*(value.linear_in for value in ins))
+    sums = [total for _, total in grown]
+    # What a kernel is multiplied with may be a sum that grows: that is no term beside its product.
+    heads = {
+        path for value in ins if any(other is not value for other, _ in grown) for path in value.linear_in
+    }
     products = [
         use
         for use in interp.record.uses
