@@ -15,6 +15,9 @@ from benchmarks.paper._results import Results
 Scale = Literal["tiny", "laptop", "gpu"]
 SCALES: Final[tuple[Scale, ...]] = get_args(Scale)
 
+TITLES: Final = {"sp": "standard parametrization", "mup": "µP"}
+"""Of parametrizations, in tables and pictures."""
+
 
 class Row(NamedTuple):
     """One claim of the paper, and the measurement.

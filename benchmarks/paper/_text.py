@@ -51,7 +51,6 @@ def training(
     optimizer: str | Callable[[Mapping[str, Any], Any], Any] = "adam",
 ) -> Training:
     """A run of a Transformer; in µP its readout and queries start at zero, as the paper advises."""
-    options: dict[str, Any] = {"zero_init": ("readout", "query")} if parametrization == "mup" else {}
     return training_run(
         functools.partial(_at, depth=depth, heads=heads, length=length),
         batches(tokens, length),
@@ -61,8 +60,13 @@ def training(
         base_width=base_width,
         batch=batch,
         parametrization=parametrization,
-        **options,
+        **mup_options(parametrization),
     )
+
+
+def mup_options(parametrization: str) -> dict[str, Any]:
+    """Arguments of `mup_init`: the paper's zeros, in µP only."""
+    return {"zero_init": ("readout", "query")} if parametrization == "mup" else {}
 
 
 def _at(width: int, **sizes: int) -> models.Transformer:

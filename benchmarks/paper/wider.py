@@ -10,12 +10,10 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.paper import _text
-from benchmarks.paper._figure import Figure, Inputs, Row
+from benchmarks.paper._figure import TITLES, Figure, Inputs, Row
 from benchmarks.paper._results import Cell, Results, train
 from mujax.check import WiderIsBetter, judge_widths
 from mujax.plot import curves_figure
-
-_TITLES: Final = {"mup": "µP", "sp": "standard parametrization"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +121,22 @@ class Wider(Figure):
                 interval = f"at least {worst.at_least:.3f} (95 %)"
             decided = found.verdict != "undecided"
             holds = (not found.rises) is better if decided else None
-            rows.append(
-                Row(f"{_TITLES[name]}: {claim}, at any step after warm-up", measured, interval, holds)
-            )
+            rows.append(Row(f"{TITLES[name]}: {claim}, at any step after warm-up", measured, interval, holds))
         return rows
 
     def draw(self, config: Config, results: Results, path: pathlib.Path) -> None:
         panels: dict[str, dict[int, Any]] = {}
         for name in ("sp", "mup"):
-            panels[_TITLES[name]] = {}
+            panels[TITLES[name]] = {}
             for width in config.widths:
                 runs = [results.run(name, width, config.log2_lr, seed) for seed in config.seeds]
                 curves = [run.curve for run in runs if run is not None and run.curve is not None]
-                panels[_TITLES[name]][width] = np.stack(curves) if len(curves) == len(runs) else None
+                panels[TITLES[name]][width] = np.stack(curves) if len(curves) == len(runs) else None
         seeds = f"{len(config.seeds)} seeds"
         curves_figure(
             panels,
             steps=config.steps,
-            title=f"Transformer on text: Adam at 2^{config.log2_lr:g}, batch {config.batch}, {seeds}",
+            title=f"Transformer on text: Adam at $2^{{{config.log2_lr:g}}}$, batch {config.batch}, {seeds}",
         ).savefig(path)
 
 

@@ -19,7 +19,7 @@ def curves_figure(
 ) -> Figure:
     """Draws loss against step, a panel for each parametrization and a curve for each width.
 
-    Panels share the vertical axis, which shows the curves of the last panel: a curve that rises far above
+    Panels share the vertical axis, which shows the curves of the last panel whole: one that rises far above
     them leaves the picture. The standard error over seeds is shaded.
 
     Args:
@@ -51,9 +51,12 @@ def curves_figure(
         axes.legend(title="width", frameon=False, fontsize=9.5, title_fontsize=9.5, loc="upper right")
         style(axes)
     all_axes[0].set_ylabel("training loss", fontsize=11, color=INK)
-    shown = [table.mean(axis=0) for table in list(panels.values())[-1].values() if table is not None]
-    if shown:
-        low, high = min(map(np.min, shown)), max(map(np.max, shown))
+    shown = [
+        [table.mean(axis=0) for table in curves.values() if table is not None] for curves in panels.values()
+    ]
+    if shown[-1]:
+        low = min(float(curve.min()) for curves in shown for curve in curves)
+        high = max(float(curve.max()) for curve in shown[-1])
         all_axes[0].set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
     figure.suptitle(title, fontsize=11, color=MUTED, x=0.01, ha="left")
     return figure
