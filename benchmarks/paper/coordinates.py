@@ -26,7 +26,7 @@ class Config:
 
     Attributes:
         widths: ascending; the first is the base.
-        log2_lr: of Adam; the paper's is 0.001.
+        log2_lr: of Adam; the paper's is 0.001. At a large one the logits of narrow models change as much.
         head: size of a head at the base; their number is fixed.
     """
 
@@ -35,7 +35,7 @@ class Config:
     steps: int
     batch: int
     length: int
-    log2_lr: float = -9
+    log2_lr: float = -11
     depth: int = 2
     heads: int = 4
 
