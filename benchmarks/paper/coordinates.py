@@ -61,7 +61,7 @@ class Coordinates(Figure):
         "within a few steps of Adam, and word embeddings do not; in µP all three change alike at all widths."
     )
     scales = {  # noqa: RUF012
-        "tiny": Config((16, 32), seeds=2, steps=2, batch=2, length=16),
+        "tiny": Config((16, 32), seeds=2, steps=2, batch=2, length=16, depth=1, heads=2),
         "laptop": Config((64, 128, 256, 512, 1024), seeds=4, steps=4, batch=4, length=64),
         "gpu": Config((128, 256, 512, 1024, 2048, 4096), seeds=4, steps=4, batch=16, length=256),
     }

@@ -51,7 +51,7 @@ class Wider(Figure):
         "the standard parametrization it has not."
     )
     scales = {  # noqa: RUF012
-        "tiny": Config((16, 32), (0, 1), steps=20, batch=2, length=16, log2_lr=-7),
+        "tiny": Config((16, 32), (0, 1), steps=20, batch=2, length=16, log2_lr=-7, depth=1),
         "laptop": Config(*((64, 128, 256, 512, 1024), (0, 1, 2)), steps=120, batch=8, length=32, log2_lr=-7),
         # The paper's: GPT-3-like models of width 256 to 32,768 on 8 billion tokens; here what one GPU holds.
         "gpu": Config(
