@@ -135,10 +135,11 @@ class BeyondWidth(Figure):
         ]
         panels_figure(
             panels,
+            columns=2,
             share_y=False,
-            title=f"Transformer of width {config.width} on text in µP: Adam, training loss, mean over the "
-            f"run; else {', '.join(f'{_NAMES[name]} {size}' for name, size in config.base)}",
-        ).savefig(path)
+            title=f"Transformer of width {config.width} in µP: Adam; training loss, mean over a run;\n"
+            f"unless swept {', '.join(f'{_NAMES[name]} {size}' for name, size in config.base)}",
+        ).savefig(path, dpi=110)
 
 
 FIGURE: Final = BeyondWidth()

@@ -224,10 +224,10 @@ class Hyperparameters(Figure):
         ]
         panels_figure(
             panels,
-            columns=5,
+            columns=3,
             title=f"Transformer on text: Adam, {config.steps} steps of batch {config.batch}; "
             "training loss, mean over the run",
-        ).savefig(path)
+        ).savefig(path, dpi=110)
 
 
 def _adam(shape: Callable[[Any], Any], steps: int, hparams: Mapping[str, Any], spec: Any) -> Any:

@@ -159,11 +159,11 @@ class Interpolation(Figure):
             f"MLP with 2 hidden layers on Fashion-MNIST: SGD, {config.steps} steps of batch {config.batch}; "
             "training loss, mean over the run"
         )
-        panels_figure(panels, columns=5, title=title).savefig(path)
-        limits_of_all = [
-            panels_figure([*panels[place:], *panels[:place]][:1]) for place in range(len(panels))
-        ]
-        animate(limits_of_all, path.with_suffix(".gif"))
+        panels_figure(panels, columns=3, title=title).savefig(path, dpi=110)
+        animate(
+            [panels_figure([one], title="MLP on Fashion-MNIST", limits_of=panels) for one in panels],
+            path.with_suffix(".gif"),
+        )
 
 
 _TITLES: Final = {0.0: "framework's default", 1.0: "µP"}

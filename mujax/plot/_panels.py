@@ -74,11 +74,16 @@ def panels_figure(
         limits = _limits(together if share_y else list(panel.curves.values()))
         if limits is not None:
             axes.set_ylim(*limits)
-    legends = {(panel.legend, *panel.curves) for panel in panels}
-    for axes, panel in list(zip(grid.flat, panels, strict=False))[:: 1 if len(legends) > 1 else -1]:
-        axes.legend(title=panel.legend, frameon=False, fontsize=8.5, title_fontsize=8.5, loc="best")
-        if len(legends) == 1:
-            break
+    alike = len({(panel.legend, *panel.curves) for panel in panels}) == 1
+    for axes, panel in [(grid[0, -1], panels[0])] if alike else zip(grid.flat, panels, strict=False):
+        axes.legend(
+            title=panel.legend,
+            frameon=False,
+            fontsize=8.5,
+            title_fontsize=8.5,
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+        )
     for row in grid:
         row[0].set_ylabel(ylabel, fontsize=10.5, color=INK)
     figure.suptitle(title, fontsize=11, color=MUTED, x=0.01, ha="left")
