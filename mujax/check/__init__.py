@@ -27,7 +27,11 @@ from mujax.check._transfer_check import (
     judge_runs as judge_runs,
     transfer_check as transfer_check,
 )
-from mujax.check._wider import WiderIsBetter as WiderIsBetter, wider_is_better as wider_is_better
+from mujax.check._wider import (
+    WiderIsBetter as WiderIsBetter,
+    judge_widths as judge_widths,
+    wider_is_better as wider_is_better,
+)
 from mujax.check._width_runs import (
     RUNS as RUNS,
     Finished as Finished,
@@ -35,6 +39,7 @@ from mujax.check._width_runs import (
     Run as Run,
     Runs as Runs,
     RunsFile as RunsFile,
+    StoredRuns as StoredRuns,
     of_rate as of_rate,
     train_runs as train_runs,
 )

@@ -13,7 +13,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, TextIO
+from typing import Any, Final, NamedTuple, Protocol, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -65,26 +65,41 @@ class Finished:
             0.4 does not have it.
         curve: the loss of each batch before the model learned from it; None if the run diverged or was read
             from a file.
+        flops: operations of the run, as XLA counts those of the compiled program; None if they are unknown
+            or the run was read from a file.
     """
 
     loss: float | None
     final: float | None
     untrained: float | None
     curve: Float[np.ndarray, " steps"] | None = dataclasses.field(default=None, compare=False, repr=False)
+    flops: float | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
-    def of(cls, metrics: Metrics) -> Finished:
+    def of(cls, metrics: Metrics, flops: float | None = None) -> Finished:
         """From the metrics of a `Training`; a run that was given up early has no curve and diverged."""
         untrained = float(metrics["untrained"]) if "untrained" in metrics else None
         if "curve" not in metrics:
-            return cls(None, None, untrained)
+            return cls(None, None, untrained, flops=flops)
         curve = np.asarray(metrics["curve"], np.float64)
         end = float(np.mean(curve[-tail(len(curve)) :]))
         loss = Losses(float(np.mean(curve)), end, untrained).kept
-        return cls(loss, None, untrained) if loss is None else cls(loss, end, untrained, curve)
+        if loss is None:
+            return cls(None, None, untrained, flops=flops)
+        return cls(loss, end, untrained, curve, flops)
 
 
 Runs = Mapping[Run, Finished]
+
+
+class StoredRuns(Protocol):
+    """Where `train_runs` finds finished runs and appends further ones; a `RunsFile`, or one's own."""
+
+    runs: dict[Run, Finished]
+
+    def append(self, run: Run, finished: Finished, seconds: float) -> None:
+        """Stores a run and adds it to `runs`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +129,9 @@ def train_runs(
     job: Callable[[str, int], Training],
     *,
     steps: int,
-    stored: RunsFile | None = None,
+    swept: str = "learning_rate",
+    fixed: Mapping[str, float] | None = None,
+    stored: StoredRuns | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[Run, Finished]:
     """Trains every run that is not stored yet.
@@ -124,9 +141,10 @@ def train_runs(
 
     Args:
         runs: those of one parametrization and width next to each other.
-        job: parametrization and width -> the training, with the hyperparameter `learning_rate`; called only
-            where runs are missing.
+        job: parametrization and width -> the training; called only where runs are missing.
         steps: of each run.
+        swept: the hyperparameter that takes the value 2**`log2_lr` of each run.
+        fixed: further hyperparameters, the same in all runs.
         stored: where finished runs are read and appended.
         progress: called before the first run of each parametrization and width and after every run.
     """
@@ -147,7 +165,7 @@ def train_runs(
     for (parametrization, width), group in missing:
         show(Progress(parametrization, width, len(found), len(runs), finished / whole))
         finished += _COMPILE_WORK
-        for done, seconds in _trained(job(parametrization, width), group):
+        for done, seconds in _trained(job(parametrization, width), group, swept, fixed or {}):
             for run, one in done.items():
                 if stored is not None:
                     stored.append(run, one, seconds)
@@ -199,7 +217,9 @@ def of_rate(optimizer: Optimizer) -> Callable[[Mapping[str, Any], Any], Any]:
     return lambda hparams, spec: optimizer(hparams["learning_rate"], spec)
 
 
-def _trained(job: Training, runs: Sequence[Run]) -> Iterator[tuple[dict[Run, Finished], float]]:
+def _trained(
+    job: Training, runs: Sequence[Run], swept: str, fixed: Mapping[str, float]
+) -> Iterator[tuple[dict[Run, Finished], float]]:
     """The results of some runs at a time, as soon as they are there, with the seconds that each took."""
     on_cpu = jax.default_backend() == "cpu"
     compiled = CompiledRuns(
@@ -219,14 +239,18 @@ def _trained(job: Training, runs: Sequence[Run]) -> Iterator[tuple[dict[Run, Fin
         start = time.perf_counter()
         metrics = run_lanes(
             compiled,
-            {"learning_rate": np.array([2.0**run.log2_lr for run in group])},
+            {
+                **{name: np.full(len(group), value) for name, value in fixed.items()},
+                swept: np.array([2.0**run.log2_lr for run in group]),
+            },
             jax.vmap(jax.random.key)(jnp.array([run.seed for run in group])),
             rungs=looks,
             watch=lost,
             left=(len(runs) - first) * compiled.steps,
         )
         seconds = (time.perf_counter() - start) / len(group)
-        yield dict(zip(group, map(Finished.of, metrics), strict=True)), seconds
+        found = [Finished.of(each, compiled.flops) for each in metrics]
+        yield dict(zip(group, found, strict=True)), seconds
 
 
 # ---- stored runs ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from mujax.data._batches import (
     text_windows as text_windows,
 )
 from mujax.data._files import load as load
-from mujax.data._packaged import mnist as mnist, text as text
+from mujax.data._packaged import fashion_mnist as fashion_mnist, mnist as mnist, text as text
 from mujax.data._splits import (
     MIN_EXAMPLES as MIN_EXAMPLES,
     MIN_TEXT_BYTES as MIN_TEXT_BYTES,

@@ -1,4 +1,4 @@
-"""Data from installed packages: MNIST and the King James Bible."""
+"""Data from installed packages: MNIST, Fashion-MNIST and the King James Bible."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from mujax._arguments import NONE, PATH, takes
-from mujax.data._files import _read
+from mujax.data._files import _read, load
 from mujax.data._splits import ExampleData, Examples, TextData, shuffled_split, standardised, text_data
 from mujax.errors import DataError
 
@@ -25,6 +25,9 @@ _MNIST_SHAPE: Final = (5000, 785)
 
 
 _MNIST_VALID: Final = 1000
+
+
+_FASHION: Final = pathlib.Path("/usr/share/datasets/fashion-mnist")
 
 
 def _packaged(distribution: str, file: str) -> pathlib.Path:
@@ -77,6 +80,35 @@ def mnist() -> ExampleData:
         Examples(table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int32)), _MNIST_VALID
     )
     return ExampleData(*standardised(train, valid), n_classes=10)
+
+
+@takes(folder=PATH)
+def fashion_mnist(folder: str | os.PathLike[str] = _FASHION) -> ExampleData:
+    """70,000 images of clothes, 10 classes, from the Debian package `dataset-fashion-mnist`.
+
+    Args:
+        folder: of the four IDX files.
+
+    Returns:
+        60,000 images to train on and 10,000 held out, of shape (28, 28, 1), float32, standardised by mean and
+        standard deviation of the former; labels are int32.
+
+    Raises:
+        DataError: the folder is missing, or its files have another format.
+
+    Reference:
+        Xiao et al., Fashion-MNIST, arXiv 1708.07747.
+    """
+    if not pathlib.Path(folder).is_dir():
+        raise DataError(
+            where=folder,
+            expected="the files of Fashion-MNIST",
+            got="no such folder",
+            remedy="install them with `apt-get install dataset-fashion-mnist`",
+        )
+    found = load(folder)
+    assert isinstance(found, ExampleData)
+    return found
 
 
 @takes(path=PATH | NONE)

@@ -4,6 +4,8 @@ from mujax.plot._coord_check import (
     coord_check_figure as coord_check_figure,
     plot_coord_check as plot_coord_check,
 )
+from mujax.plot._curves import curves_figure as curves_figure
+from mujax.plot._growth import growth_figure as growth_figure
 from mujax.plot._sweep import plot_sweep as plot_sweep, sweep_figure as sweep_figure
 from mujax.plot._target import (
     plot_transfer_run as plot_transfer_run,

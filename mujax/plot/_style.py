@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,6 +33,11 @@ def style(axes: Axes) -> None:
     axes.tick_params(colors=MUTED, labelcolor=INK)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def width_colours(count: int) -> list[Any]:
+    """Light to dark as models grow wider."""
+    return [colormaps["viridis_r"](position) for position in np.linspace(0.12, 0.95, count)]
 
 
 def power_of_two(value: float) -> str:

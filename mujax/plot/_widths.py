@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mujax._arguments import PATH, instance, takes
-from mujax.plot._style import INK, MUTED, OPTIMIZERS, RULE, canvas, style
+from mujax.plot._style import INK, MUTED, OPTIMIZERS, RULE, canvas, style, width_colours
 from mujax.tune import LOSS_MEASURE, Report, parametrization_title
 
 _REPORT: Final = instance(Report, "the result of sweep_widths", "mujax.transfer()")
-
-
-def _colours(count: int) -> list[Any]:
-    """Light to dark as models grow wider."""
-    return [colormaps["viridis_r"](position) for position in np.linspace(0.12, 0.95, count)]
 
 
 def _array(values: Sequence[float | None]) -> np.ndarray:
@@ -51,7 +45,7 @@ def _limits(report: Report) -> tuple[float, float] | None:
 def _panel(axes: Axes, report: Report, name: str) -> None:
     config = report.config
     rates = np.array(config.log2_lrs)
-    for width, colour in zip(config.widths, _colours(len(config.widths)), strict=True):
+    for width, colour in zip(config.widths, width_colours(len(config.widths)), strict=True):
         losses = _array(report.loss[name][width])
         errors = np.nan_to_num(_array(report.standard_error[name][width]))
         is_proxy = width == config.base_width
