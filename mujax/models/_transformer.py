@@ -125,6 +125,7 @@ class Transformer(nn.Module):
 
     Projections start at variance 1/fan_in, embeddings at 1/d_model (Flax's defaults).
 
+    >>> import jax
     >>> model = Transformer(TransformerConfig(d_model=64, n_layers=2, head_dim=16))
     >>> tokens_BxT = jnp.zeros((2, 8), jnp.int32)
     >>> logits_BxTxV, variables = model.init_with_output(jax.random.key(0), tokens_BxT)
