@@ -94,8 +94,14 @@ class ResNet9(nn.Module):
             x_BxHxWxC: images, at least 8 by 8.
             train: normalise by the batch's own statistics and update the running averages, instead of
                 normalising by those averages.
+
+        Raises:
+            ConfigError: the images are too small to be halved three times.
         """
         cfg = self.config
+        sides = x_BxHxWxC.shape[1:3]
+        if min(sides) < 2 ** len(_RESIDUAL):
+            raise ConfigError(where="ResNet9", expected="images of at least 8 by 8 pixels", got=sides)
 
         def layer(x_BxHxWxC: Float[Array, "B H W C"], channels: int, name: str) -> Float[Array, "B H W c"]:
             x_BxHxWxC = conv(cfg, channels, 3, 1, name=f"{name}_conv")(x_BxHxWxC)

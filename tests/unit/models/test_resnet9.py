@@ -80,6 +80,12 @@ def test_resnet9_computes_what_it_says():
     assert all(leaf.any() for leaf in jax.tree.leaves(updates["batch_stats"]))
 
 
+def test_images_that_are_too_small():
+    with pytest.raises(ConfigError) as error:
+        abstract(ResNet9(ResNet9Config()), jnp.zeros((1, 7, 9, 3)))
+    assert str(error.value) == "ResNet9: expected images of at least 8 by 8 pixels, got (7, 9)."
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
