@@ -6,6 +6,7 @@ from mujax.plot._coord_check import (
 )
 from mujax.plot._curves import curves_figure as curves_figure
 from mujax.plot._growth import growth_figure as growth_figure
+from mujax.plot._panels import Panel as Panel, animate as animate, panels_figure as panels_figure
 from mujax.plot._sweep import plot_sweep as plot_sweep, sweep_figure as sweep_figure
 from mujax.plot._target import (
     plot_transfer_run as plot_transfer_run,

@@ -722,6 +722,9 @@ ROWS: dict[str, Row] = {
         called={"name": "optimizer"},
     ),
     "load": Row(data.load, {"path": "/dev/null"}, LOAD, ends=mujax.DataError),
+    "fashion_mnist": Row(
+        data.fashion_mnist, {"folder": "/dev/null"}, {"folder": LOAD["path"][1:]}, ends=mujax.DataError
+    ),
     "text": Row(data.text, {"path": "/dev/null"}, {"path": LOAD["path"][1:]}, ends=mujax.DataError),
     "digest": Row(data.digest, {"arrays": ZEROS}, {"arrays": TREES}),
     "token_file": Row(
@@ -960,6 +963,8 @@ MADE_BY_MUJAX = {
     "Progress",
     "Run",
     "RunsFile",
+    "StoredRuns",
+    "Panel",
     "CompiledRuns",
     "FunctionJob",
     "Job",
@@ -996,6 +1001,7 @@ BETWEEN_PACKAGES = {
     "never_worse",
     "standard_error",
     "judge_runs",
+    "judge_widths",
     "of_rate",
     "train_runs",
     "effort",
@@ -1015,6 +1021,10 @@ BETWEEN_PACKAGES = {
     "imported",
     "summary_of",
     "parametrization_title",
+    "animate",
+    "curves_figure",
+    "growth_figure",
+    "panels_figure",
     "mnist",
     "refused",
 }

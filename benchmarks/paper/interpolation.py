@@ -1,0 +1,197 @@
+"""F2: from the framework's default to µP in five steps, an MLP of growing width."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from typing import Any, Final
+
+import jax.numpy as jnp
+
+import mujax
+from benchmarks.paper._figure import Figure, Inputs, Row
+from benchmarks.paper._results import Cell, Results, train
+from benchmarks.paper._sweeps import judged, kept, lost, panel
+from mujax import data, models
+from mujax.check import TransferCheck, best_index, mean, never_worse
+from mujax.data import batch_indices
+from mujax.plot import animate, panels_figure
+from mujax.train import Batches, Training, training_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of a run.
+
+    Attributes:
+        widths: ascending; the first is the proxy.
+        base: µP's base width, where all parametrizations are the same.
+        shares: of µP, from 0, the framework's default, to 1.
+        log2_rates: learning rates of SGD.
+        output_mult: multiple of the logits, at every width.
+        input_mult: multiple of the first layer's product.
+    """
+
+    widths: tuple[int, ...]
+    base: int
+    shares: tuple[float, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    batch: int
+    log2_rates: tuple[float, ...]
+    output_mult: float = 1.0
+    input_mult: float = 1.0
+
+
+_SHARES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Interpolation(Figure):
+    """Loss against the learning rate at several widths, from the default to µP."""
+
+    id = "F2"
+    title = "from the framework's default to µP"
+    source = "their Figure 3, and the animation of the announcement"
+    claim = (
+        "As initialisation and learning rates go from the framework's default to µP, the curves of an MLP at all "
+        "widths line up: only µP keeps the optimum, it is best of all at the largest, and wider is better."
+    )
+    scales = {  # noqa: RUF012
+        "tiny": Config((16, 32), 16, (0.0, 1.0), (0,), 8, 16, (-5.0, -4.0, -3.0)),
+        "laptop": Config(
+            *((256, 512, 1024, 2048, 4096, 8192), 128, _SHARES, (0,), 100, 64),
+            tuple(float(power) for power in range(-9, 1)),
+        ),
+        # The paper's: 20 epochs (of CIFAR-10; here of Fashion-MNIST, of 60,000 images) in batches of 64.
+        "gpu": Config(
+            *((256, 512, 1024, 2048, 4096, 8192), 128, _SHARES, (0, 1, 2), 18_750, 64),
+            tuple(float(power) for power in range(-14, 1)),
+        ),
+    }
+
+    def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:
+        found = data.fashion_mnist() if inputs.images is None else data.load(inputs.images)
+        train = data.Examples(*map(jnp.asarray, found.train))
+        return train, data.digest(found.train)
+
+    def run(self, config: Config, data: Any, results: Results) -> None:
+        fixed = {
+            name: value
+            for name, value in (("output_mult", config.output_mult), ("input_mult", config.input_mult))
+            if value != 1.0
+        }
+        train(
+            [
+                Cell(
+                    setting=_setting(share),
+                    width=width,
+                    values=config.log2_rates,
+                    seeds=config.seeds,
+                    training=functools.partial(_training, config, data, width, share),
+                    work=config.steps * (6 * config.batch * (width**2 + 794 * width) + 3e8),
+                    fixed=fixed,
+                )
+                for width, share in itertools.product(config.widths, config.shares)
+            ],
+            results,
+        )
+
+    def checks(self, config: Config, results: Results) -> dict[float, TransferCheck]:
+        """The library's check at each share of µP."""
+        return {
+            share: judged(
+                results,
+                _setting(share),
+                config.widths,
+                config.log2_rates,
+                config.seeds,
+                proxy=config.widths[0],
+            )
+            for share in config.shares
+        }
+
+    def table(self, config: Config, results: Results) -> list[Row]:
+        checks = self.checks(config, results)
+        widest = config.widths[-1]
+        rows = [
+            lost("framework's default: the best learning rate moves by more than 2", checks[0.0], 2.0),
+            *(
+                lost(f"{share:.0%} µP: the best learning rate moves by more than 1", checks[share], 1.0)
+                for share in config.shares[1:-1]
+            ),
+            kept("µP: the best learning rate moves by at most 1", checks[1.0]),
+        ]
+        best = {
+            share: min((loss for loss in found.loss[widest] if loss is not None), default=None)
+            for share, found in checks.items()
+        }
+        reached = {share: loss for share, loss in best.items() if loss is not None}
+        shown = ", ".join(f"{loss:.3f} ({share:.0%})" for share, loss in reached.items())
+        rows.append(
+            Row(
+                f"µP is best of all at width {widest}",
+                f"lowest losses {shown}",
+                "-",
+                bool(reached) and min(reached, key=lambda share: reached[share]) == 1.0,
+            )
+        )
+        rate = config.log2_rates[best_index(checks[1.0].loss[config.widths[0]]) or 0]
+        runs = results.sweep(_setting(1.0), config.widths, (rate,), config.seeds)
+        losses = [[run.loss for run in by_rate[0]] for by_rate in runs.values()]
+        text = ", ".join("diverges" if loss is None else f"{loss:.3f}" for loss in map(mean, losses))
+        rows.append(
+            Row(
+                "µP: at the proxy's best rate wider is better",
+                f"losses {text} at 2^{rate:g}",
+                "Welch, 95 %" if len(config.seeds) > 1 else "- (one seed)",
+                never_worse(losses),
+            )
+        )
+        return rows
+
+    def draw(self, config: Config, results: Results, path: pathlib.Path) -> None:
+        checks = self.checks(config, results)
+        panels = [
+            panel(_TITLES.get(share, f"{share:.0%} of the way"), "log2 of the learning rate", found)
+            for share, found in checks.items()
+        ]
+        title = (
+            f"MLP with 2 hidden layers on Fashion-MNIST: SGD, {config.steps} steps of batch {config.batch}; "
+            "training loss, mean over the run"
+        )
+        panels_figure(panels, columns=5, title=title).savefig(path)
+        limits_of_all = [
+            panels_figure([*panels[place:], *panels[:place]][:1]) for place in range(len(panels))
+        ]
+        animate(limits_of_all, path.with_suffix(".gif"))
+
+
+_TITLES: Final = {0.0: "framework's default", 1.0: "µP"}
+
+
+def _setting(share: float) -> str:
+    return f"{share:g} mup"
+
+
+def _training(config: Config, images: Any, width: int, share: float) -> Training:
+    return training_run(
+        lambda width: models.MLP(models.MLPConfig(width=width)),
+        Batches(
+            data=images,
+            draw=lambda images, key, batch, steps: batch_indices(
+                key, len(images.targets), batch=batch, steps=steps
+            ),
+            fetch=lambda images, order: (images.inputs[order], images.targets[order]),
+        ),
+        "sgd",
+        steps=config.steps,
+        width=width,
+        base_width=config.base,
+        batch=config.batch,
+        parametrization=mujax.interpolate("sp", "mup", share),
+    )
+
+
+FIGURE: Final = Interpolation()
