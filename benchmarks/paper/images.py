@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-import statistics
-from collections.abc import Mapping
 from typing import Any, Final
 
 import jax
@@ -16,10 +14,11 @@ import numpy as np
 
 from benchmarks.paper import _search
 from benchmarks.paper._figure import TITLES, Figure, Inputs, Row
-from benchmarks.paper._pictures import methods
 from benchmarks.paper._results import Cell, Results, train
+from benchmarks.paper._sweeps import judged, kept, lost, panel
 from mujax import data, models
-from mujax.check import judge_runs
+from mujax.check import TransferCheck
+from mujax.plot import panels_figure
 from mujax.train import Batches, Training, training_run
 
 PAD: Final = 2
@@ -79,8 +78,8 @@ class Images(Figure):
             target=2,
             side=14,
             batch=8,
-            rates=(-4, -2),
-            grid_steps=3,
+            rates=(-5, -4, -3),
+            grid_steps=2,
             grid_seeds=(0,),
             steps=3,
             trials=2,
@@ -172,30 +171,15 @@ class Images(Figure):
                 )
 
     def table(self, config: Config, results: Results) -> list[Row]:
-        widths = [round(multiplier * config.channels) for multiplier in config.multipliers]
-        rows = []
-        for name in ("mup", "sp"):
-            found = judge_runs(
-                config.rates,
-                results.sweep(name, widths, config.rates, config.grid_seeds),
-                proxy=round(config.proxy * config.channels),
-            )
-            moved = found.drift_log2
-            stays = name == "mup"
-            limit = 1.0
-            claim = "stays within 1 power of two" if stays else "moves by more than 1 power of two"
-            rows.append(
-                Row(
-                    f"{TITLES[name]}: the best learning rate {claim}",
-                    "some width always diverges" if moved is None else f"{moved:.2f} powers of two",
-                    f"{len(config.grid_seeds)} seeds",
-                    None if moved is None else (moved <= limit) is stays,
-                )
-            )
+        grids = self.grids(config, results)
+        rows = [
+            kept(f"{TITLES['mup']}: the best learning rate moves by at most 1", grids["mup"]),
+            lost(f"{TITLES['sp']}: the best learning rate moves by more than 1", grids["sp"], 1.0),
+        ]
         accuracies = {name: _search.values(results, name, config.seeds, "accuracy") for name in ("mup", "sp")}
         rows.append(
             _search.compared(
-                f"accuracy at {config.target:g} times the width, each with its proxy's best: "
+                f"accuracy at {config.target / config.proxy:g} times the width, each with its proxy's best: "
                 f"{TITLES['mup']} at least that of the {TITLES['sp']}",
                 accuracies["mup"],
                 accuracies["sp"],
@@ -212,37 +196,27 @@ class Images(Figure):
         )
         return rows
 
-    def draw(self, config: Config, results: Results, path: pathlib.Path) -> None:
-        panels: dict[str, Mapping[str, Any]] = {
-            f"width × {config.target:g}": {
-                TITLES[name]: _search.values(results, name, config.seeds, "accuracy")
-                for name in ("sp", "mup")
-            }
+    def grids(self, config: Config, results: Results) -> dict[str, TransferCheck]:
+        """The library's check of the grid of each parametrization."""
+        widths = [round(multiplier * config.channels) for multiplier in config.multipliers]
+        proxy = round(config.proxy * config.channels)
+        return {
+            name: judged(results, name, widths, config.rates, config.grid_seeds, proxy)
+            for name in ("sp", "mup")
         }
-        for name in ("sp", "mup"):
-            panels[f"{TITLES[name]}: best rate"] = {
-                f"× {multiplier:g}": _best_rates(config, results, name, multiplier)
-                for multiplier in config.multipliers
-            }
-        methods(
-            path,
+
+    def draw(self, config: Config, results: Results, path: pathlib.Path) -> None:
+        panels = []
+        for name, found in self.grids(config, results).items():
+            accuracy = _search.worded(_search.values(results, name, config.seeds, "accuracy"))
+            title = f"{TITLES[name]}: accuracy {accuracy}"
+            panels.append(panel(title, "log2 of the learning rate", found, legend="channels"))
+        panels_figure(
             panels,
-            ("accuracy", "log2 of the best learning rate", "log2 of the best learning rate"),
-            f"ResNet-9 of {config.channels} × width channels on Fashion-MNIST: SGD with momentum, "
-            f"{config.steps} steps of batch {config.batch}",
-        )
-
-
-def _best_rates(config: Config, results: Results, name: str, multiplier: float) -> list[float] | None:
-    """The best rate of each seed."""
-    width = round(multiplier * config.channels)
-    (by_rate,) = results.sweep(name, (width,), config.rates, config.grid_seeds).values()
-    losses = {
-        rate: statistics.fmean([run.loss for run in runs if run.loss is not None])
-        for rate, runs in zip(config.rates, by_rate, strict=True)
-        if all(run.loss is not None for run in runs)
-    }
-    return [min(losses, key=losses.__getitem__)] if losses else None
+            title=f"ResNet-9 on Fashion-MNIST: SGD with momentum, {config.grid_steps} steps of batch "
+            f"{config.batch}; accuracy at {config.target / config.proxy:g} times the proxy's width, "
+            f"{config.steps} steps",
+        ).savefig(path)
 
 
 def _shrunk(examples: data.Examples, side: int) -> data.Examples:
