@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.common import so_far, spent_on
 from benchmarks.paper import _pairs, _search
 from benchmarks.paper._figure import TITLES, Figure, Inputs, Row
 from benchmarks.paper._pictures import lines
 from benchmarks.paper._results import Results
-from benchmarks.pareto import so_far, spent_on
 from mujax import data, models
 from mujax.train import Batches, Training, training_run
 from mujax.tune import front
@@ -82,8 +82,8 @@ class Translation(Figure):
             width=32,
             depth=1,
             heads=2,
-            vocab_size=300,
-            length=12,
+            vocab_size=1000,
+            length=32,
             batch=4,
             steps=6,
             valid=1,
