@@ -62,7 +62,8 @@ def _at_scale(
     cores, flops = report["cores"], report["flops"]
     return (
         f"{''.join(shown)}| claim | measured | interval | holds |\n|---|---|---|---|\n{rows}\n"
-        f"`{report['command']}`: {report['minutes']:.0f} minutes on {cores} cores, "
-        f"{flops / 1e12:.3g} trillion operations of compiled programs ({path.name}).\n\n"
+        f"`{report['command']}`: {report['minutes']:.0f} minutes on {cores} cores"
+        + (f", {flops / 1e12:.3g} trillion operations of compiled programs" if flops else "")
+        + f" ([numbers]({path.relative_to(relative_to)})).\n\n"
         + (f"{remark}\n\n" if remark else "")
     )

@@ -48,9 +48,14 @@ def training(
     batch: int,
     steps: int,
     parametrization: str = "mup",
+    zeros: tuple[str, ...] = (),
     optimizer: str | Callable[[Mapping[str, Any], Any], Any] = "adam",
 ) -> Training:
-    """A run of a Transformer; in µP its readout and queries start at zero, as the paper advises."""
+    """A run of a Transformer.
+
+    In µP, `zeros` start at zero: `"readout"` and `"query"` are the paper's advice for long runs. In one of a
+    few hundred steps the body then learns late, and width gains nothing.
+    """
     return training_run(
         functools.partial(_at, depth=depth, heads=heads, length=length),
         batches(tokens, length),
@@ -60,13 +65,8 @@ def training(
         base_width=base_width,
         batch=batch,
         parametrization=parametrization,
-        **mup_options(parametrization),
+        **({"zero_init": zeros} if parametrization == "mup" else {}),
     )
-
-
-def mup_options(parametrization: str) -> dict[str, Any]:
-    """Arguments of `mup_init`: the paper's zeros, in µP only."""
-    return {"zero_init": ("readout", "query")} if parametrization == "mup" else {}
 
 
 def _at(width: int, **sizes: int) -> models.Transformer:

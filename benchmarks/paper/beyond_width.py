@@ -50,8 +50,8 @@ class BeyondWidth(Figure):
     title = "beyond width"
     source = "their Figure 4, bottom, and Figure 19"
     claim = (
-        "The best learning rate of a pre-LN Transformer also stays over depth (from 4 blocks on), batch size, "
-        "sequence length and training time, within reasonable ranges."
+        "The best learning rate of a pre-LN Transformer also stays over depth (from 4 blocks on), batch "
+        "size, sequence length and training time, in reasonable ranges."
     )
     scales = {  # noqa: RUF012
         "tiny": Config(
@@ -137,7 +137,7 @@ class BeyondWidth(Figure):
             panels,
             share_y=False,
             title=f"Transformer of width {config.width} on text in µP: Adam, training loss, mean over the "
-            f"run; unless swept {', '.join(f'{_NAMES[name]} {size}' for name, size in config.base)}",
+            f"run; else {', '.join(f'{_NAMES[name]} {size}' for name, size in config.base)}",
         ).savefig(path)
 
 

@@ -45,6 +45,7 @@ class Config:
         rate: of the runs that sweep something else.
         multipliers: of the output.
         sigmas: multiples of the initial weights.
+        zeros: what starts at zero in µP.
     """
 
     widths: tuple[int, ...]
@@ -60,6 +61,7 @@ class Config:
     rate: float = -7.0
     depth: int = 2
     heads: int = 4
+    zeros: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,8 +85,8 @@ class Hyperparameters(Figure):
     title = "learning rate, output multiplier, initial σ and schedule"
     source = "their Figures 1 and 4"
     claim = (
-        "In µP the best learning rate, output multiplier, initial σ and schedule of a Transformer stay where "
-        "they are as it grows wider; in the standard parametrization the best learning rate moves."
+        "In µP the best learning rate, output multiplier, initial σ and schedule of a Transformer stay "
+        "where they are as it grows wider; in the standard parametrization the best learning rate moves."
     )
     scales = {  # noqa: RUF012
         "tiny": Config(
@@ -92,7 +94,7 @@ class Hyperparameters(Figure):
             *((-8.0, -7.0, -6.0), (-8.0, -7.0, -6.0), (-2.0, 0.0, 2.0), (-2.0, 0.0, 2.0)),
         ),
         "laptop": Config(
-            *((32, 64, 128, 256, 512), 128, (0, 1), 150, 8, 32),
+            *((32, 64, 128, 256, 512), 128, (0, 1), 120, 8, 32),
             *(octaves(-12, -5), octaves(-10, -4), octaves(-4, 4, 2), octaves(-4, 4, 2)),
         ),
         # The paper's: 2 blocks, 10,000 steps, width 128 to 8192; here up to what trains in an hour on a GPU.
@@ -100,6 +102,7 @@ class Hyperparameters(Figure):
             *((128, 256, 512, 1024, 2048, 4096), 128, (0, 1, 2), 10_000, 20, 256),
             *(octaves(-16, -6), octaves(-13, -5), octaves(-6, 6), octaves(-6, 6)),
             rate=-9.0,
+            zeros=("readout", "query"),
         ),
     }
 
@@ -119,6 +122,7 @@ class Hyperparameters(Figure):
                     base_width=config.base,
                     heads=config.heads,
                     parametrization=name,
+                    zeros=config.zeros,
                     optimizer=functools.partial(_adam, SCHEDULES[schedule], config.steps),
                     **config.sizes,
                 )

@@ -55,8 +55,8 @@ class Interpolation(Figure):
     title = "from the framework's default to µP"
     source = "their Figure 3, and the animation of the announcement"
     claim = (
-        "As initialisation and learning rates go from the framework's default to µP, the curves of an MLP at all "
-        "widths line up: only µP keeps the optimum, it is best of all at the largest, and wider is better."
+        "From the framework's default to µP, in initialisation and learning rates, the curves of an MLP at "
+        "all widths line up: only µP keeps the optimum, it is best of all at the largest, wider is better."
     )
     scales = {  # noqa: RUF012
         "tiny": Config((16, 32), 16, (0.0, 1.0), (0,), 8, 16, (-5.0, -4.0, -3.0)),

@@ -25,6 +25,7 @@ class Config:
         log2_lr: of all runs, near the best of the narrowest.
         warmup: share of the steps that are not judged.
         heads: their number; the head size grows with the width.
+        zeros: what starts at zero in µP.
     """
 
     widths: tuple[int, ...]
@@ -36,6 +37,7 @@ class Config:
     depth: int = 2
     heads: int = 2
     warmup: float = 0.1
+    zeros: tuple[str, ...] = ()
 
 
 class Wider(Figure):
@@ -50,16 +52,13 @@ class Wider(Figure):
     )
     scales = {  # noqa: RUF012
         "tiny": Config((16, 32), (0, 1), steps=20, batch=2, length=16, log2_lr=-7),
-        "laptop": Config((64, 128, 256, 512, 1024), (0, 1, 2), steps=150, batch=8, length=32, log2_lr=-7),
+        "laptop": Config(*((64, 128, 256, 512, 1024), (0, 1, 2)), steps=120, batch=8, length=32, log2_lr=-7),
         # The paper's: GPT-3-like models of width 256 to 32,768 on 8 billion tokens; here what one GPU holds.
         "gpu": Config(
-            (128, 256, 512, 1024, 2048, 4096),
-            (0, 1, 2),
-            steps=10_000,
-            batch=32,
-            length=512,
+            *((128, 256, 512, 1024, 2048, 4096), (0, 1, 2), 10_000, 32, 512),
             log2_lr=-8,
             depth=4,
+            zeros=("readout", "query"),
         ),
     }
 
@@ -82,6 +81,7 @@ class Wider(Figure):
                         base_width=config.widths[0],
                         heads=config.heads,
                         parametrization=name,
+                        zeros=config.zeros,
                         **sizes,
                     ),
                     work=_text.operations(width=width, **sizes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -57,6 +58,11 @@ def growth_figure(
             text = (slopes or {}).get(name, {}).get(column, "")
             axes.set_title(f"{column}\n{text}", fontsize=10, color=INK, loc="left")
         row[0].set_ylabel(f"{name}\n\nmean absolute change", fontsize=10, color=INK)
+    for axes in all_axes[0]:
+        # At least a decade: little noise shall not look like growth.
+        low, high = axes.get_ylim()
+        room = max(1.0, math.sqrt(10 * low / high))
+        axes.set_ylim(low / room, high * room)
     for axes in all_axes[-1]:
         axes.set_xlabel("width", fontsize=10, color=INK)
     all_axes[0][-1].legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1, 0.5))
