@@ -38,9 +38,6 @@ def pairs_file(tmp_path_factory):
     """Sentences of numbers in two languages."""
     one = ["eins", "zwei", "drei", "vier", "fünf", "sechs"]
     other = ["one", "two", "three", "four", "five", "six"]
-        ["eins", "zwei", "drei", "vier", "fünf", "sechs"],
-        ["one", "two", "three", "four", "five", "six"],
-    )
     random = np.random.default_rng(0)
     rows = [random.integers(0, 6, random.integers(2, 7)) for _ in range(120)]
     lines = ["\t".join(" ".join(words[place] for place in row) for words in (one, other)) for row in rows]
