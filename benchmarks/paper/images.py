@@ -43,6 +43,7 @@ class Config:
         trials: of each search.
         seeds: of the target's runs.
         valid: held-out images.
+        zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
     channels: int
@@ -58,6 +59,7 @@ class Config:
     trials: int
     seeds: tuple[int, ...]
     valid: int
+    zeros: tuple[str, ...] = ()
 
 
 class Images(Figure):
@@ -117,6 +119,7 @@ class Images(Figure):
             trials=64,
             seeds=(0, 1, 2),
             valid=8192,
+            zeros=("readout",),
         ),
     }
 
@@ -252,7 +255,7 @@ def _training(config: Config, parts: Any, name: str, multiplier: float, steps: i
             valid=held_out,
             parametrization=name,
             train=True,
-            **({"zero_init": ("readout",)} if name == "mup" else {}),
+            **({"zero_init": config.zeros} if name == "mup" else {}),
         ),
         _accuracy,
     )

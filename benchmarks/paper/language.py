@@ -40,6 +40,7 @@ class Config:
         space: factors to either side of 1 in which multipliers are searched, as log2.
         rates: lowest and highest learning rate of the search, as log2.
         valid: held-out batches.
+        zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
     proxy: int
@@ -56,6 +57,7 @@ class Config:
     valid: int
     rates: tuple[float, float] = (-9.0, -5.0)
     space: float = 1.0
+    zeros: tuple[str, ...] = ()
 
 
 class Language(Figure):
@@ -112,6 +114,7 @@ class Language(Figure):
             trials=20,
             seeds=(0, 1, 2),
             valid=32,
+            zeros=("readout", "query"),
         ),
     }
 
@@ -231,7 +234,7 @@ def _training(
             for first in range(0, config.valid * config.batch, config.batch)
         ],
         parametrization=parametrization,
-        **_text.mup_options(parametrization),
+        **({"zero_init": config.zeros} if parametrization == "mup" else {}),
     )
 
 

@@ -54,6 +54,7 @@ class Config:
         space: factors to either side of 1 in which multipliers are searched, as log2.
         rates: lowest and highest learning rate of the search, as log2.
         valid: held-out batches.
+        zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
     proxy: Shape
@@ -67,6 +68,7 @@ class Config:
     valid: int
     rates: tuple[float, float] = (-12.0, -6.0)
     space: float = 1.0
+    zeros: tuple[str, ...] = ()
 
 
 class Masked(Figure):
@@ -113,6 +115,7 @@ class Masked(Figure):
             trials=64,
             seeds=(0, 1, 2),
             valid=16,
+            zeros=("query",),
         ),
     }
 
@@ -232,7 +235,7 @@ def _training(config: Config, texts: Any, shape: Shape, parametrization: str) ->
         loss=masked_loss,
         valid=valid,
         parametrization=parametrization,
-        **({"zero_init": ("query",)} if parametrization == "mup" else {}),
+        **({"zero_init": config.zeros} if parametrization == "mup" else {}),
     )
 
 

@@ -45,6 +45,7 @@ class Config:
         resamples: orders of the trials.
         rates: lowest and highest learning rate, as log2.
         space: factors to either side of 1 in which both multipliers are searched, as log2.
+        zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
     width: int
@@ -60,6 +61,7 @@ class Config:
     resamples: int = 25
     rates: tuple[float, float] = (-12.0, -5.0)
     space: float = 3.0
+    zeros: tuple[str, ...] = ()
 
     @property
     def proxy(self) -> int:
@@ -114,6 +116,7 @@ class Translation(Figure):
             valid=6,
             trials=64,
             seeds=(0, 1, 2),
+            zeros=("query",),
         ),
     }
 
@@ -294,7 +297,7 @@ def _training(config: Config, corpus: _pairs.Corpus, width: int, parametrization
         loss=translation_loss,
         valid=valid,
         parametrization=parametrization,
-        **({"zero_init": ("query",)} if parametrization == "mup" else {}),
+        **({"zero_init": config.zeros} if parametrization == "mup" else {}),
     )
     return _search.scored(training, functools.partial(_bleu, corpus))
 
