@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("figures", nargs="+", choices=(*FIGURES, "all", "report"), metavar="FIGURE")
     parser.add_argument("--scale", choices=SCALES, default="laptop")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--so-far", action="store_true", help="run nothing: report on the finished seeds")
     parser.add_argument("--text", type=pathlib.Path, help="text file in place of the packaged text")
     parser.add_argument("--pairs", type=pathlib.Path, help="file of tab-separated pairs of sentences")
     parser.add_argument("--images", type=pathlib.Path, help="folder of four IDX files")
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"Wrote {write_readme(options.out)}.")
                 continue
             one = figure(name)
-            report = make(one, options.scale, inputs, options.out)
+            report = make(one, options.scale, inputs, options.out, so_far=options.so_far)
             print(f"{name}: {one.title}\n\n{shown([Row(**row) for row in report['rows']])}\n")
     except MujaxError as error:
         print(error, file=sys.stderr)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 from benchmarks import common
 from benchmarks.paper._results import Results
+from mujax.errors import ConfigError
 
 Scale = Literal["tiny", "laptop", "gpu"]
 SCALES: Final[tuple[Scale, ...]] = get_args(Scale)
@@ -99,14 +99,17 @@ class Figure(abc.ABC):
         return f"python -m benchmarks.paper {self.id} --scale {scale}{inputs.options()}"
 
 
-def make(figure: Figure, scale: Scale, inputs: Inputs, out: pathlib.Path) -> dict[str, Any]:
+def make(
+    figure: Figure, scale: Scale, inputs: Inputs, out: pathlib.Path, *, so_far: bool = False
+) -> dict[str, Any]:
     """Runs a figure, draws it and writes its report; resumes what was interrupted.
 
     Args:
         figure: the figure.
         scale: of the run.
         inputs: the user's own data.
-        out: the folder for `ID-scale.jsonl`, `.json` and `.png`.
+        out: the folder for `ID-scale.jsonl`, `.json` and `.png`; the first has all records.
+        so_far: run nothing, and report on the seeds that are finished.
 
     Returns:
         The report, as written.
@@ -115,9 +118,14 @@ def make(figure: Figure, scale: Scale, inputs: Inputs, out: pathlib.Path) -> dic
     data, fingerprint = figure.data(config, inputs)
     stem = out / f"{figure.id}-{scale}"
     settings = {"config": dataclasses.asdict(config), "data": fingerprint}
+    if so_far and not stem.with_suffix(".jsonl").exists():
+        raise ConfigError(
+            where="so-far", expected=f"results in {stem}.jsonl", got="none", remedy="leave it out to run them"
+        )
     with Results(stem.with_suffix(".jsonl"), settings) as results:
-        figure.run(config, data, results)
-        report = report_of(figure, scale, inputs, results)
+        if not so_far:
+            figure.run(config, data, results)
+        report = {**report_of(figure, scale, inputs, results), "finished": not so_far}
         figure.draw(config, results, stem.with_suffix(".png"))
     common.write(stem.with_suffix(".json"), report)
     return report
@@ -135,7 +143,7 @@ def report_of(figure: Figure, scale: Scale, inputs: Inputs, results: Results) ->
         "rows": [row._asdict() for row in figure.table(config, results)],
         **results.settings,
         **common.environment(),
-        "records": [json.dumps(record) for record in results.records.values()],
+        "records": len(results.records),
     }
 
 

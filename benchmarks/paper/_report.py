@@ -65,5 +65,6 @@ def _at_scale(
         f"`{report['command']}`: {report['minutes']:.0f} minutes on {cores} cores"
         + (f", {flops / 1e12:.3g} trillion operations of compiled programs" if flops else "")
         + f" ([numbers]({path.relative_to(relative_to)})).\n\n"
+        + ("" if report["finished"] else "Not finished: the command resumes it with the other seeds.\n\n")
         + (f"{remark}\n\n" if remark else "")
     )

@@ -55,7 +55,7 @@ class BeyondWidth(Figure):
     )
     scales = {  # noqa: RUF012
         "tiny": Config(
-            *(16, (("depth", 2), ("batch", 2), ("length", 16), ("steps", 6)), (2, 4)),
+            *(16, (("depth", 1), ("batch", 2), ("length", 8), ("steps", 6)), (1, 2)),
             *((2, 4), (8, 16), (6, 12)),
             *((-8.0, -7.0, -6.0), (0,)),
         ),

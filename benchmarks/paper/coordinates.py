@@ -17,7 +17,10 @@ from mujax.check import STATS, CoordCheck, coord_check
 from mujax.plot import growth_figure
 
 SLIGHT: Final = 0.1
-"""A slope within this counts as none, whatever its interval: finite widths bend the lines."""
+"""A slope within this counts as none, though its interval may not contain 0: finite widths bend the lines."""
+
+CLEAR: Final = 0.3
+"""An interval within this excludes the nearest fault, half a power of the width away."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Coordinates(Figure):
         "within a few steps of Adam, and word embeddings do not; in µP all three change alike at all widths."
     )
     scales = {  # noqa: RUF012
-        "tiny": Config((16, 32), seeds=2, steps=2, batch=2, length=16),
+        "tiny": Config((16, 32), seeds=2, steps=2, batch=2, length=16, depth=1, heads=2),
         "laptop": Config((64, 128, 256, 512, 1024), seeds=4, steps=4, batch=4, length=64),
         "gpu": Config((128, 256, 512, 1024, 2048, 4096), seeds=4, steps=4, batch=16, length=256),
     }
@@ -136,12 +139,12 @@ class Coordinates(Figure):
 def holds(low: float, high: float, grows: bool) -> bool | None:
     """Whether the interval of a slope shows growth, or none; None where it shows neither.
 
-    >>> holds(0.3, 0.5, True), holds(0.3, 0.5, False), holds(-0.1, 0.3, False), holds(0.05, 0.3, True)
+    >>> holds(0.3, 0.5, True), holds(0.3, 0.5, False), holds(-0.1, 0.3, False), holds(-1.0, 1.0, False)
     (True, False, True, None)
     """
     if grows:
         return True if low > SLIGHT else False if high < SLIGHT else None
-    if low <= 0 <= high or max(-low, high) <= SLIGHT:
+    if max(-low, high) <= (CLEAR if low <= 0 <= high else SLIGHT):
         return True
     return False if low > SLIGHT or high < -SLIGHT else None
 

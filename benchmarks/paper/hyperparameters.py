@@ -45,6 +45,7 @@ class Config:
         rate: of the runs that sweep something else.
         multipliers: of the output.
         sigmas: multiples of the initial weights.
+        schedules: of `SCHEDULES`.
         zeros: what starts at zero in µP.
     """
 
@@ -61,6 +62,7 @@ class Config:
     rate: float = -7.0
     depth: int = 2
     heads: int = 4
+    schedules: tuple[str, ...] = tuple(SCHEDULES)
     zeros: tuple[str, ...] = ()
 
     @property
@@ -92,6 +94,8 @@ class Hyperparameters(Figure):
         "tiny": Config(
             *((16, 32), 16, (0,), 10, 2, 16),
             *((-8.0, -7.0, -6.0), (-8.0, -7.0, -6.0), (-2.0, 0.0, 2.0), (-2.0, 0.0, 2.0)),
+            schedules=("linear", "constant"),
+            depth=1,
         ),
         "laptop": Config(
             *((32, 64, 128, 256, 512), 128, (0, 1), 120, 8, 32),
@@ -111,7 +115,8 @@ class Hyperparameters(Figure):
 
     def run(self, config: Config, data: Any, results: Results) -> None:
         tokens, _ = data
-        at_rate = {"learning_rate": 2.0**config.rate}
+        # All are arguments of the program, so that the sweeps in µP share one.
+        at_rate = {"learning_rate": 2.0**config.rate, "output_mult": 1.0, "init_scale": 1.0}
         cells = []
         for seed, width in itertools.product(config.seeds, config.widths):
 
@@ -132,21 +137,20 @@ class Hyperparameters(Figure):
                 values: tuple[float, ...],
                 training: Callable[[], Training],
                 swept: str = "learning_rate",
-                fixed: Mapping[str, float] | None = None,
                 at: tuple[int, int] = (width, seed),
             ) -> Cell:
                 width, seed = at
                 work = _text.operations(width=width, **config.sizes)
-                return Cell(setting, width, values, (seed,), training, work, swept, fixed or {})
+                return Cell(setting, width, values, (seed,), training, work, swept, at_rate)
 
             cells += [
                 cell("sp", config.sp_rates, functools.partial(training, "sp")),
                 cell("mup", config.rates, training),
-                cell("mup output_mult", config.multipliers, training, "output_mult", at_rate),
-                cell("mup init_scale", config.sigmas, training, "init_scale", at_rate),
+                cell("mup output_mult", config.multipliers, training, "output_mult"),
+                cell("mup init_scale", config.sigmas, training, "init_scale"),
                 *(
                     cell(f"mup {name}", (config.rate,), functools.partial(training, "mup", name))
-                    for name in SCHEDULES
+                    for name in config.schedules
                 ),
             ]
         with warnings.catch_warnings():
@@ -170,7 +174,7 @@ class Hyperparameters(Figure):
     def schedules(self, config: Config, results: Results) -> dict[int, dict[str, float | None]]:
         """Width -> schedule -> loss at the end, the mean over seeds."""
         found: dict[int, dict[str, float | None]] = {width: {} for width in config.widths}
-        for width, name in itertools.product(config.widths, SCHEDULES):
+        for width, name in itertools.product(config.widths, config.schedules):
             ((runs,),) = results.sweep(f"mup {name}", (width,), (config.rate,), config.seeds).values()
             found[width][name] = mean([run.final for run in runs])
         return found
@@ -212,10 +216,10 @@ class Hyperparameters(Figure):
             Panel(
                 "µP",
                 "schedule",
-                range(len(SCHEDULES)),
+                range(len(config.schedules)),
                 {width: list(by.values()) for width, by in schedules.items()},
                 summary="loss at the end",
-                names=list(SCHEDULES),
+                names=config.schedules,
             ),
         ]
         panels_figure(

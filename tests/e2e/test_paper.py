@@ -66,9 +66,12 @@ def test_a_figure_runs_and_resumes(paper, images, name, tmp_path, capsys, monkey
     again = json.loads((tmp_path / f"{name}-tiny.json").read_text())
     assert [row["measured"] for row in again["rows"]] == [row["measured"] for row in report["rows"]]
     assert log.read_text().splitlines(keepends=True)[:-1] == lines[:-1]
-    # Finished, it runs nothing.
+    # Finished, it runs nothing; nor where it is asked for a report alone.
     monkeypatch.setattr(paper.results, "train_runs", None)
     assert paper.main(command) == 0
+    assert json.loads((tmp_path / f"{name}-tiny.json").read_text())["finished"]
+    assert paper.main([*command, "--so-far"]) == 0
+    assert not json.loads((tmp_path / f"{name}-tiny.json").read_text())["finished"]
 
 
 def test_results_of_another_configuration_are_refused(paper, tmp_path, capsys):
@@ -76,6 +79,12 @@ def test_results_of_another_configuration_are_refused(paper, tmp_path, capsys):
     assert paper.main(["F9", "--scale", "tiny", "--out", str(tmp_path)]) == 2
     assert "expected results in" in capsys.readouterr().err
     assert (tmp_path / "F9-tiny.jsonl").read_text() == '{"config": {"widths": [1]}}\n'
+
+
+def test_a_report_without_results_is_refused(paper, tmp_path, capsys):
+    assert paper.main(["F9", "--scale", "tiny", "--out", str(tmp_path), "--so-far"]) == 2
+    assert "leave it out to run them" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_data_is_one_sentence_with_the_package(paper, tmp_path, capsys, monkeypatch):
@@ -223,6 +232,7 @@ def test_the_page_shows_each_result(paper, tmp_path):
     out.mkdir()
     row = {"claim": "it holds", "measured": "1.25", "interval": "1.2 to 1.3", "holds": False}
     report = {"command": "run it", "minutes": 12.4, "flops": 3.2e12, "cores": 2, "rows": [row]}
+    report["finished"] = False
     (out / "F9-laptop.json").write_text(json.dumps(report))
     (out / "F9-laptop.png").touch()
     page = tmp_path / "README.md"
@@ -231,4 +241,5 @@ def test_the_page_shows_each_result(paper, tmp_path):
     assert "| it holds | 1.25 | 1.2 to 1.3 | no |\n" in page.read_text()
     assert "`run it`: 12 minutes on 2 cores, 3.2 trillion operations" in page.read_text()
     assert "(results/F9-laptop.png)" in page.read_text()
+    assert "Not finished" in page.read_text()
     assert paper.report.sections(out, tmp_path) not in paper.report.README.read_text()

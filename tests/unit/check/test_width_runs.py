@@ -14,7 +14,7 @@ from flax import linen as nn, nnx
 
 import mujax
 from mujax.check._models import optimizer_of
-from mujax.check._width_runs import Finished, Run, RunsFile, train_models
+from mujax.check._width_runs import Finished, Run, RunsFile, train_models, train_runs
 from mujax.errors import ConfigError
 from mujax.train._losses import default_loss
 
@@ -107,6 +107,19 @@ def test_seeds_draw_initial_values_and_learning_rates_are_powers_of_two():
     assert (starts[0] == starts[1]).all(), "the learning rate changes nothing before training"
     assert len(set(starts[0])) == 3
     assert all(fast.loss < slow.loss for slow, fast in zip(*found, strict=True))
+
+
+def test_another_hyperparameter_is_swept_and_the_others_are_fixed():
+    """A multiplier of 1 at the rate of another sweep is the same run; one of 2 is another."""
+    job = mujax.training_run(in_mup(linen), batches(), steps=STEPS)
+    rate, one, two = Run("", 16, -6.0, 0), Run("", 16, 0.0, 0), Run("", 16, 1.0, 0)
+    by_rate = train_runs([rate], lambda _, __: job, steps=STEPS)
+    fixed = {"learning_rate": 2.0**-6, "output_mult": 7.0}  # The swept one is not fixed.
+    by_mult = train_runs([one, two], lambda _, __: job, steps=STEPS, swept="output_mult", fixed=fixed)
+    np.testing.assert_allclose(by_mult[one].curve, by_rate[rate].curve, rtol=1e-5)
+    assert by_mult[two].untrained != pytest.approx(by_mult[one].untrained, rel=1e-2)
+    # Four products of a step, two operations to a parameter and example, and what the optimizer costs.
+    assert by_rate[rate].flops > STEPS * 2 * BATCH * (2 * FEATURES * 16 + 2 * 16)
 
 
 # ---- what is stored -------------------------------------------------------------------------------------

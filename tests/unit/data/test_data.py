@@ -706,6 +706,23 @@ def test_idx_folder(tmp_path):
     np.testing.assert_allclose(found.valid.inputs[..., 0], expected, atol=1e-5)
 
 
+def test_fashion_mnist_is_a_folder_of_idx_files(tmp_path):
+    idx_pair(tmp_path, end=".gz")
+    idx_pair(tmp_path, "t10k", images=IMAGES[:7], labels=LABELS[:7])
+    found = data.fashion_mnist(tmp_path)
+    np.testing.assert_array_equal(found.train.targets, LABELS)
+    assert found.valid.inputs.shape == (7, 4, 6, 1)
+
+
+def test_fashion_mnist_that_is_not_installed(tmp_path):
+    with pytest.raises(DataError) as refused:
+        data.fashion_mnist(tmp_path / "none")
+    assert str(refused.value) == (
+        f"{tmp_path / 'none'}: expected the files of Fashion-MNIST, got no such folder; install them with "
+        "`apt-get install dataset-fashion-mnist`."
+    )
+
+
 def test_idx_folder_that_lacks_files(tmp_path):
     idx_pair(tmp_path)
     assert refusal(tmp_path) == (

@@ -14,12 +14,18 @@ from checks import FAILING, RATES, WIDTHS as CHECKED_WIDTHS, check, tap
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
+from PIL import Image
 from trials import SPACE, make_sweep, make_transferred, report_of
 
 from mujax.check import Run
 from mujax.errors import ConfigError
 from mujax.plot import (
+    Panel,
+    animate,
     coord_check_figure,
+    curves_figure,
+    growth_figure,
+    panels_figure,
     plot_coord_check,
     plot_sweep,
     plot_transfer,
@@ -419,3 +425,79 @@ def test_a_target_that_diverged_or_costs_nobody_knows_still_give_a_picture(tmp_p
     width, height = struct.unpack(">II", content[16:24])
     assert width > 1500
     assert height > 600
+
+
+# ---- the paper's pictures -------------------------------------------------------------------------------
+
+
+def panels(optimum: float = -3.0) -> list[Panel]:
+    curves = {width: [1.5, 1.0 - width / 1000, None] for width in (64, 128)}
+    return [Panel(name, "rate", (-4.0, -3.0, -2.0), curves, {64: optimum, 128: None}) for name in ("a", "b")]
+
+
+def test_a_panel_has_a_curve_for_each_width_and_a_star_at_each_optimum() -> None:
+    figure = panels_figure(panels(), title="t")
+    for axes, name in zip(figure.axes, ("a", "b"), strict=True):
+        assert axes.get_title("left") == name
+        assert len(lines(axes, "o")) == 2
+        assert lines(axes, "*") == [([-3.0], [pytest.approx(0.936)])]
+        low, high = axes.get_ylim()
+        assert low < 1 - 0.128
+        assert high > 1 - 0.064
+    assert [axes.get_legend() is not None for axes in figure.axes].count(True) == 1
+
+
+def test_panels_of_other_legends_have_one_each_and_an_empty_place_is_hidden() -> None:
+    one, other = panels()
+    three = [one, dataclasses.replace(other, legend="depth", names=("x", "y", "z")), one]
+    figure = panels_figure(three, columns=2, share_y=False)
+    assert [axes.get_visible() for axes in figure.axes] == [True, True, True, False]
+    assert [axes.get_legend().get_title().get_text() for axes in figure.axes[:3]] == [
+        "width",
+        "depth",
+        "width",
+    ]
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["x", "y", "z"]
+
+
+def test_panels_of_which_all_diverged_are_drawn() -> None:
+    lost = Panel("lost", "rate", (-4.0, -3.0, -2.0), {64: [None] * 3}, {64: None})
+    (axes,) = panels_figure([lost]).axes
+    assert lines(axes, "*") == []
+
+
+def test_an_animation_goes_there_and_back(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "panels.gif"
+    frames = [panels_figure([one], limits_of=panels()) for one in panels(-3.5) + panels()[:1]]
+    animate(frames, path, seconds=0.1)
+    assert path.read_bytes()[:6] == b"GIF89a"
+    with Image.open(path) as image:
+        durations = []
+        for place in range(image.n_frames):
+            image.seek(place)
+            durations.append(image.info["duration"])
+    assert durations == [200, 100, 200, 100]
+
+
+def test_curves_of_each_width_and_one_that_diverged() -> None:
+    table = np.linspace(3, 1, 20).reshape(2, 10)
+    one, other = curves_figure(
+        {"sp": {64: table, 128: None}, "mup": {64: table, 128: table - 1}}, steps=100
+    ).axes
+    assert [text.get_text() for text in one.get_legend().get_texts()] == ["64", "128 (diverges)"]
+    assert len(other.get_lines()) == 2
+    assert one.get_lines()[0].get_xdata()[0] == 5.0
+    low, high = other.get_ylim()
+    assert low < (table - 1).mean(axis=0).min()
+    assert high > table.mean(axis=0).max()
+
+
+def test_growth_shows_a_decade_at_least() -> None:
+    level = np.full((3, 2), 0.5)
+    rows = {name: {"logits": level, "embeddings": 2 * level} for name in ("sp", "mup")}
+    figure = growth_figure(rows, (16, 32, 64), slopes={"sp": {"logits": "flat"}})
+    assert [axes.get_title("left") for axes in figure.axes][:2] == ["logits\nflat", "embeddings\n"]
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert high / low >= 10
+        assert len(axes.get_lines()) == 2
