@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 OUT: Final = pathlib.Path(__file__).parent / "out"
 """The default folder of the reports; not under version control."""
 
@@ -117,6 +119,24 @@ def paired(samples: Mapping[str, Sequence[float]], ours: str, plain: str) -> Pai
     outside = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
     seconds = {name: statistics.median(samples[name]) for name in (ours, plain)}
     return Paired(statistics.median(ratios), ratios[outside], ratios[n - 1 - outside], seconds)
+
+
+def so_far(losses: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """The target's loss with the best trial so far, after each trial, for trials in this order."""
+    best = np.minimum.accumulate(losses)
+    chosen = np.maximum.accumulate(np.where(losses <= best, np.arange(len(losses)), 0))
+    return worth[chosen]
+
+
+def spent_on(curve: np.ndarray, spent: np.ndarray, loss: float) -> float | None:
+    """Operations spent when the curve has got to a loss for good, and None if it ends above it.
+
+    A later trial that is better at the proxy may be worse at the target: a search that passed through a loss
+    by chance has not got there.
+    """
+    above = np.flatnonzero(curve > loss)
+    settled = int(above[-1]) + 1 if len(above) else 0
+    return float(spent[settled]) if settled < len(curve) else None
 
 
 def resident() -> tuple[int, int]:

@@ -116,24 +116,6 @@ class Clock:
 # ---- both ways of tuning, resampled --------------------------------------------------------------------
 
 
-def so_far(losses: np.ndarray, worth: np.ndarray) -> np.ndarray:
-    """The target's loss with the best trial so far, after each trial, for trials in this order."""
-    best = np.minimum.accumulate(losses)
-    chosen = np.maximum.accumulate(np.where(losses <= best, np.arange(len(losses)), 0))
-    return worth[chosen]
-
-
-def spent_on(curve: np.ndarray, spent: np.ndarray, loss: float) -> float | None:
-    """Operations spent when the curve has got to a loss for good, and None if it ends above it.
-
-    A later trial that is better at the proxy may be worse at the target: a search that passed through a loss
-    by chance has not got there.
-    """
-    above = np.flatnonzero(curve > loss)
-    settled = int(above[-1]) + 1 if len(above) else 0
-    return float(spent[settled]) if settled < len(curve) else None
-
-
 def compare(studies: Mapping[str, Sweep], resamples: int, seed: int = 0) -> list[dict[str, Any]]:
     """Operations of direct tuning over those of µTransfer, at the losses that numbers of trials get to."""
     by_hparams = {
@@ -151,7 +133,7 @@ def compare(studies: Mapping[str, Sweep], resamples: int, seed: int = 0) -> list
     for _ in range(resamples):
         permutation = random.permutation(len(same))
         direct = losses["direct"][permutation]
-        ours = so_far(losses["proxy"][permutation], losses["target"][permutation])
+        ours = common.so_far(losses["proxy"][permutation], losses["target"][permutation])
         runs.append(
             {
                 "direct": np.minimum.accumulate(direct),
@@ -165,8 +147,8 @@ def compare(studies: Mapping[str, Sweep], resamples: int, seed: int = 0) -> list
         level = float(np.median([run["direct"][count - 1] for run in runs]))
         ratios = []
         for run in runs:
-            direct = spent_on(run["direct"], run["direct_flops"], level)
-            ours = spent_on(run["ours"], run["ours_flops"], level)
+            direct = common.spent_on(run["direct"], run["direct_flops"], level)
+            ours = common.spent_on(run["ours"], run["ours_flops"], level)
             # Direct tuning that never gets there has at least spent everything.
             direct = float(run["direct_flops"][-1]) if direct is None else direct
             ratios.append(0.0 if ours is None else direct / ours)

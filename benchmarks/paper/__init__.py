@@ -16,6 +16,10 @@ FIGURES: Final[Mapping[str, str]] = {
     "F2": "interpolation",
     "F3": "hyperparameters",
     "F4": "beyond_width",
+    "F5": "translation",
+    "F6": "language",
+    "F7": "masked",
+    "F8": "images",
     "F9": "wider",
 }
 """The module of each figure, which has it as `FIGURE`."""

@@ -32,6 +32,7 @@ class Results:
         settings: all that the records depend on besides their keys. A file with others is refused.
 
     Attributes:
+        path: as given.
         settings: as given.
         records: key -> what was found.
 
@@ -40,6 +41,7 @@ class Results:
     """
 
     def __init__(self, path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)

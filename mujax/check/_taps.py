@@ -300,28 +300,57 @@ def chain(
         products: the places of the products of two activations.
     """
     jaxpr = program_at(program, site).jaxpr
-    out = jaxpr.eqns[int(site[-1])].outvars[0]
-    while True:
-        readers = _readers(jaxpr).get(out, [])
-        if len(readers) != 1:
-            return
-        (index,) = readers
-        if index == _OUTPUT:
-            site = site[:-2]
-            if not site or subprograms(caller := equation_at(program, site))[0].kind != "call":
-                return
-            out, jaxpr = caller.outvars[jaxpr.outvars.index(out)], program_at(program, site).jaxpr
-            continue
-        site = (*site[:-1], index)
-        if site in products:
-            yield Step(site, 1.0, product=True)
-            return
-        eqn = jaxpr.eqns[index]
-        constant = _constant_step(eqn, eqn.invars.index(out), analysis.flow.operands(site))
-        if constant is None:
-            return
+    yield from _onward(program, analysis, products, jaxpr, site, jaxpr.eqns[int(site[-1])].outvars[0])
+
+
+def _onward(
+    program: ClosedJaxpr,
+    analysis: Analysis,
+    products: Collection[EqnPath],
+    jaxpr: Jaxpr,
+    site: EqnPath,
+    out: Var,
+) -> Iterator[Step]:
+    """The rest of a chain, from an output of the equation at `site` in `jaxpr`."""
+    rest = [
+        _through(program, analysis, products, jaxpr, site, out, index)
+        for index in _readers(jaxpr).get(out, [])
+    ]
+    if len(rest) == 1:
+        yield from rest[0]
+        return
+    # A query that goes into a product with the keys and one with their distances belongs to both.
+    ends = [step for steps in rest for step in collections.deque(steps, maxlen=1)]
+    if ends and len(ends) == len(rest) and all(step.product for step in ends):
+        yield ends[0]
+
+
+def _through(
+    program: ClosedJaxpr,
+    analysis: Analysis,
+    products: Collection[EqnPath],
+    jaxpr: Jaxpr,
+    site: EqnPath,
+    out: Var,
+    index: int,
+) -> Iterator[Step]:
+    """The rest of a chain through one of the equations that read `out`."""
+    if index == _OUTPUT:
+        site = site[:-2]
+        if site and subprograms(caller := equation_at(program, site))[0].kind == "call":
+            outer = program_at(program, site).jaxpr
+            out = caller.outvars[jaxpr.outvars.index(out)]
+            yield from _onward(program, analysis, products, outer, site, out)
+        return
+    site = (*site[:-1], index)
+    if site in products:
+        yield Step(site, 1.0, product=True)
+        return
+    eqn = jaxpr.eqns[index]
+    constant = _constant_step(eqn, eqn.invars.index(out), analysis.flow.operands(site))
+    if constant is not None:
         yield Step(site, constant)
-        out = eqn.outvars[0]
+        yield from _onward(program, analysis, products, jaxpr, site, eqn.outvars[0])
 
 
 _OUTPUT = -1

@@ -68,6 +68,20 @@ def _tokens(key: Key[Array, ""], batch: int) -> Batch:
     return (jnp.asarray(drawn.inputs[0]),), jnp.asarray(drawn.targets[0])
 
 
+def _halves(key: Key[Array, ""], batch: int) -> Batch:
+    """The second half of each text, to be written after the first."""
+    (first,), ahead = _tokens(key, batch)
+    half = _TEXT_LENGTH // 2
+    return (first[:, :half], first[:, half:]), ahead[:, half:]
+
+
+def _masked_tokens(key: Key[Array, ""], batch: int) -> Batch:
+    """Texts with every seventh byte or so replaced by 1, which no text has."""
+    (tokens,), _ = _tokens(key, batch)
+    masked = jax.random.bernoulli(jax.random.fold_in(key, 1), 0.15, tokens.shape)
+    return (jnp.where(masked, 1, tokens),), tokens
+
+
 def _small_resnet(width: int) -> Any:
     # ResNet-18 has four times the taps and shows nothing more.
     return models.ResNet(
@@ -88,12 +102,37 @@ BUILTIN: Final[Mapping[str, Builtin]] = {
         widths=(32, 64, 128, 256),
         batch=functools.partial(_tokens, batch=8),
     ),
+    "relative-transformer": Builtin(
+        title="Transformer with 2 blocks and relative positions",
+        build=lambda width: models.BUILD["relative-transformer"](width)[0],
+        widths=(32, 64, 128, 256),
+        batch=functools.partial(_tokens, batch=8),
+    ),
+    "encoder-decoder": Builtin(
+        title="Encoder-decoder Transformer with 2 and 2 blocks",
+        build=lambda width: models.BUILD["encoder-decoder"](width)[0],
+        widths=(32, 64, 128, 256),
+        batch=functools.partial(_halves, batch=8),
+    ),
+    "bert": Builtin(
+        title="BERT with 2 blocks",
+        build=lambda width: models.BUILD["bert"](width)[0],
+        widths=(32, 64, 128, 256),
+        batch=functools.partial(_masked_tokens, batch=8),
+    ),
     "resnet": Builtin(
         title="ResNet with 3 blocks",
         build=_small_resnet,
         widths=(8, 16, 32, 64),
         batch=functools.partial(_images, batch=16, side=_SIDE),
         # Batch statistics of its own, or the norms would do nothing.
+        kwargs={"train": True},
+    ),
+    "resnet9": Builtin(
+        title="ResNet-9",
+        build=lambda width: models.BUILD["resnet9"](width)[0],
+        widths=(8, 16, 32, 64),
+        batch=functools.partial(_images, batch=16, side=_SIDE),
         kwargs={"train": True},
     ),
 }

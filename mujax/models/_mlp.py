@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from mujax.errors import ConfigError
+from mujax.models._sizes import require_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,7 @@ class MLPConfig:
     param_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "n_classes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    where=f"MLPConfig.{name}",
-                    expected="at least 1",
-                    got=getattr(self, name),
-                )
+        require_positive(self, "width", "depth", "n_classes")
 
 
 class MLP(nn.Module):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -109,15 +109,7 @@ class ResNetConfig:
                 expected="stage_sizes and n_classes of at least 1",
                 got=f"{self.stage_sizes} and {self.n_classes}",
             )
-        for width in self.stage_widths:
-            channels = width * self.width_multiplier
-            if channels < 1 or channels != round(channels):
-                raise ConfigError(
-                    where="ResNetConfig.width_multiplier",
-                    expected=f"{self.width_multiplier:g} × {width} channels to be a whole number",
-                    got=f"{channels:g}",
-                    remedy="choose a multiplier that divides evenly",
-                )
+        _ = self.channels
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -126,10 +118,39 @@ class ResNetConfig:
         >>> ResNetConfig(width_multiplier=0.5).channels
         (32, 64, 128, 256)
         """
-        return tuple(round(width * self.width_multiplier) for width in self.stage_widths)
+        return scaled_widths("ResNetConfig", self.stage_widths, self.width_multiplier)
 
 
-def _conv(cfg: ResNetConfig, channels: int, kernel: int, stride: int, name: str) -> nn.Conv:
+class LayerOptions(Protocol):
+    """The part of a config that convolutions and norms take."""
+
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def dtype(self) -> DTypeLike: ...
+    @property
+    def param_dtype(self) -> DTypeLike: ...
+
+
+def scaled_widths(config: str, widths: tuple[int, ...], multiplier: float) -> tuple[int, ...]:
+    """The widths times the multiplier.
+
+    Raises:
+        ConfigError: a product is not a whole number of channels.
+    """
+    for width in widths:
+        channels = width * multiplier
+        if channels < 1 or channels != round(channels):
+            raise ConfigError(
+                where=f"{config}.width_multiplier",
+                expected=f"{multiplier:g} × {width} channels to be a whole number",
+                got=f"{channels:g}",
+                remedy="choose a multiplier that divides evenly",
+            )
+    return tuple(round(width * multiplier) for width in widths)
+
+
+def conv(cfg: LayerOptions, channels: int, kernel: int, stride: int, name: str) -> nn.Conv:
     return nn.Conv(
         channels,
         (kernel, kernel),
@@ -141,7 +162,7 @@ def _conv(cfg: ResNetConfig, channels: int, kernel: int, stride: int, name: str)
     )
 
 
-def _norm(cfg: ResNetConfig, train: bool, name: str) -> nn.BatchNorm:
+def norm(cfg: LayerOptions, train: bool, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=cfg.momentum,
@@ -168,12 +189,12 @@ class PostActivationBlock(nn.Module):
             if i:
                 y_BxHxWxC = nn.relu(y_BxHxWxC)
             channels, stride = self.channels * layer.expansion, self.stride if layer.strided else 1
-            y_BxHxWxC = _conv(cfg, channels, layer.kernel, stride, name=f"conv_{i}")(y_BxHxWxC)
-            y_BxHxWxC = _norm(cfg, train, f"norm_{i}")(y_BxHxWxC)
+            y_BxHxWxC = conv(cfg, channels, layer.kernel, stride, name=f"conv_{i}")(y_BxHxWxC)
+            y_BxHxWxC = norm(cfg, train, f"norm_{i}")(y_BxHxWxC)
 
         if self.stride != 1 or x_BxHxWxC.shape[-1] != channels_out:
-            x_BxHxWxC = _conv(cfg, channels_out, 1, self.stride, name="shortcut_conv")(x_BxHxWxC)
-            x_BxHxWxC = _norm(cfg, train, "shortcut_norm")(x_BxHxWxC)
+            x_BxHxWxC = conv(cfg, channels_out, 1, self.stride, name="shortcut_conv")(x_BxHxWxC)
+            x_BxHxWxC = norm(cfg, train, "shortcut_norm")(x_BxHxWxC)
         return nn.relu(x_BxHxWxC + y_BxHxWxC)
 
 
@@ -189,16 +210,16 @@ class PreActivationBlock(nn.Module):
         cfg, branch = self.config, _BRANCH[self.config.block]
         channels_out = self.channels * branch[-1].expansion
 
-        y_BxHxWxC = nn.relu(_norm(cfg, train, "norm_0")(x_BxHxWxC))
+        y_BxHxWxC = nn.relu(norm(cfg, train, "norm_0")(x_BxHxWxC))
         # A projected shortcut starts from the normalised input, a plain one from the input itself.
         if self.stride != 1 or x_BxHxWxC.shape[-1] != channels_out:
-            x_BxHxWxC = _conv(cfg, channels_out, 1, self.stride, name="shortcut_conv")(y_BxHxWxC)
+            x_BxHxWxC = conv(cfg, channels_out, 1, self.stride, name="shortcut_conv")(y_BxHxWxC)
 
         for i, layer in enumerate(branch):
             if i:
-                y_BxHxWxC = nn.relu(_norm(cfg, train, f"norm_{i}")(y_BxHxWxC))
+                y_BxHxWxC = nn.relu(norm(cfg, train, f"norm_{i}")(y_BxHxWxC))
             channels, stride = self.channels * layer.expansion, self.stride if layer.strided else 1
-            y_BxHxWxC = _conv(cfg, channels, layer.kernel, stride, name=f"conv_{i}")(y_BxHxWxC)
+            y_BxHxWxC = conv(cfg, channels, layer.kernel, stride, name=f"conv_{i}")(y_BxHxWxC)
         return x_BxHxWxC + y_BxHxWxC
 
 
@@ -233,10 +254,10 @@ class ResNet(nn.Module):
         block = PreActivationBlock if cfg.pre_activation else PostActivationBlock
 
         stem = _STEM[cfg.stem]
-        x_BxHxWxC = _conv(cfg, cfg.channels[0], stem.kernel, stem.stride, name="stem_conv")(x_BxHxWxC)
+        x_BxHxWxC = conv(cfg, cfg.channels[0], stem.kernel, stem.stride, name="stem_conv")(x_BxHxWxC)
         # The first pre-activation block has its own norm.
         if not cfg.pre_activation:
-            x_BxHxWxC = nn.relu(_norm(cfg, train, "stem_norm")(x_BxHxWxC))
+            x_BxHxWxC = nn.relu(norm(cfg, train, "stem_norm")(x_BxHxWxC))
         if stem.pool:
             x_BxHxWxC = nn.max_pool(x_BxHxWxC, (3, 3), (2, 2), padding="SAME")
 
@@ -245,7 +266,7 @@ class ResNet(nn.Module):
                 stride = 2 if i and not j else 1
                 x_BxHxWxC = block(cfg, channels, stride, name=f"stage_{i}_block_{j}")(x_BxHxWxC, train)
         if cfg.pre_activation:
-            x_BxHxWxC = nn.relu(_norm(cfg, train, "final_norm")(x_BxHxWxC))
+            x_BxHxWxC = nn.relu(norm(cfg, train, "final_norm")(x_BxHxWxC))
 
         x_BxC = x_BxHxWxC.mean(axis=(1, 2))
         init = nn.initializers.zeros_init() if cfg.zero_readout else nn.initializers.lecun_normal()

@@ -1,28 +1,24 @@
 """Pre-LN decoder Transformer in plain Flax Linen, standard parametrization throughout.
 
-Shape suffixes: B batch, T query position, S key position, D model width, N query heads, K key and value
-heads, G query heads to one key and value head (N = K G), H head size, F feed-forward width, V vocabulary.
+Shape suffixes: B batch, T position, D model width, V vocabulary.
 
-References:
-    Vaswani et al., Attention Is All You Need, arXiv 1706.03762.
-    Ainslie et al., GQA, arXiv 2305.13245.
+Reference:
+    Radford et al., Language Models are Unsupervised Multitask Learners, 2019 (GPT-2).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mujax.errors import ConfigError
-
-_DEFAULT_HEADS = 4
+from mujax.models._layers import Attention, FeedForward, causal_mask
+from mujax.models._sizes import require_length, require_positive, require_rate, split_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +46,8 @@ class TransformerConfig:
         scan_layers: run the blocks as one `lax.scan`, their parameters stacked along a leading axis.
         dtype: dtype of the computation; softmax and logits are always in float32.
         param_dtype: dtype of the parameters.
+        relative_positions: in each block, add a learned vector for the distance between query and key to the
+            key, instead of one for its position to each token.
 
     Raises:
         ConfigError: sizes that are not positive or do not divide.
@@ -71,23 +69,13 @@ class TransformerConfig:
     scan_layers: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    _: dataclasses.KW_ONLY
+    relative_positions: bool = False
 
     def __post_init__(self) -> None:
-        optional = ("n_heads", "head_dim", "n_kv_heads")
-        for name in ("d_model", "n_layers", "ff_ratio", "vocab_size", "max_len", *optional):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise ConfigError(
-                    where=f"TransformerConfig.{name}",
-                    expected="at least 1",
-                    got=size,
-                )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(
-                where="TransformerConfig.dropout",
-                expected="a rate from 0 up to 1, 1 excluded",
-                got=self.dropout,
-            )
+        require_positive(self, "d_model", "n_layers", "ff_ratio", "vocab_size", "max_len")
+        require_positive(self, "n_heads", "head_dim", "n_kv_heads")
+        require_rate(self, "dropout")
         n_heads, n_kv_heads, _ = self.heads
         if n_heads % n_kv_heads:
             raise ConfigError(
@@ -103,65 +91,13 @@ class TransformerConfig:
         >>> TransformerConfig(d_model=64, head_dim=16, n_kv_heads=2).heads
         (4, 2, 16)
         """
-        if self.n_heads is not None and self.head_dim is not None:
-            n_heads, head_dim = self.n_heads, self.head_dim
-        else:
-            name = "n_heads" if self.head_dim is None else "head_dim"
-            divisor = self.head_dim or self.n_heads or _DEFAULT_HEADS
-            if self.d_model % divisor:
-                raise ConfigError(
-                    where=f"TransformerConfig.{name}",
-                    expected=f"a divisor of d_model={self.d_model}",
-                    got=divisor,
-                    remedy="give both n_heads and head_dim if n_heads × head_dim is to differ from d_model",
-                )
-            rest = self.d_model // divisor
-            n_heads, head_dim = (rest, divisor) if name == "head_dim" else (divisor, rest)
+        n_heads, head_dim = split_heads(self)
         return n_heads, self.n_kv_heads or n_heads, head_dim
 
     @property
     def layer_options(self) -> dict[str, Any]:
         """Keyword arguments that all projections and norms of a block share."""
         return {"use_bias": self.use_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-
-
-class Attention(nn.Module):
-    """Causal attention, logits q·k / sqrt(head size), grouped when there are fewer keys than queries."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        cfg = self.config
-        N, K, H = cfg.heads
-        B, T, D = x_BxTxD.shape
-        options = cfg.layer_options
-
-        q_BxTxNxH = nn.DenseGeneral((N, H), name="query", **options)(x_BxTxD)
-        k_BxSxKxH = nn.DenseGeneral((K, H), name="key", **options)(x_BxTxD)
-        v_BxSxKxH = nn.DenseGeneral((K, H), name="value", **options)(x_BxTxD)
-
-        q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H) / math.sqrt(H)
-        logits_BxKxGxTxS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BxTxKxGxH, k_BxSxKxH)
-        causal_TxS = jnp.tril(jnp.ones((T, T), dtype=bool))
-        weights_BxKxGxTxS = jax.nn.softmax(logits_BxKxGxTxS.astype(jnp.float32), where=causal_TxS)
-        out_BxTxKxGxH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BxKxGxTxS.astype(cfg.dtype), v_BxSxKxH)
-
-        out_BxTxNxH = out_BxTxKxGxH.reshape(B, T, N, H)
-        return nn.DenseGeneral(D, axis=(-2, -1), name="out", **options)(out_BxTxNxH)
-
-
-class FeedForward(nn.Module):
-    """Two projections with a GELU between."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        cfg = self.config
-        options = cfg.layer_options
-        h_BxTxF = nn.Dense(cfg.ff_ratio * cfg.d_model, name="up", **options)(x_BxTxD)
-        return nn.Dense(cfg.d_model, name="down", **options)(nn.gelu(h_BxTxF))
 
 
 class Block(nn.Module):
@@ -176,10 +112,12 @@ class Block(nn.Module):
         options = cfg.layer_options
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
 
+        max_distance = cfg.max_len if cfg.relative_positions else None
+        attention = Attention(cfg.heads, max_distance=max_distance, name="attention", **options)
         y_BxTxD = nn.LayerNorm(name="attention_norm", **options)(x_BxTxD)
-        x_BxTxD += dropout(Attention(cfg, name="attention")(y_BxTxD))
+        x_BxTxD += dropout(attention(y_BxTxD, causal_mask(x_BxTxD.shape[1])))
         y_BxTxD = nn.LayerNorm(name="ff_norm", **options)(x_BxTxD)
-        return x_BxTxD + dropout(FeedForward(cfg, name="ff")(y_BxTxD))
+        return x_BxTxD + dropout(FeedForward(cfg.ff_ratio * cfg.d_model, name="ff", **options)(y_BxTxD))
 
 
 class Transformer(nn.Module):
@@ -187,6 +125,7 @@ class Transformer(nn.Module):
 
     Projections start at variance 1/fan_in, embeddings at 1/d_model (Flax's defaults).
 
+    >>> import jax
     >>> model = Transformer(TransformerConfig(d_model=64, n_layers=2, head_dim=16))
     >>> tokens_BxT = jnp.zeros((2, 8), jnp.int32)
     >>> logits_BxTxV, variables = model.init_with_output(jax.random.key(0), tokens_BxT)
@@ -211,18 +150,14 @@ class Transformer(nn.Module):
         """
         cfg = self.config
         T = tokens_BxT.shape[1]
-        if cfg.max_len < T:
-            raise ConfigError(
-                where="Transformer",
-                expected=f"at most max_len={cfg.max_len} tokens",
-                got=T,
-                remedy="shorten the sequence or raise TransformerConfig.max_len",
-            )
+        require_length("Transformer", cfg.max_len, T)
         dtypes: dict[str, Any] = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
 
         token_embedding = nn.Embed(cfg.vocab_size, cfg.d_model, name="token_embedding", **dtypes)
-        position_embedding = nn.Embed(cfg.max_len, cfg.d_model, name="position_embedding", **dtypes)
-        x_BxTxD = token_embedding(tokens_BxT) + position_embedding(jnp.arange(T)[None])
+        x_BxTxD = token_embedding(tokens_BxT)
+        if not cfg.relative_positions:
+            position_embedding = nn.Embed(cfg.max_len, cfg.d_model, name="position_embedding", **dtypes)
+            x_BxTxD += position_embedding(jnp.arange(T)[None])
         x_BxTxD = nn.Dropout(cfg.dropout, deterministic=not train)(x_BxTxD)
 
         # Inside a scan the loop itself keeps XLA from merging the recomputation with the forward pass.

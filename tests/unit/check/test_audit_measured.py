@@ -141,7 +141,7 @@ def test_a_right_reading_has_no_disagreement(name):
 
 WRONG = {
     "MLP": (MLP, X, "hidden/kernel", "test_audit_measured.py"),
-    "Transformer": (transformer, TOKENS, "block_0/ff/up/kernel", "mujax/models/_transformer.py"),
+    "Transformer": (transformer, TOKENS, "block_0/ff/up/kernel", "mujax/models/_layers.py"),
     "a product that can't be seen": (pure, X, "hidden", "test_audit_measured.py"),
 }
 

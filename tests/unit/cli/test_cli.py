@@ -581,6 +581,7 @@ def test_a_factory_of_the_users_own_is_checked(
 
 # ---- bad input ------------------------------------------------------------------------------------------
 
+MODELS = "mlp, transformer, relative-transformer, encoder-decoder, bert, resnet, resnet9"
 SIZES = "--width 32 --base-width 8"
 
 
@@ -623,7 +624,7 @@ SIZES = "--width 32 --base-width 8"
             "explain mlp --width 0 --base-width 8",
             "width: expected a whole number of at least 1 or None, got 0;",
         ),
-        (f"explain mpl {SIZES}", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
+        (f"explain mpl {SIZES}", f"MODEL: expected one of {MODELS} or package.module:factory"),
         (
             f"explain none.such:f {SIZES}",
             "'none.such' that can be imported from here, got ModuleNotFoundError",
@@ -658,7 +659,7 @@ SIZES = "--width 32 --base-width 8"
         ("coord-check mlp --parametrization ntk", "parametrization: expected one of"),
         ("coord-check mlp --inputs 2x5", "inputs: expected none for mlp, which has its own, got ('2x5',)."),
         ("coord-check mlp --out broken.py", "out: expected a folder to write to, got broken.py ("),
-        ("coord-check mpl", "MODEL: expected one of mlp, transformer, resnet or package.module:factory"),
+        ("coord-check mpl", f"MODEL: expected one of {MODELS} or package.module:factory"),
         ("coord-check own.nets:alone", "return (module, inputs) or pass --inputs"),
         ("coord-check own.nets:breaks", "to build width 64, got RuntimeError: no such luck."),
         (

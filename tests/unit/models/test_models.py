@@ -14,8 +14,18 @@ from flax import linen as nn
 
 import mujax.models
 from mujax.errors import ConfigError
-from mujax.models import BUILD, MLP, MLPConfig, ResNet, ResNetConfig, Transformer, TransformerConfig
-from mujax.models._transformer import Attention
+from mujax.models import (
+    BUILD,
+    MLP,
+    MLPConfig,
+    ResNet,
+    ResNet9,
+    ResNet9Config,
+    ResNetConfig,
+    Transformer,
+    TransformerConfig,
+)
+from mujax.models._layers import Attention, causal_mask
 from mujax.spec import leaf_path
 
 KEY = jax.random.key(0)
@@ -102,6 +112,7 @@ def test_mlp_kernels_start_at_variance_one_over_fan_in():
             jnp.zeros((1, 4), jnp.int32),
         ),
         (ResNet(ResNetConfig((1,), (8,), zero_readout=True)), jnp.zeros((1, 4, 4, 3))),
+        (ResNet9(ResNet9Config(1 / 16, zero_readout=True)), jnp.zeros((1, 8, 8, 3))),
     ],
 )
 def test_zero_readout_starts_only_the_readout_at_zero(module, inputs):
@@ -165,21 +176,38 @@ def test_transformer_has_the_size_of_gpt2():
 
 @pytest.mark.parametrize("use_bias", [False, True])
 def test_attention_agrees_with_flax(use_bias):
-    config = dataclasses.replace(TINY, use_bias=use_bias)
-    x = normal(2, 8, 16)
+    attention = Attention(TINY.heads, use_bias=use_bias)
+    x, own_and_before, everything = normal(2, 8, 16), causal_mask(8), np.ones((1, 1, 8), bool)
     reference = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=use_bias)
     causal = nn.make_causal_mask(jnp.zeros((2, 8)))
     params = random_params(reference, x)
     expected = jax.jit(reference.apply)({"params": params}, x, mask=causal)
-    np.testing.assert_allclose(run(Attention(config), params, x), expected, rtol=1e-4, atol=1e-5)
+    out = run(attention, params, x, own_and_before)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     unmasked = run(reference, params, x)
-    assert not np.allclose(run(Attention(config), params, x), unmasked, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(run(attention, params, x, everything), unmasked, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(out, unmasked, rtol=1e-2, atol=1e-2)
+
+
+def test_attention_to_something_else_agrees_with_flax():
+    x, memory, mask = (
+        normal(2, 8, 16),
+        normal(2, 5, 12),
+        np.array([[[1, 1, 1, 1, 0]], [[1, 0, 1, 0, 0]]], bool),
+    )
+    reference = nn.MultiHeadDotProductAttention(num_heads=4, use_bias=False)
+    params = random_params(reference, x, memory)
+    expected = jax.jit(reference.apply)({"params": params}, x, memory, mask=mask[:, None])
+    out = run(Attention(TINY.heads), params, x, mask, memory)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    other = run(Attention(TINY.heads), params, x, np.ones_like(mask), memory)
+    assert not np.allclose(out, other, rtol=1e-2, atol=1e-2)
 
 
 def test_grouped_attention_is_full_attention_with_shared_keys_and_values():
-    x = normal(2, 8, 16)
-    grouped = Attention(dataclasses.replace(TINY, n_kv_heads=2))
-    params = random_params(grouped, x)
+    x, mask, full = normal(2, 8, 16), causal_mask(8), Attention(TINY.heads)
+    grouped = Attention(dataclasses.replace(TINY, n_kv_heads=2).heads)
+    params = random_params(grouped, x, mask)
     assert params["key"]["kernel"].shape == params["value"]["kernel"].shape == (16, 2, 4)
     repeated = {
         **params,
@@ -189,9 +217,9 @@ def test_grouped_attention_is_full_attention_with_shared_keys_and_values():
         **params,
         **{name: {"kernel": np.tile(params[name]["kernel"], (1, 2, 1))} for name in ("key", "value")},
     }
-    out = run(grouped, params, x)
-    np.testing.assert_allclose(out, run(Attention(TINY), repeated, x), rtol=1e-4, atol=1e-5)
-    assert not np.allclose(out, run(Attention(TINY), tiled, x), rtol=1e-2, atol=1e-2)
+    out = run(grouped, params, x, mask)
+    np.testing.assert_allclose(out, run(full, repeated, x, mask), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(out, run(full, tiled, x, mask), rtol=1e-2, atol=1e-2)
 
 
 def test_transformer_sees_the_past_only():
