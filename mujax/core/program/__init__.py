@@ -5,6 +5,11 @@ places and the programs inside of equations, `_source.py` lines of the user's co
 program with factors inserted.
 """
 
+from mujax.core.program._boundary import (
+    Boundary as Boundary,
+    boundary as boundary,
+    closed_around as closed_around,
+)
 from mujax.core.program._evaluate import (
     Insertion as Insertion,
     Insertions as Insertions,

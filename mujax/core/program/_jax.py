@@ -83,6 +83,12 @@ def rebuilt(
     return jex.ClosedJaxpr(changed, list(consts))
 
 
+@functools.lru_cache(maxsize=1024)
+def spare_vars(avals: tuple[Any, ...]) -> tuple[Var, ...]:
+    """Variables that no program has, of some types."""
+    return tuple(jax.make_jaxpr(lambda *xs: xs)(*map(_like, avals)).jaxpr.invars)
+
+
 # ---- equations that hold programs ------------------------------------------------------------------
 
 
