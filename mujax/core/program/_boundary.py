@@ -32,9 +32,10 @@ from mujax.core.program._jax import (
     control,
     dtype_of,
     is_float,
+    memory_written,
     shape_of,
 )
-from mujax.core.program._primitives import IDENTITIES, LAYOUT, PRODUCTS
+from mujax.core.program._primitives import IDENTITIES, LAYOUT, MEMORY_READS, MEMORY_WRITES, PRODUCTS
 from mujax.core.program._sites import EqnPath, Subprogram, enclosing_equations, equation_at, subprograms
 
 _MOST_OPERANDS: Final = 2
@@ -246,6 +247,10 @@ class _Powers:
                 return None
             case ["call"]:
                 return self._inside(inner[0], ins, site)
+            case ["kernel"]:
+                memory = [self.unknown() for _ in inner[0].program.jaxpr.invars[len(ins) :]]
+                self._program(inner[0].program, [*ins, *memory], (*site, inner[0].step))
+                return memory[: len(eqn.outvars)]
             case ["branch", *_]:
                 self.equal(ins[0])
                 branches = [self._inside(one, ins, site) for one in inner]
@@ -275,6 +280,14 @@ class _Powers:
             # To numbers of one byte, it cuts off what is too large.
             self.equal(ins[0])
             return [_NONE]
+        if name in MEMORY_READS:
+            for form, atom in zip(ins[1:], eqn.invars[1:], strict=True):
+                # Instead of what is masked.
+                self.equal(*([ins[0], form] if is_float(atom) else [form]))
+            return [ins[0]]
+        if name in MEMORY_WRITES and (written := memory_written(eqn)) is not None:
+            self.equal(ins[0], ins[written])
+            return [ins[0]] * len(eqn.outvars)
         if name in IDENTITIES | _EACH and len(ins) == len(eqn.outvars):
             return list(ins)
         if name in LAYOUT | _LINEAR:

@@ -143,6 +143,19 @@ class CustomRule(Call):
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernel(CustomRule):
+    """`pallas_call`: a program that reads and writes memory, run once for each point of a grid.
+
+    The program's inputs are memory: blocks of the operands, then of the outputs, then some of its own.
+
+    Attributes:
+        grid: the sizes of the grid.
+    """
+
+    grid: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Scan:
     """`jax.lax.scan`: operands are constants, then the carry, then what is scanned over."""
 
@@ -204,6 +217,22 @@ def primitive_name(eqn: JaxprEqn) -> str:
     """
     held = eqn.params.get("_prim")
     return eqn.primitive.name if held is None else type(held).__name__
+
+
+def memory_written(eqn: JaxprEqn) -> int | None:
+    """Which operand an equation writes into the memory that is its first operand; None where unknown.
+
+    The others are indices and masks.
+    """
+    if eqn.primitive.name == "addupdate":
+        return 1
+    out = eqn.outvars[0]
+    like = [
+        number
+        for number, atom in enumerate(eqn.invars)
+        if number and (shape_of(atom), dtype_of(atom)) == (shape_of(out), dtype_of(out))
+    ]
+    return like[0] if len(like) == 1 else None
 
 
 def checkpoint_label(eqn: JaxprEqn) -> str | None:
@@ -312,7 +341,21 @@ def _like(aval: Any) -> jax.ShapeDtypeStruct:
     )
 
 
-_READERS: Final[Mapping[str, Callable[[JaxprEqn], Control]]] = {
+def _kernel(eqn: JaxprEqn) -> Kernel | None:
+    """A kernel whose memory is as `Kernel` has it; None for any other, which cannot be looked into."""
+    params = eqn.params
+    program, mapping = params.get("jaxpr"), params.get("grid_mapping")
+    dynamic = getattr(mapping, "num_dynamic_grid_bounds", None)
+    if not isinstance(program, jex.Jaxpr | jex.ClosedJaxpr) or dynamic != 0:
+        return None
+    closed = as_closed(program)
+    enough = len(closed.jaxpr.invars) >= len(eqn.invars) + len(eqn.outvars)
+    if closed.jaxpr.constvars or params.get("input_output_aliases") or not enough:
+        return None
+    return Kernel(closed, tuple(getattr(mapping, "grid", ())))
+
+
+_READERS: Final[Mapping[str, Callable[[JaxprEqn], Control | None]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -331,6 +374,7 @@ _READERS: Final[Mapping[str, Callable[[JaxprEqn], Control]]] = {
     "custom_vjp_call": _call_named(CustomRule, "call_jaxpr"),
     "custom_vmap_call": _call_named(CustomRule, "call"),
     "call_hi_primitive": _hi_primitive,
+    "pallas_call": _kernel,
 }
 
 CONTROL: Final = frozenset(_READERS)
