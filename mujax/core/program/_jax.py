@@ -335,6 +335,28 @@ def _hi_primitive(eqn: JaxprEqn) -> Call:
             return CustomRule(program)
 
 
+@functools.lru_cache(maxsize=1024)
+def _fused_attention(eqn: JaxprEqn) -> CustomRule | None:
+    """cuDNN's kernel behind `jax.nn.dot_product_attention`: it computes what `implementation="xla"` does.
+
+    Masks, lengths and dropout are left out: they change which logits count, and not what these are.
+    """
+    params = eqn.params
+    scale, (with_bias, *_) = _parameter(eqn, "scale"), _parameter(eqn, "variadic_args")
+    pages = any(shape_of(atom) != (0,) for atom in eqn.invars[-2:])
+    # Of the axes batch, time, heads, features; since 0.12 the scores may go through a function of the user's.
+    if len(eqn.outvars) > 1 or pages or params.get("layout") or params.get("score_mod") is not None:
+        return None
+
+    def attention(query: Any, key: Any, value: Any, bias: Any, *_: Any) -> tuple[Any]:
+        bias = bias if with_bias else None
+        return (
+            jax.nn.dot_product_attention(query, key, value, bias, scale=float(scale), implementation="xla"),
+        )
+
+    return CustomRule(as_closed(jax.make_jaxpr(attention)(*(_like(atom.aval) for atom in eqn.invars))))
+
+
 def _like(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
         aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=getattr(aval, "sharding", None)
@@ -375,6 +397,7 @@ _READERS: Final[Mapping[str, Callable[[JaxprEqn], Control | None]]] = {
     "custom_vmap_call": _call_named(CustomRule, "call"),
     "call_hi_primitive": _hi_primitive,
     "pallas_call": _kernel,
+    "dot_product_attention_fwd_wrapper": _fused_attention,
 }
 
 CONTROL: Final = frozenset(_READERS)
