@@ -62,6 +62,14 @@ class Plan:
     operands: Mapping[tuple[EqnPath, Kind], int] = dataclasses.field(default_factory=dict)
     moves: Moves = dataclasses.field(default_factory=dict)
 
+    def in_place(self) -> dict[EqnPath, tuple[Correction, ...]]:
+        """The corrections that are applied where they belong, by place."""
+        stay = {
+            site: tuple(one for one in corrections if (site, one.kind) not in self.moves)
+            for site, corrections in self.corrections.items()
+        }
+        return {site: corrections for site, corrections in stay.items() if corrections}
+
     def in_order(self) -> tuple[Correction, ...]:
         """The corrections in the order of the program."""
         found = self.corrections

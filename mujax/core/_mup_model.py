@@ -315,7 +315,7 @@ class MupModel:
             variables=lambda key: self._target.leaves(self.init(key)),
             inputs=self._inputs,
             analysis=self._plan.analysis,
-            corrections=self._plan.corrections,
+            corrections=self._plan.in_place(),
             multiplier_sites=self._plan.multiplier_sites,
         )
 

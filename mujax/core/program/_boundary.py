@@ -135,7 +135,10 @@ def _all_read(eqn: JaxprEqn) -> bool:
     for inner in subprograms(eqn):
         jaxpr = inner.program.jaxpr
         read = {id(atom) for one in jaxpr.eqns for atom in one.invars} | {id(atom) for atom in jaxpr.outvars}
-        if any(is_float(var) and id(var) not in read for var in jaxpr.invars):
+        if any(
+            is_float(var) and 0 not in shape_of(var) and id(var) not in read
+            for var in jaxpr.invars[: len(inner.operands)]
+        ):
             return False
     return True
 
@@ -234,7 +237,7 @@ class _Powers:
 
     def _constant(self, value: Any) -> _Form:
         """A zero has any power."""
-        if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        if not jnp.issubdtype(jnp.result_type(value), jnp.number):
             return _NONE
         known = not isinstance(value, Tracer) and np.size(value) <= 1 << 16
         return self.unknown() if known and not np.any(np.asarray(value)) else _NONE

@@ -21,6 +21,9 @@ _WALKS: Final = 6
 
 def read_memory(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:
     """Part of a block. Where that is part of an axis that grows, its sums are parts of sums."""
+    if ins[0].memory is None:
+        # An array that the model changes in place.
+        return interp.unknown(pair, ins)
     return [_part(ins[0], shape, base) for shape, base in pair.shapes()]
 
 
@@ -49,7 +52,7 @@ def write_memory(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[
 def _part(block: Value, shape: Shape, base: Shape) -> Value:
     held = block.memory.content if block.memory else None
     if held is None:
-        return Value(shape, base, "data", scale=ZERO if block.memory else UNKNOWN)
+        return Value(shape, base, "data", scale=ZERO)
     alike = same(_growth(shape, base), _growth(block.shape, block.base))
     return Value(
         shape,
