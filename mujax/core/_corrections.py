@@ -168,8 +168,8 @@ def plan_call(
                 Finding(
                     "out of reach",
                     f"a factor of {inside[0].factor:.4g} ({inside[0].kind}) belongs inside {block}, which "
-                    "would lose its own derivative if it were changed, and no factor on what it reads or "
-                    "returns does the same; move the product out of it or write the factor there",
+                    "has to stay as it is, and no factor on what it reads or returns can be shown to do the "
+                    "same; move the product out of it or write the factor there",
                     inside[0].where,
                 )
             )

@@ -2,7 +2,7 @@
 
 `_jax.py` has what differs between JAX releases, `_primitives.py` the classes of primitives, `_sites.py`
 places and the programs inside of equations, `_source.py` lines of the user's code, `_evaluate.py` runs a
-program with factors inserted.
+program with factors inserted, `_boundary.py` moves factors out of what must not be changed inside.
 """
 
 from mujax.core.program._boundary import (

@@ -38,7 +38,9 @@ from mujax.core.program._jax import (
 from mujax.core.program._primitives import IDENTITIES, LAYOUT, MEMORY_READS, MEMORY_WRITES, PRODUCTS
 from mujax.core.program._sites import EqnPath, Subprogram, enclosing_equations, equation_at, subprograms
 
-_MOST_OPERANDS: Final = 2
+_FEW: Final = 16
+"""Pairs of operands are tried of up to as many."""
+
 _TOLERANCE: Final = 1e-6
 
 
@@ -99,7 +101,7 @@ def boundary(
     free = [number for number, atom in enumerate(eqn.invars) if _may_be_scaled(atom)]
     # A scale that is passed in costs nothing; otherwise the first operand, which is the query.
     free.sort(key=lambda number: (len(shape_of(eqn.invars[number])) > 0, number))
-    most = _MOST_OPERANDS if _all_read(eqn) else 0
+    most = 0 if not _all_read(eqn) else 1 if len(free) > _FEW else 2
     for count in range(min(most, len(free)) + 1):
         for chosen in itertools.combinations(free, count):
             solution = powers.solve(
@@ -178,7 +180,7 @@ class _Powers:
     def __init__(self, places: Mapping[EqnPath, int | None]) -> None:
         self._places = places
         self._count = 0
-        self._vanish: list[_Form] = []
+        self._vanish: dict[frozenset[tuple[int, float]], _Form] = {}
 
     def unknown(self) -> _Form:
         self._count += 1
@@ -190,15 +192,15 @@ class _Powers:
         for form in rest:
             difference = _combined([(first, 1), (form, -1)])
             if difference:
-                self._vanish.append(difference)
+                self._vanish[frozenset(difference.items())] = difference
 
     def solve(self, fixed: Collection[int]) -> dict[int, float] | None:
         """Values of the unknowns with those in `fixed` zero; None if there are none."""
-        keys = sorted({key for form in self._vanish for key in form} - {_ONE, *fixed})
+        keys = sorted({key for form in self._vanish.values() for key in form} - {_ONE, *fixed})
         column = {key: number for number, key in enumerate(keys)}
         rows = np.zeros((len(self._vanish), len(keys)))
         right = np.zeros(len(self._vanish))
-        for number, form in enumerate(self._vanish):
+        for number, form in enumerate(self._vanish.values()):
             for key, value in form.items():
                 if key == _ONE:
                     right[number] -= value
