@@ -288,7 +288,7 @@ class MupModel:
 
         Raises:
             ConfigError: when the model is applied, where a product to multiply is inside of a function with
-                its own derivative (`jax.custom_vjp`) and no factor on what that reads or returns does the same.
+                its own derivative (`jax.custom_vjp`), and no factor outside of it does the same.
 
         Reference:
             Tensor Programs V, Section 2 and Appendix D: alpha_output, alpha_attn, alpha_input.
