@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from mujax import rules
+from mujax.core._moves import Moves, move_out
 from mujax.core.depth import Branches, Depth, find_branches, power_of_fix
 from mujax.core.frontends import Call
 from mujax.core.program import ClosedJaxpr, EqnPath, blocked, loses_derivative
@@ -50,6 +51,8 @@ class Plan:
         findings: places that cannot be corrected.
         analysis: the uses and products of the call.
         operands: which operand of its equation a correction multiplies, where it is not the output.
+        moves: the corrections inside of functions with their own derivative, and of kernels, that are applied
+            at the boundary of these.
     """
 
     corrections: Mapping[EqnPath, Sequence[Correction]]
@@ -57,6 +60,15 @@ class Plan:
     findings: tuple[Finding, ...]
     analysis: Analysis
     operands: Mapping[tuple[EqnPath, Kind], int] = dataclasses.field(default_factory=dict)
+    moves: Moves = dataclasses.field(default_factory=dict)
+
+    def in_place(self) -> dict[EqnPath, tuple[Correction, ...]]:
+        """The corrections that are applied where they belong, by place."""
+        stay = {
+            site: tuple(one for one in corrections if (site, one.kind) not in self.moves)
+            for site, corrections in self.corrections.items()
+        }
+        return {site: corrections for site, corrections in stay.items() if corrections}
 
     def in_order(self) -> tuple[Correction, ...]:
         """The corrections in the order of the program."""
@@ -135,34 +147,46 @@ def plan_call(
         for branch in reached.found:
             found.setdefault(branch.site, []).append(Correction("residual", factor, branch.where))
             operands[branch.site, "residual"] = branch.operand
+    kept = {
+        site: tuple(correction for correction in corrections if correction.kind not in disabled)
+        for site, corrections in found.items()
+    }
+    moves = move_out(
+        program,
+        {
+            (site, correction.kind): (operands.get((site, correction.kind)), correction.factor)
+            for site, corrections in kept.items()
+            for correction in corrections
+        },
+    )
     out: dict[EqnPath, tuple[Correction, ...]] = {}
-    for site, corrections in found.items():
-        kept = tuple(correction for correction in corrections if correction.kind not in disabled)
-        block = blocked(program, site) if kept else None
+    for site, corrections in kept.items():
+        inside = [one for one in corrections if one.factor != 1.0 and (site, one.kind) not in moves]
+        block = blocked(program, site) if inside else None
         if block is not None:
             findings.append(
                 Finding(
                     "out of reach",
-                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) belongs inside {block}, which would "
-                    "lose its own derivative if it were changed; move the product out of it or write the "
-                    "factor there",
-                    kept[0].where,
+                    f"a factor of {inside[0].factor:.4g} ({inside[0].kind}) belongs inside {block}, which "
+                    "has to stay as it is, and no factor on what it reads or returns can be shown to do the "
+                    "same; move the product out of it or write the factor there",
+                    inside[0].where,
                 )
             )
-            continue
-        if kept and loses_derivative(program, site):
+        elif inside and loses_derivative(program, site):
             findings.append(
                 Finding(
                     "own derivative",
-                    f"a factor of {kept[0].factor:.4g} ({kept[0].kind}) is inside a jax.custom_jvp function, "
-                    "so JAX now differentiates its body instead of using its own rule; if the rule is not "
-                    "the body's derivative, move the product out of it",
-                    kept[0].where,
+                    f"a factor of {inside[0].factor:.4g} ({inside[0].kind}) is inside a jax.custom_jvp "
+                    "function, so JAX now differentiates its body instead of using its own rule; if the rule "
+                    "is not the body's derivative, move the product out of it",
+                    inside[0].where,
                 )
             )
-        if kept:
-            out[site] = kept
-    return Plan(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, operands)
+        left = tuple(one for one in corrections if block is None or one not in inside)
+        if left:
+            out[site] = left
+    return Plan(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, operands, moves)
 
 
 def _known_branches(spec: MupSpec, branches: Branches) -> Branches:

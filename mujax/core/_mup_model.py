@@ -20,6 +20,7 @@ from mujax._arguments import MESH_SIZES, NONE, RULES, SCALAR, takes
 from mujax.core._corrections import Correction, Kind, Plan, plan_call
 from mujax.core._explain import Split, explain
 from mujax.core._meshes import check_same_places
+from mujax.core._moves import Move, move_out
 from mujax.core._other_calls import FirstCall
 from mujax.core._partition import Rules, partition, sizes_of
 from mujax.core._replay import Replay
@@ -287,7 +288,7 @@ class MupModel:
 
         Raises:
             ConfigError: when the model is applied, where a product to multiply is inside of a function with
-                its own derivative (`jax.custom_vjp`).
+                its own derivative (`jax.custom_vjp`), and no factor outside of it does the same.
 
         Reference:
             Tensor Programs V, Section 2 and Appendix D: alpha_output, alpha_attn, alpha_input.
@@ -314,7 +315,7 @@ class MupModel:
             variables=lambda key: self._target.leaves(self.init(key)),
             inputs=self._inputs,
             analysis=self._plan.analysis,
-            corrections=self._plan.corrections,
+            corrections=self._plan.in_place(),
             multiplier_sites=self._plan.multiplier_sites,
         )
 
@@ -438,24 +439,45 @@ class MupModel:
 
     def _insertions(self, program: ClosedJaxpr, plan: Plan) -> dict[EqnPath, Insertion]:
         factors: dict[EqnPath, list[Any]] = {}
-        operands: dict[EqnPath, tuple[int, float]] = {}
+        operands: dict[EqnPath, list[tuple[int, Any]]] = {}
+        outputs: dict[EqnPath, list[tuple[int, Any]]] = {}
+
+        def apply_move(move: Move, factor: Any) -> None:
+            site = move.boundary.site
+            for number, exponent in move.boundary.operands:
+                operands.setdefault(site, []).append((number, factor if exponent == 1 else factor**exponent))
+            for number, exponent in move.boundary.outputs:
+                outputs.setdefault(site, []).append((number, factor if exponent == 1 else factor**exponent))
+
+        moved: dict[Move, float] = {}
         for site, corrections in plan.corrections.items():
             on_output = 1.0
             for correction in corrections:
                 operand = plan.operands.get((site, correction.kind))
-                if operand is None:
+                move = plan.moves.get((site, correction.kind))
+                if move is not None:
+                    moved[move] = correction.factor
+                elif operand is None:
                     on_output *= correction.factor
                 elif correction.factor != 1.0:
-                    operands[site] = (operand, correction.factor)
+                    operands.setdefault(site, []).append((operand, correction.factor))
             if on_output != 1.0:
                 factors.setdefault(site, []).append(on_output)
+        for move, factor in moved.items():
+            apply_move(move, factor)
         for name, value in self._multipliers.items():
-            for site in plan.multiplier_sites[name]:
+            sites = plan.multiplier_sites[name]
+            moves = move_out(program, {(site, name): (None, None) for site in sites})
+            for move in dict.fromkeys(moves.values()):
+                apply_move(move, value)
+            for site in sites:
+                if (site, name) in moves:
+                    continue
                 if block := blocked(program, site):
                     raise ConfigError(
                         where=source_line(equation_at(program, site)),
                         expected=f"the product that {name} multiplies outside of {block}, which would lose "
-                        "its own derivative if it were changed",
+                        "its own derivative if it were changed, or linear in what that reads or returns",
                         got="it inside",
                         remedy=f"leave out {name}, move the product out of it, or give your own function "
                         "the constant",
@@ -463,7 +485,10 @@ class MupModel:
                 factors.setdefault(site, []).append(value)
         return {
             site: Insertion(
-                tuple(factors.get(site, ())), plan.analysis.activations.get(site), operands.get(site)
+                tuple(factors.get(site, ())),
+                plan.analysis.activations.get(site),
+                tuple(operands.get(site, ())),
+                tuple(outputs.get(site, ())),
             )
-            for site in dict.fromkeys((*factors, *operands))
+            for site in dict.fromkeys((*factors, *operands, *outputs))
         }

@@ -44,7 +44,7 @@ class Replay:
         variables: key -> flat variables.
         inputs: the example inputs.
         analysis: the analysis of the program.
-        corrections: the corrections that the insertions come from, by place.
+        corrections: the corrections that are inserted where they belong, by place.
         multiplier_sites: the products and lookups that the multipliers multiply, by the multiplier's name.
     """
 

@@ -2,9 +2,14 @@
 
 `_jax.py` has what differs between JAX releases, `_primitives.py` the classes of primitives, `_sites.py`
 places and the programs inside of equations, `_source.py` lines of the user's code, `_evaluate.py` runs a
-program with factors inserted.
+program with factors inserted, `_boundary.py` moves factors out of what must not be changed inside.
 """
 
+from mujax.core.program._boundary import (
+    Boundary as Boundary,
+    boundary as boundary,
+    closed_around as closed_around,
+)
 from mujax.core.program._evaluate import (
     Insertion as Insertion,
     Insertions as Insertions,
@@ -24,6 +29,7 @@ from mujax.core.program._jax import (
     Cond as Cond,
     Jaxpr as Jaxpr,
     JaxprEqn as JaxprEqn,
+    Kernel as Kernel,
     Scan as Scan,
     Var as Var,
     While as While,
@@ -33,6 +39,7 @@ from mujax.core.program._jax import (
     dtype_of as dtype_of,
     holds_programs as holds_programs,
     is_float as is_float,
+    memory_written as memory_written,
     mesh_sizes as mesh_sizes,
     primitive_name as primitive_name,
     rebuilt as rebuilt,
@@ -42,6 +49,8 @@ from mujax.core.program._jax import (
 from mujax.core.program._primitives import (
     IDENTITIES as IDENTITIES,
     LAYOUT as LAYOUT,
+    MEMORY_READS as MEMORY_READS,
+    MEMORY_WRITES as MEMORY_WRITES,
     PARTS as PARTS,
     PRODUCTS as PRODUCTS,
     RESHAPES as RESHAPES,

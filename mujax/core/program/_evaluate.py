@@ -36,6 +36,7 @@ from mujax.core.program._jax import (
     primitive_name,
     rebuilt,
     shape_of,
+    spare_vars,
 )
 from mujax.core.program._primitives import PRODUCTS
 from mujax.core.program._sites import EqnPath, Subprogram, enclosing_equations, subprograms
@@ -45,7 +46,7 @@ from mujax.errors import MujaxError
 
 @dataclasses.dataclass(frozen=True)
 class Insertion:
-    """Constants, possibly traced values, that multiply the first output of an equation.
+    """Constants, possibly traced values, that multiply the first output of an equation, or what it reads.
 
     A product is linear in each operand. Where its activation is no larger than its output, that is
     multiplied instead: with a large vocabulary the logits are much larger, and a factor on an
@@ -54,12 +55,14 @@ class Insertion:
     Attributes:
         factors: the constants.
         activation: which operand of the equation is an activation, if it is a product.
-        operand: another operand, and the factor that multiplies it there and nowhere else.
+        operands: operands by number, and the factors that multiply them there and nowhere else.
+        outputs: other outputs by number, and their factors.
     """
 
-    factors: tuple[Any, ...]
+    factors: tuple[Any, ...] = ()
     activation: int | None = None
-    operand: tuple[int, Any] | None = None
+    operands: tuple[tuple[int, Any], ...] = ()
+    outputs: tuple[tuple[int, Any], ...] = ()
 
     def times_factors(self, out: Array) -> Array:
         """The output times the constants, in its own dtype."""
@@ -173,26 +176,34 @@ def _run(program: ClosedJaxpr, args: Sequence[Any], works: _Works) -> tuple[list
         insertion, tap = (work := by_eqn[index].get((), _Work())).insertion, work.tap
         # A tap records the unchanged operands.
         operand = None if tap or insertion is None else _cheaper_operand(eqn, insertion)
-        changed = _changed_operand(eqn, insertion, operand)
+        changed = _changed_operands(insertion, operand)
         if tap or inside:
             _segment(jaxpr, position, index, env, last)
             position = index
         operands = tuple(read(atom) for atom in eqn.invars) if tap or inside else ()
         if inside:
-            outs, found = _rebuild(eqn, operands, inside)
+            given = list(operands)
+            for number, factors in changed:
+                given[number] = _times(given[number], factors)
+            outs, found = _rebuild(eqn, given, inside)
             env.update(zip(eqn.outvars, outs, strict=True))
             records.update({(index, *path): record for path, record in found.items()})
-        elif changed is not None:
+        elif changed:
             _segment(jaxpr, position, index, env, last)
-            atom, factors = changed
-            plain = env[atom]
-            env[atom] = _times(plain, factors)
-            _segment(jaxpr, index, index + 1, env, last)
-            env[atom] = plain
+            atoms, spare = (
+                list(eqn.invars),
+                spare_vars(tuple(eqn.invars[number].aval for number, _ in changed)),
+            )
+            for (number, factors), var in zip(changed, spare, strict=True):
+                env[var] = _times(read(atoms[number]), factors)
+                atoms[number] = var
+            _segment(jaxpr, index, index + 1, env, last, [eqn.replace(invars=atoms)])
         else:
             _segment(jaxpr, position, index + 1, env, last)
-        if insertion is not None and operand is None:
-            env[eqn.outvars[0]] = _times(env[eqn.outvars[0]], insertion.factors)
+        if insertion is not None:
+            multiplied = insertion.outputs + tuple((0, one) for one in insertion.factors if operand is None)
+            for number, factor in multiplied:
+                env[eqn.outvars[number]] = _times(env[eqn.outvars[number]], (factor,))
         if tap:
             records[(index,)] = Record(operands, env[eqn.outvars[0]])
         position = index + 1
@@ -207,18 +218,14 @@ def _times(out: Any, factors: Sequence[Any]) -> Any:
     return out
 
 
-def _changed_operand(
-    eqn: JaxprEqn, insertion: Insertion | None, operand: int | None
-) -> tuple[Atom, Sequence[Any]] | None:
-    """The operand that is multiplied, if any, and its factor."""
-    if insertion is None:
-        return None
-    if operand is not None:
-        return eqn.invars[operand], insertion.factors
-    if insertion.operand is not None:
-        number, factor = insertion.operand
-        return eqn.invars[number], (factor,)
-    return None
+def _changed_operands(insertion: Insertion | None, operand: int | None) -> list[tuple[int, list[Any]]]:
+    """The operands that are multiplied, and their factors; those on the output may go to `operand`."""
+    factors: dict[int, list[Any]] = {}
+    for number, factor in insertion.operands if insertion else ():
+        factors.setdefault(number, []).append(factor)
+    if insertion and operand is not None:
+        factors.setdefault(operand, []).extend(insertion.factors)
+    return [(number, found) for number, found in factors.items() if found]
 
 
 def _cheaper_operand(eqn: JaxprEqn, insertion: Insertion) -> int | None:
@@ -248,11 +255,18 @@ def _last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
     return last
 
 
-def _segment(jaxpr: Jaxpr, start: int, stop: int, env: dict[Any, Any], last: Mapping[Any, int]) -> None:
-    """Runs the equations from `start` to `stop` and drops what nothing needs afterwards."""
+def _segment(
+    jaxpr: Jaxpr,
+    start: int,
+    stop: int,
+    env: dict[Any, Any],
+    last: Mapping[Any, int],
+    instead: Sequence[JaxprEqn] = (),
+) -> None:
+    """Runs the equations from `start` to `stop`, or others, and drops what nothing needs afterwards."""
     if start >= stop:
         return
-    eqns = jaxpr.eqns[start:stop]
+    eqns = instead or jaxpr.eqns[start:stop]
     defined: dict[Var, None] = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
     ins = dict.fromkeys(
         atom
@@ -266,8 +280,9 @@ def _segment(jaxpr: Jaxpr, start: int, stop: int, env: dict[Any, Any], last: Map
     piece = rebuilt(jaxpr, constvars=(), consts=(), invars=list(ins), outvars=outs, eqns=eqns)
     results = jex.jaxpr_as_fun(piece)(*(env[var] for var in ins))
     env.update(zip(outs, results, strict=True))
-    for var in ins:
-        if last.get(var, -1) < stop:
+    read = (atom for eqn in jaxpr.eqns[start:stop] for atom in eqn.invars) if instead else ()
+    for var in (*ins, *read):
+        if not isinstance(var, jex.Literal) and last.get(var, -1) < stop:
             env.pop(var, None)
 
 

@@ -83,6 +83,12 @@ def rebuilt(
     return jex.ClosedJaxpr(changed, list(consts))
 
 
+@functools.lru_cache(maxsize=1024)
+def spare_vars(avals: tuple[Any, ...]) -> tuple[Var, ...]:
+    """Variables that no program has, of some types."""
+    return tuple(jax.make_jaxpr(lambda *xs: xs)(*map(_like, avals)).jaxpr.invars)
+
+
 # ---- equations that hold programs ------------------------------------------------------------------
 
 
@@ -134,6 +140,19 @@ class CustomJvp(Call):
 @dataclasses.dataclass(frozen=True)
 class CustomRule(Call):
     """A function with a rule of its own (a derivative, a batching rule) that a change inside would lose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(CustomRule):
+    """`pallas_call`: a program that reads and writes memory, run once for each point of a grid.
+
+    The program's inputs are memory: blocks of the operands, then of the outputs, then some of its own.
+
+    Attributes:
+        grid: the sizes of the grid.
+    """
+
+    grid: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +217,22 @@ def primitive_name(eqn: JaxprEqn) -> str:
     """
     held = eqn.params.get("_prim")
     return eqn.primitive.name if held is None else type(held).__name__
+
+
+def memory_written(eqn: JaxprEqn) -> int | None:
+    """Which operand an equation writes into the memory that is its first operand; None where unknown.
+
+    The others are indices and masks.
+    """
+    if eqn.primitive.name == "addupdate":
+        return 1
+    out = eqn.outvars[0]
+    like = [
+        number
+        for number, atom in enumerate(eqn.invars)
+        if number and (shape_of(atom), dtype_of(atom)) == (shape_of(out), dtype_of(out))
+    ]
+    return like[0] if len(like) == 1 else None
 
 
 def checkpoint_label(eqn: JaxprEqn) -> str | None:
@@ -300,13 +335,49 @@ def _hi_primitive(eqn: JaxprEqn) -> Call:
             return CustomRule(program)
 
 
+@functools.lru_cache(maxsize=1024)
+def _fused_attention(eqn: JaxprEqn) -> CustomRule | None:
+    """cuDNN's kernel behind `jax.nn.dot_product_attention`: it computes what `implementation="xla"` does.
+
+    Masks, lengths and dropout are left out: they change which logits count, and not what these are.
+    """
+    params = eqn.params
+    scale, (with_bias, *_) = _parameter(eqn, "scale"), _parameter(eqn, "variadic_args")
+    pages = any(shape_of(atom) != (0,) for atom in eqn.invars[-2:])
+    # Of the axes batch, time, heads, features; since 0.12 the scores may go through a function of the user's.
+    if len(eqn.outvars) > 1 or pages or params.get("layout") or params.get("score_mod") is not None:
+        return None
+
+    def attention(query: Any, key: Any, value: Any, bias: Any, *_: Any) -> tuple[Any]:
+        bias = bias if with_bias else None
+        return (
+            jax.nn.dot_product_attention(query, key, value, bias, scale=float(scale), implementation="xla"),
+        )
+
+    return CustomRule(as_closed(jax.make_jaxpr(attention)(*(_like(atom.aval) for atom in eqn.invars))))
+
+
 def _like(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
         aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=getattr(aval, "sharding", None)
     )
 
 
-_READERS: Final[Mapping[str, Callable[[JaxprEqn], Control]]] = {
+def _kernel(eqn: JaxprEqn) -> Kernel | None:
+    """A kernel whose memory is as `Kernel` has it; None for any other, which cannot be looked into."""
+    params = eqn.params
+    program, mapping = params.get("jaxpr"), params.get("grid_mapping")
+    dynamic = getattr(mapping, "num_dynamic_grid_bounds", None)
+    if not isinstance(program, jex.Jaxpr | jex.ClosedJaxpr) or dynamic != 0:
+        return None
+    closed = as_closed(program)
+    enough = len(closed.jaxpr.invars) >= len(eqn.invars) + len(eqn.outvars)
+    if closed.jaxpr.constvars or params.get("input_output_aliases") or not enough:
+        return None
+    return Kernel(closed, tuple(getattr(mapping, "grid", ())))
+
+
+_READERS: Final[Mapping[str, Callable[[JaxprEqn], Control | None]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
@@ -325,6 +396,8 @@ _READERS: Final[Mapping[str, Callable[[JaxprEqn], Control]]] = {
     "custom_vjp_call": _call_named(CustomRule, "call_jaxpr"),
     "custom_vmap_call": _call_named(CustomRule, "call"),
     "call_hi_primitive": _hi_primitive,
+    "pallas_call": _kernel,
+    "dot_product_attention_fwd_wrapper": _fused_attention,
 }
 
 CONTROL: Final = frozenset(_READERS)

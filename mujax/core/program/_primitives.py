@@ -26,3 +26,9 @@ LAYOUT: Final = RESHAPES | PARTS | IDENTITIES | {"rev", "convert_element_type"}
 
 PRODUCTS: Final = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 """Bilinear in the first two operands, summed over some of their axes."""
+
+MEMORY_READS: Final = frozenset({"get", "masked_load"})
+"""Part of the memory that the first operand is."""
+
+MEMORY_WRITES: Final = frozenset({"swap", "masked_swap", "addupdate"})
+"""Write into the memory that the first operand is, or add to it; return what was there."""

@@ -12,6 +12,7 @@ from mujax.core.program._jax import (
     Cond,
     Jaxpr,
     JaxprEqn,
+    Kernel,
     Scan,
     While,
     as_closed,
@@ -30,9 +31,10 @@ class Subprogram:
     Attributes:
         step: its name in an `EqnPath`.
         kind: when it runs: `"call"` once, `"branch"` if it is chosen, `"condition"` before each iteration
-            of a loop, `"body"` in each.
+            of a loop, `"body"` in each, `"kernel"` for each point of a grid.
         program: the program.
-        operands: for each input of the program, the operand of the equation that it is or starts from.
+        operands: for each input of the program, the operand of the equation that it is or starts from; a
+            kernel's inputs behind these are the memory of the results, and then its own.
         results: for each output of the program, the output of the equation that it is or ends as; none for
             a condition.
         carried: inputs that are the outputs of the iteration before: input -> output.
@@ -42,7 +44,7 @@ class Subprogram:
     """
 
     step: str
-    kind: Literal["call", "branch", "condition", "body"]
+    kind: Literal["call", "branch", "condition", "body", "kernel"]
     program: ClosedJaxpr
     operands: tuple[int, ...]
     results: tuple[int, ...]
@@ -63,6 +65,8 @@ def subprograms(eqn: JaxprEqn) -> tuple[Subprogram, ...]:
     match control(eqn):
         case None:
             return ()
+        case Kernel(program=program):
+            return (Subprogram("kernel", "kernel", program, ins, outs),)
         case Call(program=program):
             return (Subprogram("call", "call", program, ins, outs),)
         case Cond(branches=branches):

@@ -528,7 +528,7 @@ class Interpreter:
 
     # ---- control flow ------------------------------------------------------------------------------
 
-    def _inside(self, pair: Pair, base: Subprogram, target: Subprogram, ins: Sequence[Value]) -> list[Value]:
+    def inside(self, pair: Pair, base: Subprogram, target: Subprogram, ins: Sequence[Value]) -> list[Value]:
         """Walks a program inside of an equation."""
         return self._program(base.program, target.program, ins, (*pair.site, target.step))
 
@@ -545,7 +545,7 @@ class Interpreter:
         caller = self._caller
         if pair.place is pair.target:
             self._caller = (pair.target, inner) if is_library_function(inner) else None
-        outs = self._inside(pair, base, target, fitted)
+        outs = self.inside(pair, base, target, fitted)
         self._caller = caller
         return [resized(value, shape, base) for value, (shape, base) in zip(outs, pair.shapes(), strict=True)]
 
@@ -571,7 +571,7 @@ class Interpreter:
                     strip_leading(current[operand]) if number in big.sliced else current[operand]
                     for number, operand in enumerate(big.operands)
                 ]
-                outs = self._inside(pair, small, big, given)
+                outs = self.inside(pair, small, big, given)
             return outs
 
         outs = self._fixpoint(pair, starts, iteration, len(carries))
@@ -631,7 +631,7 @@ class Interpreter:
                 self._settled(pair, value) if number in settled else value
                 for number, value in enumerate(outs[:carry])
             ]
-            joined = [self._join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
+            joined = [self.join([a, b]) for a, b in zip(entered, outs[:carry], strict=True)]
             if all(_same_facts(a, b) for a, b in zip(entered, joined, strict=True)):
                 for value, out in zip(joined, outs[:carry], strict=True):
                     value.origin = out.origin
@@ -659,12 +659,12 @@ class Interpreter:
     ) -> list[Value]:
         """`cond` and `switch`: one of several programs."""
         branches = [
-            self._inside(pair, small, big, [ins[operand] for operand in big.operands]) for small, big in inner
+            self.inside(pair, small, big, [ins[operand] for operand in big.operands]) for small, big in inner
         ]
         joined = []
         for values in zip(*branches, strict=True):
             alike = common(value.scale for value in values) is not None
-            joined.append(self._join(values if alike else [self._settled(pair, value) for value in values]))
+            joined.append(self.join(values if alike else [self._settled(pair, value) for value in values]))
         for number, (value, var) in enumerate(zip(joined, pair.target.outvars, strict=True)):
             self._makes(value, var, (*pair.site, "join", number), [branch[number] for branch in branches])
             for branch in branches:
@@ -675,7 +675,7 @@ class Interpreter:
         return joined
 
     @staticmethod
-    def _join(values: Sequence[Value]) -> Value:
+    def join(values: Sequence[Value]) -> Value:
         """The facts that hold for each of several values."""
         first = values[0]
         kind = widest(value.kind for value in values)

@@ -194,6 +194,17 @@ class Power(NamedTuple):
     exponent: float
 
 
+@dataclasses.dataclass(eq=False)
+class Memory:
+    """A block of memory that a kernel reads and writes.
+
+    Attributes:
+        content: all that has been written into it, joined; None for nothing so far.
+    """
+
+    content: Value | None = None
+
+
 @dataclasses.dataclass(slots=True)
 class Value:
     """The facts about one value.
@@ -217,6 +228,7 @@ class Value:
         clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
         power: the power of a readout's product that the value is, up to factors and terms that do not grow.
         spread: of random numbers, the distribution of the entries; None where it is not known.
+        memory: the block of memory that it stands for, in a kernel.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.
     """
 
@@ -236,6 +248,7 @@ class Value:
     clipped: tuple[float, Parity] | None = None
     power: Power | None = None
     spread: Spread | None = None
+    memory: Memory | None = None
     root: int = dataclasses.field(default_factory=lambda: next(_token))
 
     @property

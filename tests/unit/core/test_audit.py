@@ -1,5 +1,6 @@
 """The audit reports what cannot be corrected or read, with place and remedy, and never raises."""
 
+import functools
 import inspect
 import re
 import sys
@@ -56,12 +57,17 @@ def _clean(self, w, x):
 
 
 def _kernel(self, w, x):
+    """Each point of its grid adds what four of the features give."""
+
     def kernel(q, k, out):
-        out[...] = q[...] @ k[...].T / jnp.sqrt(w)
+        out[...] = q[...] @ k[...].T / jnp.sqrt(w) + jnp.where(pl.program_id(0) == 0, 0, out[...])
 
     q, k, v = _qkv(w, x)
     logits = jax.ShapeDtypeStruct((6, 6), x.dtype)
-    return _readout(nn.softmax(pl.pallas_call(kernel, out_shape=logits, interpret=True)(q, k)) @ v)  # pallas
+    part = pl.BlockSpec((6, 4), lambda i: (0, i))
+    whole = pl.BlockSpec((6, 6), lambda i: (0, 0))
+    attend = functools.partial(pl.pallas_call, interpret=True, grid=(w // 4,), in_specs=[part, part])
+    return _readout(nn.softmax(attend(kernel, out_shape=logits, out_specs=whole)(q, k)) @ v)  # pallas
 
 
 def _callback(self, w, x):
@@ -71,17 +77,18 @@ def _callback(self, w, x):
     return _readout(nn.softmax(logits) @ v)
 
 
-@jax.custom_vjp
-def _scores(q, k):
-    return q @ k.T / jnp.sqrt(q.shape[-1])  # custom_vjp
+def _weights(q, k):
+    """Logits that are linear in nothing that comes in, and weights that are not linear in them."""
+    return nn.softmax(jnp.tanh(q) @ jnp.tanh(k).T / jnp.sqrt(q.shape[-1]))  # custom_vjp
 
 
-_scores.defvjp(lambda q, k: (_scores(q, k), (q, k)), lambda kept, g: (g @ kept[1], g.T @ kept[0]))
+_own_weights = jax.custom_vjp(_weights)
+_own_weights.defvjp(lambda q, k: (_weights(q, k), (q, k)), lambda kept, g: jax.vjp(_weights, *kept)[1](g))
 
 
 def _own_derivative(self, w, x):
     q, k, v = _qkv(w, x)
-    return _readout(nn.softmax(_scores(q, k)) @ v)
+    return _readout(_own_weights(q, k) @ v)
 
 
 def _unscaled(self, w, x):

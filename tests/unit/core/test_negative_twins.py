@@ -60,6 +60,22 @@ def _attention(self, w, x):
     return nn.Dense(3, use_bias=False, name="out")(nn.softmax(logits) @ v), logits
 
 
+def _weigh(q, k, v):
+    logits = q @ k.swapaxes(-1, -2) / jnp.sqrt(q.shape[-1])
+    return nn.softmax(logits) @ v, logits
+
+
+_own_weigh = jax.custom_vjp(_weigh)
+_own_weigh.defvjp(lambda *args: (_weigh(*args), args), lambda args, g: jax.vjp(_weigh, *args)[1](g))
+
+
+def _own_rule(self, w, x):
+    """Attention with a derivative of its own: the factor is on the query, outside of it."""
+    q, k, v = (nn.Dense(w, use_bias=False, name=name)(x) for name in ("q", "k", "v"))
+    out, logits = _own_weigh(q, k, v)
+    return nn.Dense(3, use_bias=False, name="out")(out), logits
+
+
 def _tied(self, w, tokens):
     embed = nn.Embed(11, w, embedding_init=_normal)
     logits = embed.attend(nn.RMSNorm()(embed(tokens)))
@@ -103,6 +119,7 @@ def _cosine(self, w, x):
 
 TWINS = {
     "attention": Twin(_attention, ("attention",), 0.5),
+    "attention with its own derivative": Twin(_own_rule, ("attention",), 0.5),
     "tied": Twin(_tied, ("tied_readout",), 1.0, tokens=True),
     "gemma": Twin(_gemma, ("scale",), 0.5, tokens=True),
     "ntk": Twin(_ntk, ("scale",), -0.5),

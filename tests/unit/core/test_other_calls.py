@@ -18,7 +18,8 @@ KERNEL = nn.initializers.lecun_normal()
 
 @jax.custom_vjp
 def own_product(x, kernel):
-    return x @ kernel
+    """A product that no factor outside reaches."""
+    return jnp.tanh(jnp.tanh(x) @ jnp.tanh(kernel))
 
 
 own_product.defvjp(lambda x, w: (own_product(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))

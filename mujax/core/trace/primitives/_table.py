@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from mujax.core.program import IDENTITIES, source_line
+from mujax.core.program import IDENTITIES, MEMORY_READS, MEMORY_WRITES, source_line
 from mujax.core.trace._interpreter import Interpreter, Rule
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
@@ -21,6 +21,7 @@ from mujax.core.trace._values import (
     widest,
 )
 from mujax.core.trace.primitives._elementwise import ELEMENTWISE, ScaleRule, common_scale, order_one
+from mujax.core.trace.primitives._kernels import kernel_rule, read_memory, write_memory
 from mujax.core.trace.primitives._layout import (
     broadcast_in_dim_rule,
     collective_rule,
@@ -178,7 +179,10 @@ PRIMITIVES: Final[dict[str, Rule]] = {
         ],
         collective_rule,
     ),
-    "axis_index": _random,
+    **dict.fromkeys(["axis_index", "program_id", "num_programs"], _random),
+    "pallas_call": kernel_rule,
+    **dict.fromkeys(MEMORY_READS, read_memory),
+    **dict.fromkeys(MEMORY_WRITES, write_memory),
     "transpose": transpose_rule,
     "reshape": reshape_rule,
     "broadcast_in_dim": broadcast_in_dim_rule,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental import xla_metadata
+from jax.experimental import pallas as pl, xla_metadata
 from jax.extend import core as jex
 
 import mujax
@@ -148,9 +148,26 @@ def test_canary(name):
 
 
 def test_every_known_primitive_has_its_canary():
-    """Those that no public function of this JAX emits, or only with a setting that is off, are left."""
+    """Those that no public function of this JAX emits, or only with a setting that is off, are left.
+
+    Kernels are run in `tests/unit/core/test_custom_calls.py`.
+    """
     unused = {"call", "core_call", "closed_call", "eval_jaxpr", "call_hi_primitive", "xla_metadata_call"}
-    assert CONTROL - FUNCTIONS.keys() <= unused
+    kernels = {"pallas_call", "dot_product_attention_fwd_wrapper"}
+    assert CONTROL - FUNCTIONS.keys() <= unused | kernels
+
+
+def test_a_kernel_that_is_represented_otherwise_cannot_be_looked_into():
+    def kernel(x_ref, out_ref):
+        out_ref[...] = jnp.tanh(x_ref[...])
+
+    program = jax.make_jaxpr(pl.pallas_call(kernel, out_shape=X, interpret=True))(X)
+    (eqn,) = (eqn for _, eqn in equations(program) if eqn.primitive.name == "pallas_call")
+    (inner,) = subprograms(eqn)
+    assert (inner.kind, inner.operands, inner.results) == ("kernel", (0,), (0,))
+    for name in ("jaxpr", "grid_mapping"):
+        params = {f"new_{key}" if key == name else key: value for key, value in eqn.params.items()}
+        assert subprograms(eqn.replace(params=params)) == ()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

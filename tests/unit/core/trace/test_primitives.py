@@ -324,8 +324,6 @@ WITHOUT_RULE = {
         "create_token",
         "custom_lin",
         "empty2",
-        "get",
-        "swap",
         "hessenberg",
         "householder_product",
     ),
