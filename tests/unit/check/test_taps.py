@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 import mujax
-from mujax.check._taps import downstream
+from mujax.check._taps import downstream, find_taps, mixing_sites
 
 pytestmark = pytest.mark.abstract
 
@@ -41,4 +41,6 @@ def test_what_queries_are_divided_by_belongs_to_the_logits(elsewhere, counted):
     mup = mujax.mup_init(Net(32, elsewhere), Net(16, elsewhere), x)
     replay = mup.replay
     (use,) = replay.analysis.uses["query/kernel"]
-    assert downstream(replay.program, replay.analysis, {}, use.site) == pytest.approx(counted)
+    products = mixing_sites(find_taps(mup))
+    found = downstream(replay.program, replay.analysis, {}, use.site, products)
+    assert found == pytest.approx(counted)
