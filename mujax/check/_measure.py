@@ -85,7 +85,9 @@ class Program:
         loss: (model output, targets) -> scalar.
         batches: one for each step, repeated if there are fewer; activations are measured on the first.
         seeds: the seeds of the runs.
-        steps: the total number of steps, over rates and seeds.
+        runs: how many there are going to be at the least, over rates and seeds; they decide how well the
+            programs are compiled, as does the next.
+        steps: optimizer steps of a run.
         lanes: how many seeds to run at once, a divisor of their number; by default as many as fit the
             device's memory, on a CPU one.
 
@@ -100,6 +102,7 @@ class Program:
         loss: Loss,
         batches: Sequence[Batch],
         seeds: Sequence[int],
+        runs: int = 1,
         steps: int = 1,
         lanes: int | None = None,
     ) -> None:
@@ -109,7 +112,7 @@ class Program:
         self._seeds = seeds
         self._factors = [_later_factor(subject.replay, tap) for tap in subject.taps]
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
-        self._steps = steps
+        self._runs, self._steps = runs, steps
         self.paths: tuple[str, ...] = ()
         self.lanes = lanes
         self._compiled: tuple[Any, Any] | None = None
@@ -132,10 +135,10 @@ class Program:
         lowered = jax.jit(start).lower(key, rate)
         state, _ = lowered.out_info
         lowered_step = jax.jit(step, donate_argnums=0).lower(state, batch, batch, key, rate, number)
-        runs = self._steps / self.lanes
+        runs = self._runs / self.lanes
         self._compiled = (
-            lowered.compile(effort(lowered, len(self._seeds) / self.lanes)),
-            lowered_step.compile(effort(lowered_step, runs)),
+            lowered.compile(effort(lowered, runs)),
+            lowered_step.compile(effort(lowered_step, runs * (self._steps + 1))),
         )
 
     def run(self, rate: float, steps: int, seeds: Sequence[int] | None = None) -> Iterator[list[Any]]:
