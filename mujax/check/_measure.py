@@ -209,7 +209,7 @@ class Program:
         return _State(params, opt_state, variables, first), measured
 
     def _compared(self, seen: Any) -> list[tuple[Any, Any]]:
-        """For each tap, what is compared with its first value: the activation, and the operand of parameters."""
+        """What each tap compares with its first value: the activation, and the operand of parameters."""
         records, outputs = seen
         found = []
         for tap in self._subject.taps:
