@@ -137,8 +137,8 @@ class Program:
         lowered_step = jax.jit(step, donate_argnums=0).lower(state, batch, batch, key, rate, number)
         runs = self._runs / self.lanes
         self._compiled = (
-            lowered.compile(effort(lowered, runs)),
-            lowered_step.compile(effort(lowered_step, runs * (self._steps + 1))),
+            lowered.compile(effort(lowered, runs, in_part=True)),
+            lowered_step.compile(effort(lowered_step, runs * (self._steps + 1), in_part=True)),
         )
 
     def run(self, rate: float, steps: int, seeds: Sequence[int] | None = None) -> Iterator[list[Any]]:

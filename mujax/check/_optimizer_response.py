@@ -5,6 +5,7 @@ no noise. Comparing two widths gives the exponents that a rule must have.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ class Probe:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._compiled: Any = None
+        self._compiled: Callable[..., Array] | None = None
 
     def compile(self) -> None:
         """Compiles it; safe in a thread."""
@@ -70,6 +71,7 @@ class Probe:
         """
         if self._compiled is None:
             self.compile()
+        assert self._compiled is not None
         sizes = np.where(gradients > 0, gradients, 1.0).astype(np.float32)
         table = self._compiled(np.float32(rate), sizes, initial.astype(np.float32))
         still, param, small, large, huge, spread = np.asarray(table, np.float64).T

@@ -12,8 +12,8 @@ import pathlib
 import platform
 import sys
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -34,7 +34,7 @@ def compiled_programs_kept(say: Callable[[str], None]) -> Iterator[None]:
     Args:
         say: prints a sentence: where they are kept, or why they are not.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    if setting("jax_compilation_cache_dir") or not setting("jax_enable_compilation_cache"):
         yield
         return
     try:
@@ -49,10 +49,10 @@ def compiled_programs_kept(say: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     say(f"compiled programs are kept in {folder} (1 GB at most); {_OFF}.")
-    settings = {"jax_compilation_cache_dir": str(folder)}
+    settings: dict[str, Any] = {"jax_compilation_cache_dir": str(folder)}
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         settings["jax_persistent_cache_min_compile_time_secs"] = _SECONDS
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: setting(name) for name in settings}
     try:
         _set(settings)
         yield
@@ -60,7 +60,12 @@ def compiled_programs_kept(say: Callable[[str], None]) -> Iterator[None]:
         _set(before)
 
 
-def _set(settings: dict[str, object]) -> None:
+def setting(name: str) -> Any:
+    """The value of one of JAX's settings."""
+    return getattr(jax.config, name)
+
+
+def _set(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
     # JAX decides at the first program that it compiles whether there is a cache.

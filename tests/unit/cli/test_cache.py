@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from mujax.cli import _cache
-from mujax.cli._cache import compiled_programs_kept
+from mujax.cli._cache import compiled_programs_kept, setting
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def unset(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     monkeypatch.setattr(_cache, "_SECONDS", 0.0)
-    before = jax.config.jax_compilation_cache_dir
+    before = setting("jax_compilation_cache_dir")
     _cache._set({"jax_compilation_cache_dir": None})
     yield tmp_path / "cache" / "mujax" / "jax"
     _cache._set({"jax_compilation_cache_dir": before})
@@ -37,7 +37,7 @@ def test_programs_are_kept_and_it_is_said_how_to_turn_it_off(unset: pathlib.Path
     said: list[str] = []
     # Compiled before: JAX has decided that there is no cache.
     compile_one(0.25)
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    seconds = setting("jax_persistent_cache_min_compile_time_secs")
     with compiled_programs_kept(said.append):
         compile_one(0.5)
     assert len(kept(unset)) == 1
@@ -45,8 +45,8 @@ def test_programs_are_kept_and_it_is_said_how_to_turn_it_off(unset: pathlib.Path
     assert str(unset) in sentence
     assert "JAX_ENABLE_COMPILATION_CACHE=0" in sentence
     # Afterwards all is as before.
-    assert jax.config.jax_compilation_cache_dir is None
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == seconds
+    assert setting("jax_compilation_cache_dir") is None
+    assert setting("jax_persistent_cache_min_compile_time_secs") == seconds
     compile_one(0.75)
     assert len(kept(unset)) == 1
 
@@ -57,12 +57,12 @@ def test_a_cache_of_the_users_own_stays(
     said: list[str] = []
     _cache._set({"jax_compilation_cache_dir": str(tmp_path / "own")})
     with compiled_programs_kept(said.append):
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+        assert setting("jax_compilation_cache_dir") == str(tmp_path / "own")
     _cache._set({"jax_compilation_cache_dir": None})
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         with compiled_programs_kept(said.append):
-            assert jax.config.jax_compilation_cache_dir is None
+            assert setting("jax_compilation_cache_dir") is None
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     assert said == []
@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_is_a_note(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     said: list[str] = []
     with compiled_programs_kept(said.append):
-        assert jax.config.jax_compilation_cache_dir is None
+        assert setting("jax_compilation_cache_dir") is None
     (sentence,) = said
     assert sentence.startswith("compiled programs are not kept for later runs: ")
     assert "\n" not in sentence
