@@ -10,9 +10,9 @@ import jax
 from mujax.core.program import ClosedJaxpr, equations
 
 # The bytes that a program moves in all its runs, as XLA counts them before it fuses, over the lines of its
-# text: from here on it pays to optimise its code, and to do so in full where in part was an option. Measured for steps and initialisers
-# of MLPs of 128 to 2048 units and Transformers of 64 to 512 on two cores: unoptimised code takes 60 to 100 ps
-# longer for each byte, optimising it 0.3 to 1.7 ms for each line.
+# text: from here on it pays to optimise its code, and to do so in full where in part was an option. Measured
+# for steps and initialisers of MLPs of 128 to 2048 units and Transformers of 64 to 512 on two cores:
+# unoptimised code takes 60 to 100 ps longer for each byte, optimising it 0.3 to 1.7 ms for each line.
 _OPTIMISED: Final = 1.5e7
 _IN_FULL: Final = 2e8
 
