@@ -27,6 +27,7 @@ import gc
 import importlib.util
 import pathlib
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -422,6 +423,7 @@ GOALS: Final[Mapping[str, common.Goal]] = {
     "bytes": common.Goal(1.01, "bytes at most 1.01 of plain optax's"),
     "products": common.Goal(1.0, "no more dots and convolutions than plain optax's"),
     "time": common.Goal(1.02, "wall time at most 1.02 of plain optax's"),
+    "import": common.Goal(1.15, "importing mujax at most 1.15 times as long as JAX, Flax and optax"),
     "trace": common.Goal(3.0, "tracing the step at most 3 times as long as plain optax's"),
     "trace_forward": common.Goal(3.0, "tracing the forward pass at most 3 times as long as the module's own"),
     "eager": common.Goal(1.1, "an eager call at most 1.1 times as long as the module's own"),
@@ -440,6 +442,20 @@ class Effort:
 
     runs: int
     seconds: float
+
+
+def importing(runs: int) -> common.Paired:
+    """Processor time of a fresh process that imports mujax, over one that imports JAX, Flax and optax."""
+    sides = {"mujax": "import mujax", "plain": "import jax, flax, optax"}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    # The first time Python may compile.
+    for number in range(runs + 1):
+        for side, code in sides.items():
+            code = f"{code}; import time; print(time.process_time())"
+            done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
+            if number:
+                seconds[side].append(float(done.stdout))
+    return common.paired(seconds, "mujax", "plain")
 
 
 def measure(name: str, width: int, effort: Effort) -> dict[str, Any]:
@@ -515,6 +531,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="which models (default: all)")
     add("--runs", type=int, default=31, help="paired runs of each step (default: %(default)s)")
     add("--quick", action="store_true", help="a smoke run: one small width of each, few short runs")
+    add("--only-import", action="store_true", help="only the time of importing mujax")
     add("--out", type=pathlib.Path, default=common.OUT / "overhead.json", help="the report")
     args = parser.parse_args(argv)
     if args.runs < 1:
@@ -527,14 +544,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         "goals": {figure: goal.limit for figure, goal in GOALS.items()},
         "rows": [],
     }
-    for name in dict.fromkeys(args.cases):
+    imports = importing(1 if args.quick else 7)
+    report["import"] = dataclasses.asdict(imports)
+    common.write(args.out, report)
+    for name in () if args.only_import else dict.fromkeys(args.cases):
         for width in (CASES[name].quick_width,) if args.quick else CASES[name].widths:
             print(f"{name} at width {width} ...", file=sys.stderr, flush=True)
             report["rows"].append(measure(name, width, effort))
             common.write(args.out, report)
-    print("Ratios, mujax over plain optax.\n")
-    print(show(report["rows"]))
+    if report["rows"]:
+        print("Ratios, mujax over plain optax.\n")
+        print(show(report["rows"]) + "\n")
+    print(
+        f"Importing mujax over importing JAX, Flax and optax: {imports.median:.2f} "
+        f"({imports.low:.2f}–{imports.high:.2f}) of the processor time."
+    )
     missed = [line for row in report["rows"] for line in row["missed"]]
+    missed += GOALS["import"].missed_by("import", imports.median, imports.low)
     print("\n" + common.verdict(missed, quick=args.quick))
     print(f"\nWritten to {args.out}.")
 

@@ -8,18 +8,12 @@ Reference:
     arXiv 2203.03466.
 """
 
-from typing import Any
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any, Final
 
 from mujax import optim as optim
-from mujax.check import (
-    CoordCheck as CoordCheck,
-    TransferCheck as TransferCheck,
-    WiderIsBetter as WiderIsBetter,
-    audit as audit,
-    coord_check as coord_check,
-    transfer_check as transfer_check,
-    wider_is_better as wider_is_better,
-)
 from mujax.core import Correction as Correction, MupModel as MupModel, mup_init as mup_init
 from mujax.core.depth import residual_branch as residual_branch
 from mujax.core.frontends import Functional as Functional
@@ -114,21 +108,82 @@ from mujax.optim import (
 )
 from mujax.rules import interpolate as interpolate
 from mujax.spec import MupSpec as MupSpec, Parametrization as Parametrization, ParamSpec as ParamSpec
-from mujax.train import Batches as Batches, training_run as training_run
-from mujax.tune import (
-    Study as Study,
-    Sweep as Sweep,
-    TransferConfig as TransferConfig,
-    Transferred as Transferred,
-    TuneConfig as TuneConfig,
-    sweep as sweep,
-    transfer as transfer,
-    tune as tune,
-)
+
+if TYPE_CHECKING:
+    from mujax.check import (
+        CoordCheck as CoordCheck,
+        TransferCheck as TransferCheck,
+        WiderIsBetter as WiderIsBetter,
+        audit as audit,
+        coord_check as coord_check,
+        transfer_check as transfer_check,
+        wider_is_better as wider_is_better,
+    )
+    from mujax.train import Batches as Batches, training_run as training_run
+    from mujax.tune import (
+        Study as Study,
+        Sweep as Sweep,
+        TransferConfig as TransferConfig,
+        Transferred as Transferred,
+        TuneConfig as TuneConfig,
+        sweep as sweep,
+        transfer as transfer,
+        tune as tune,
+    )
+
+# What trains takes as long to import as the rest: on first use.
+_LATER: Final = {
+    "mujax.check": (
+        "CoordCheck",
+        "TransferCheck",
+        "WiderIsBetter",
+        "audit",
+        "coord_check",
+        "transfer_check",
+        "wider_is_better",
+    ),
+    "mujax.train": (
+        "Batches",
+        "training_run",
+    ),
+    "mujax.tune": (
+        "Study",
+        "Sweep",
+        "TransferConfig",
+        "Transferred",
+        "TuneConfig",
+        "sweep",
+        "transfer",
+        "tune",
+    ),
+}
+_HOME: Final = {name: package for package, names in _LATER.items() for name in names}
+_PACKAGES: Final = ("check", "data", "models", "train", "tune")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        found = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = found
+        return found
+    if name in _PACKAGES:
+        return importlib.import_module(f"mujax.{name}")
     # `mup_lbfgs` and other optimizers without a µP: functions that raise an error with the reason.
     if name.startswith("mup_") and hasattr(optim, name):
         return getattr(optim, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_PACKAGES})
+
+
+class _Package(types.ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing the package `mujax.tune` would hide the function, which `mujax.tune` is for the user.
+        super().__setattr__(
+            name, value.tune if name == "tune" and isinstance(value, types.ModuleType) else value
+        )
+
+
+sys.modules[__name__].__class__ = _Package

@@ -7,6 +7,7 @@ from mujax.check._coord_check import (
     TapReport as TapReport,
     coord_check as coord_check,
     measure as measure,
+    passes_clearly as passes_clearly,
     prepare as prepare,
     report as report,
     respond_at_ends as respond_at_ends,

@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import jax
 import numpy as np
 
 from mujax._arguments import (
@@ -42,9 +41,9 @@ from mujax.check._made_up import loss_of_one, made_up
 from mujax.check._measure import STATS, Batch, Measured, Program, Subject
 from mujax.check._misread import find_misread, overruled
 from mujax.check._models import Optimizer, models_at, optimizer_of
-from mujax.check._optimizer_response import Response, respond
+from mujax.check._optimizer_response import Probe, Response
 from mujax.check._optimum import Status
-from mujax.check._slopes import Check, judge
+from mujax.check._slopes import Check, judge, settled
 from mujax.check._taps import find_taps
 from mujax.core import MupModel, mup_init
 from mujax.errors import ConfigError, MujaxWarning
@@ -109,7 +108,7 @@ class CoordCheck:
         widths: ascending.
         learning_rates: the rates that were tried.
         steps: optimizer steps of each run.
-        seeds: number of seeds.
+        seeds: number of seeds that were run.
         parametrization: of the models that were checked.
         sizes: learning rate -> mean absolute entries (widths, steps + 1, taps, quantities), geometric mean
             over seeds; the quantities are `mujax.check.STATS`.
@@ -303,7 +302,9 @@ def coord_check(
         loss: (model output, targets) -> scalar; cross-entropy for integer targets, squared error for others.
         learning_rates: two large ones by default.
         steps: optimizer steps.
-        seeds: number of seeds, the repeats that the intervals are based on.
+        seeds: number of seeds, the repeats that the intervals are based on. A model that passes stops after
+            fewer, two at the least, if every interval is well within what is allowed; one that does not
+            pass is trained with all of them.
         seed: the first of them.
         base: target width -> base model; `factory(base_width)` by default.
         base_width: the smallest of `widths` by default.
@@ -343,10 +344,40 @@ def coord_check(
     given = [(as_inputs(x), y) for x, y in listed or ()] or made_up(clean, examples, seed)
     rates = _default_rates(optimizer) if learning_rates is None else tuple(map(float, learning_rates))
     numbers = range(seed, seed + seeds)
-    measured = measure(checked, loss or loss_of_one, given, rates, steps, numbers, progress)
-    return report(
-        clean, models, checked, measured, respond_at_ends(checked, measured, rates[0]), rates, steps
+    probes = probes_at_ends(checked)
+    found: list[CoordCheck] = []
+
+    def enough(measured: Mapping[int, Measured]) -> bool:
+        found[:] = [verdict(measured)]
+        return passes_clearly(found[0])
+
+    def verdict(measured: Mapping[int, Measured]) -> CoordCheck:
+        responses = respond_at_ends(checked, measured, rates[0], probes)
+        return report(clean, models, checked, measured, responses, rates, steps)
+
+    measured = measure(
+        checked,
+        loss or loss_of_one,
+        given,
+        rates,
+        steps,
+        numbers,
+        progress,
+        enough=enough,
+        beside=[probe.compile for probe in probes],
     )
+    if found and found[0].seeds == len(measured[min(measured)].initial):
+        return found[0]
+    return verdict(measured)
+
+
+def passes_clearly(check: CoordCheck) -> bool:
+    """Whether it passes with every interval well within what is allowed, so that more seeds say nothing new.
+
+    Only a pass ends a check early, so no correct model fails because of it.
+    """
+    checks = (one for tap in check.taps for found in tap.checks.values() for one in found)
+    return check.verdict == "pass" and all(map(settled, checks))
 
 
 def prepare(
@@ -424,6 +455,8 @@ def measure(
     seeds: Sequence[int],
     progress: Callable[[CheckProgress], None] | None = None,
     lanes: int | None = None,
+    enough: Callable[[dict[int, Measured]], bool] | None = None,
+    beside: Sequence[Callable[[], None]] = (),
 ) -> dict[int, Measured]:
     """Trains every model with every learning rate and seed.
 
@@ -436,6 +469,8 @@ def measure(
         seeds: the seeds.
         progress: called as runs finish.
         lanes: how many seeds to run at once; see `Program`.
+        enough: called from the second seed on with the measurements so far; True ends the runs.
+        beside: further programs to be compiled meanwhile.
     """
     update = progress or (lambda _: None)
     runs = len(rates) * len(seeds)
@@ -445,60 +480,85 @@ def measure(
     whole = 2 * len(checked) + sum(weights.values())
     done, work = 0, 0.0
     update(CheckProgress(0, total, 0.0, f"compiling for {len(checked)} widths"))
-    calls = runs * (steps + 1)
+    # Compiled as well as the runs deserve that every model is trained for.
+    least = len(rates) * (len(seeds) if enough is None else min(2, len(seeds)))
     programs = {
-        width: Program(subject, loss, batches, seeds, calls, lanes) for width, subject in checked.items()
+        width: Program(subject, loss, batches, seeds, least, steps, lanes)
+        for width, subject in checked.items()
     }
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
-        waiting = [pool.submit(program.compile) for program in programs.values()]
+        # What takes longest comes first.
+        waiting = [pool.submit(programs[width].compile) for width in reversed(programs)]
+        others = [pool.submit(compile_it) for compile_it in beside]
         for count, compiled in enumerate(concurrent.futures.as_completed(waiting), start=1):
             compiled.result()
             work += 2
             update(CheckProgress(0, total, work / whole, f"compiled for {count} of {len(checked)} widths"))
+        found: dict[int, list[list[list[Any]]]] = {width: [[] for _ in rates] for width in programs}
         out: dict[int, Measured] = {}
-        for width, program in programs.items():
-            found = []
-            for rate in rates:
-                update(CheckProgress(done, total, work / whole, f"width {width}"))
-                for run in program.run(rate, steps):
-                    found.append(run)
+        at_once = max(program.lanes or 1 for program in programs.values())
+        for some in _rounds(seeds, len(seeds) if enough is None or at_once > 1 else 1):
+            for width, program in programs.items():
+                for rate, rows in zip(rates, found[width], strict=True):
                     update(CheckProgress(done, total, work / whole, f"width {width}"))
-                    done, work = done + 1, work + weights[width] / runs
-            out[width] = _gathered(found, program.paths, len(rates), len(seeds))
+                    for run in program.run(rate, steps, some):
+                        rows.append(run)
+                        update(CheckProgress(done, total, work / whole, f"width {width}"))
+                        done, work = done + 1, work + weights[width] / runs
+            out = {width: _gathered(rows, programs[width].paths) for width, rows in found.items()}
+            for compiled in others:
+                compiled.result()
+            if enough is not None and done < total and enough(out):
+                break
     finally:
         # After Ctrl-C nothing more is compiled.
         pool.shutdown(cancel_futures=True)
-    update(CheckProgress(done, total, 1.0, "done"))
+    update(CheckProgress(total, total, 1.0, "done"))
     return out
 
 
-def _gathered(found: list[list[Any]], paths: tuple[str, ...], rates: int, seeds: int) -> Measured:
-    found = jax.device_get(found)
-    runs = [run[1:] for run in found]
-    taps = np.array([[step[0] for step in run] for run in runs], np.float64)
-    losses = np.array([[step[2] for step in run] for run in runs], np.float64)
-    gradients = np.array([[step[1] for step in run] for run in runs], np.float64)
+def _rounds(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The seeds in groups of a size, of which the first has at least two."""
+    first = max(2, size)
+    return [seeds[:first], *(seeds[start : start + size] for start in range(first, len(seeds), size))]
+
+
+def _gathered(found: list[list[list[Any]]], paths: tuple[str, ...]) -> Measured:
+    """The measurements of the runs of each learning rate and seed."""
+    rows = [[run[1:] for run in runs] for runs in found]
+    taps, gradients, losses = (
+        np.array([[[step[part] for step in run] for run in runs] for runs in rows], np.float64)
+        for part in range(3)
+    )
     return Measured(
-        taps=taps.reshape(rates, seeds, *taps.shape[1:]),
-        losses=losses.reshape(rates, seeds, -1),
-        initial=np.array([run[0] for run in found[:seeds]], np.float64),
+        taps=taps,
+        losses=losses,
+        initial=np.array([run[0] for run in found[0]], np.float64),
         # Of the first step, which the first update responds to; a zero there comes from a zero elsewhere.
-        gradients=np.where(gradients[:, 0].max(0) > 0, gradients[:, 0].max(0), gradients.max((0, 1))),
+        gradients=np.where(
+            gradients[:, :, 0].max((0, 1)) > 0, gradients[:, :, 0].max((0, 1)), gradients.max((0, 1, 2))
+        ),
         paths=paths,
     )
 
 
-# ---- the verdict -----------------------------------------------------------------------------------
+def probes_at_ends(checked: Mapping[int, Subject]) -> tuple[Probe, Probe]:
+    """The optimizer at the smallest and at the largest width."""
+    narrow, *_, wide = checked
+    return Probe(checked[narrow]), Probe(checked[wide])
 
 
 def respond_at_ends(
-    checked: Mapping[int, Subject], measured: Mapping[int, Measured], rate: float
+    checked: Mapping[int, Subject],
+    measured: Mapping[int, Measured],
+    rate: float,
+    probes: tuple[Probe, Probe] | None = None,
 ) -> list[Response]:
     """The response of the optimizer at the smallest and at the largest width."""
     narrow, *_, wide = checked
-    ends = [(checked[width], measured[width]) for width in (narrow, wide)]
-    return [respond(subject, rate, found.gradients, found.initial.mean(0)) for subject, found in ends]
+    both = zip(probes or probes_at_ends(checked), (measured[narrow], measured[wide]), strict=True)
+    return [probe.respond(rate, found.gradients, found.initial.mean(0)) for probe, found in both]
 
 
 def report(

@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from mujax.check._taps import Tap, downstream, floating, mixing_sites
 from mujax.core import Replay
-from mujax.core.program import EqnPath, Insertion, Record
+from mujax.core.program import EqnPath, Insertion
 from mujax.spec import leaf_path
 from mujax.train import effort
 
@@ -73,7 +74,7 @@ class _State(NamedTuple):
     opt_state: PyTree
     variables: list[Any]
     first: PyTree
-    """The records and outputs before training."""
+    """What the taps are compared with: see `Program._compared`."""
 
 
 class Program:
@@ -84,12 +85,15 @@ class Program:
         loss: (model output, targets) -> scalar.
         batches: one for each step, repeated if there are fewer; activations are measured on the first.
         seeds: the seeds of the runs.
-        steps: the total number of steps, over rates and seeds.
+        runs: how many there are going to be at the least, over rates and seeds; they decide how well the
+            programs are compiled, as does the next.
+        steps: optimizer steps of a run.
         lanes: how many seeds to run at once, a divisor of their number; by default as many as fit the
             device's memory, on a CPU one.
 
     Attributes:
-        paths: the parameters in the order in which they are measured.
+        paths: the parameters in the order in which they are measured, once it is compiled.
+        lanes: how many seeds are run at once, once it is compiled.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Program:
         loss: Loss,
         batches: Sequence[Batch],
         seeds: Sequence[int],
+        runs: int = 1,
         steps: int = 1,
         lanes: int | None = None,
     ) -> None:
@@ -107,34 +112,36 @@ class Program:
         self._seeds = seeds
         self._factors = [_later_factor(subject, tap) for tap in subject.taps]
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
-        state, _ = jax.eval_shape(self._first_state, key, rate)
-        self.paths = paths_of(state.params)
-        self._steps = steps
-        self._lanes = _lanes(state, len(seeds)) if lanes is None else lanes
-        self._abstract = (key, rate, number)
+        self._runs, self._steps = runs, steps
+        self.paths: tuple[str, ...] = ()
+        self.lanes = lanes
         self._compiled: tuple[Any, Any] | None = None
 
     def compile(self) -> None:
         """Compiles for all runs; safe in a thread."""
-        key, rate, number = self._abstract
-        start, step = self._first_state, self._one_step
-        if self._lanes > 1:
-            key = jax.ShapeDtypeStruct((self._lanes,), key.dtype)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        batch = jax.eval_shape(lambda: self._batches[0])
+        params, variables = jax.eval_shape(self._subject.replay.init, key)
+        _, seen = jax.eval_shape(self._read, params, variables, batch, key)
+        self.paths = paths_of(params)
+        start, step = functools.partial(self._first_state, seen), self._one_step
+        if self.lanes is None:
+            self.lanes = _lanes(lambda: jax.eval_shape(start, key, rate)[0], len(self._seeds))
+        if self.lanes > 1:
+            key = jax.ShapeDtypeStruct((self.lanes,), key.dtype)
             start = jax.vmap(start, in_axes=(0, None))
             step = jax.vmap(step, in_axes=(0, None, None, 0, None, None))
         lowered = jax.jit(start).lower(key, rate)
         state, _ = lowered.out_info
-        batch = jax.eval_shape(lambda: self._batches[0])
         lowered_step = jax.jit(step, donate_argnums=0).lower(state, batch, batch, key, rate, number)
-        runs = self._steps / self._lanes
+        runs = self._runs / self.lanes
         self._compiled = (
-            lowered.compile(effort(lowered, len(self._seeds) / self._lanes)),
-            lowered_step.compile(effort(lowered_step, runs)),
+            lowered.compile(effort(lowered, runs, in_part=True)),
+            lowered_step.compile(effort(lowered_step, runs * (self._steps + 1), in_part=True)),
         )
 
-    def run(self, rate: float, steps: int) -> Iterator[list[Any]]:
+    def run(self, rate: float, steps: int, seeds: Sequence[int] | None = None) -> Iterator[list[Any]]:
         """Trains one model for each seed and yields its measurements.
 
         Yields:
@@ -144,33 +151,35 @@ class Program:
         Args:
             rate: the learning rate.
             steps: number of optimizer steps.
+            seeds: of the runs, as many as fill all lanes; all by default.
         """
         if self._compiled is None:
             self.compile()
         assert self._compiled is not None
+        assert self.lanes is not None
         start, step = self._compiled
         lr = np.float32(rate)
-        for first in range(0, len(self._seeds), self._lanes):
-            seeds = self._seeds[first : first + self._lanes]
-            keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-            key = keys if self._lanes > 1 else keys[0]
+        seeds = self._seeds if seeds is None else seeds
+        for first in range(0, len(seeds), self.lanes):
+            together = [jax.random.key(seed) for seed in seeds[first : first + self.lanes]]
+            key = jnp.stack(together) if self.lanes > 1 else together[0]
             state, initial = start(key, lr)
             rows = [initial]
             for number in range(steps + 1):
                 batch = self._batches[number % len(self._batches)]
                 state, measured = step(state, self._batches[0], batch, key, lr, np.int32(number))
                 rows.append(measured)
-            if self._lanes == 1:
+            # The next one would start beside it, in memory of its own.
+            rows = jax.device_get(rows)
+            if self.lanes == 1:
                 yield rows
             else:
-                for lane in range(self._lanes):
+                for lane in range(self.lanes):
                     yield jax.tree.map(lambda leaf, lane=lane: leaf[lane], rows)
 
-    def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
-        replay = self._subject.replay
-        params, variables = replay.init(key)
-        _, seen = jax.eval_shape(lambda: self._read(params, variables, self._batches[0], key))
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seen)
+    def _first_state(self, seen: Any, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
+        params, variables = self._subject.replay.init(key)
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._compared(seen))
         state = _State(params, self._subject.optimizer(rate).init(params), variables, blank)
         return state, _of_leaves(params)
 
@@ -192,42 +201,52 @@ class Program:
         (loss, seen), gradient = jax.value_and_grad(self._read, has_aux=True)(params, variables, batch, key)
         if len(self._batches) > 1:
             _, seen = self._read(params, variables, probe, key)
-        first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, seen)
+        first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, self._compared(seen))
         measured = (self._of_taps(first, seen), _of_leaves(gradient), loss)
         tx = optax.with_extra_args_support(self._subject.optimizer(rate))
         updates, opt_state = tx.update(gradient, opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
         return _State(params, opt_state, variables, first), measured
 
-    def _of_taps(self, first: Any, now: Any) -> Float[Array, "taps stats"]:
-        (old_records, old_outputs), (new_records, new_outputs) = first, now
-        rows = []
-        for tap, factor in zip(self._subject.taps, self._factors, strict=True):
+    def _compared(self, seen: Any) -> list[tuple[Any, Any]]:
+        """What each tap compares with its first value: the activation, and the operand of parameters."""
+        records, outputs = seen
+        found = []
+        for tap in self._subject.taps:
             if tap.site is None:
-                old, new = (outputs[tap.output or 0] for outputs in (old_outputs, new_outputs))
-                rows.append(_sizes(old, new, factor))
-                continue
-            old, new = old_records[tap.site], new_records[tap.site]
-            if tap.reads is not None:
-                rows.append(_sizes(old.operands[tap.reads], new.operands[tap.reads], factor))
-                continue
+                found.append((outputs[tap.output or 0], None))
+            elif tap.reads is not None:
+                found.append((records[tap.site].operands[tap.reads], None))
+            else:
+                record = records[tap.site]
+                found.append((record.out, record.operands[tap.operand] if tap.operand >= 0 else None))
+        return found
+
+    def _of_taps(self, first: Sequence[tuple[Any, Any]], seen: Any) -> Float[Array, "taps stats"]:
+        rows = []
+        pairs = zip(first, self._compared(seen), strict=True)
+        for tap, factor, ((old, old_weight), (new, weight)) in zip(
+            self._subject.taps, self._factors, pairs, strict=True
+        ):
             part = inputs = None
-            if tap.operand >= 0:
-                part = _by_weights(self._subject.replay, tap, old, new)
-            if tap.operand >= 0 and tap.kind in ("product", "readout"):
-                inputs = new.operands[1 - tap.operand]
-            rows.append(_sizes(old.out, new.out, factor, part, inputs))
+            if tap.site is not None and weight is not None:
+                operands = list(seen[0][tap.site].operands)
+                if tap.kind in ("product", "readout"):
+                    inputs = operands[1 - tap.operand]
+                operands[tap.operand] = weight - old_weight
+                part = _by_weights(self._subject.replay, tap, tap.site, operands)
+            rows.append(_sizes(old, new, factor, part, inputs))
         return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
 
 
-def _lanes(state: _State, seeds: int) -> int:
+def _lanes(state: Callable[[], _State], seeds: int) -> int:
     """The number of seeds to run at once."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         # On a CPU one after the other is as fast, and compiles faster.
         return 1
     # The state holds parameters, moments and first activations; a step needs as much again, and gradients.
-    each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state()))
     fitting = max(1, int(0.8 * limit // each))
     return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
 
@@ -279,12 +298,16 @@ def _mean(x: Any) -> Any:
     return jnp.mean(jnp.abs(x), dtype=jnp.float32)
 
 
-def _by_weights(replay: Replay, tap: Tap, old: Record, new: Record) -> Any:
-    """Runs the equation again with the change of its parameters in their place: (W - W_0) x."""
-    assert tap.site is not None
-    eqn = replay.equation(tap.site)
-    operands = list(new.operands)
-    operands[tap.operand] = new.operands[tap.operand] - old.operands[tap.operand]
+def _by_weights(replay: Replay, tap: Tap, site: EqnPath, operands: list[Any]) -> Any:
+    """Runs the equation again with the change of its parameters in their place: (W - W_0) x.
+
+    Args:
+        replay: the model.
+        tap: the tap.
+        site: its equation.
+        operands: of the equation, with that change among them.
+    """
+    eqn = replay.equation(site)
     if eqn.primitive.name in ("add", "sub"):
         operands[1 - tap.operand] = jnp.zeros_like(operands[1 - tap.operand])
 
@@ -292,10 +315,10 @@ def _by_weights(replay: Replay, tap: Tap, old: Record, new: Record) -> Any:
         with eqn.ctx.manager:
             return eqn.primitive.bind(*operands, **eqn.params)
 
-    for _ in range(replay.loops(tap.site)):
+    for _ in range(replay.loops(site)):
         run = jax.vmap(run)
     out = run(*operands)
-    insertion = replay.insertions.get(tap.site)
+    insertion = replay.insertions.get(site)
     return out if insertion is None else insertion.times_factors(out)
 
 

@@ -4,6 +4,8 @@ The optimizer runs alone on the initial parameters and random gradients, so the 
 no noise. Comparing two widths gives the exponents that a rule must have.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -39,24 +41,63 @@ class Response(NamedTuple):
     entrywise: np.ndarray
 
 
-def respond(subject: Subject, rate: float, gradients: np.ndarray, initial: np.ndarray) -> Response:
-    """Runs the optimizer for one step.
+class Probe:
+    """An optimizer, to be run for one step on gradients of made-up directions.
 
     Args:
         subject: the model and the optimizer.
-        rate: the learning rate.
-        gradients: the mean absolute entry of each parameter's gradient, in the order of the leaves; 1 is
-            used in place of 0.
-        initial: the mean absolute entry of each parameter.
     """
-    shapes, _ = jax.eval_shape(subject.replay.init, jax.random.key(0))
-    abstract, structure = jax.tree.flatten(shapes)
 
-    def run(rate: Float[Array, ""], grown: Float[Array, " leaves"], sizes: Float[Array, " leaves"]) -> Any:
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._compiled: Callable[..., Array] | None = None
+
+    def compile(self) -> None:
+        """Compiles it; safe in a thread."""
+        shapes, _ = jax.eval_shape(self._subject.replay.init, jax.random.key(0))
+        sizes = jax.ShapeDtypeStruct((len(jax.tree.leaves(shapes)),), jnp.float32)
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        lowered = jax.jit(functools.partial(self._moved, shapes)).lower(rate, sizes, sizes)
+        self._compiled = lowered.compile(effort(lowered, 1))
+
+    def respond(self, rate: float, gradients: np.ndarray, initial: np.ndarray) -> Response:
+        """Runs the optimizer for one step.
+
+        Args:
+            rate: the learning rate.
+            gradients: the mean absolute entry of each parameter's gradient, in the order of the leaves; 1 is
+                used in place of 0.
+            initial: the mean absolute entry of each parameter.
+        """
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None
+        sizes = np.where(gradients > 0, gradients, 1.0).astype(np.float32)
+        table = self._compiled(np.float32(rate), sizes, initial.astype(np.float32))
+        still, param, small, large, huge, spread = np.asarray(table, np.float64).T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            growth = huge / large
+            linear = np.abs(growth / 2.0**24 - 1) < _RTOL
+            free = (np.abs(growth - 1) < _RTOL) & (large > 0)
+            lr = np.where(linear, large / (sizes * _SCALES[2]), np.where(free, large, np.nan))
+            epsilon = np.where(linear, 1.0, np.where(free, small / large, np.nan))
+            decay = np.where(param > 0, still / param, np.nan)
+        return Response(lr, epsilon, decay, linear, free & (spread < 1 + _RTOL))
+
+    def _moved(
+        self,
+        shapes: Any,
+        rate: Float[Array, ""],
+        grown: Float[Array, " leaves"],
+        sizes: Float[Array, " leaves"],
+    ) -> Float[Array, "leaves 6"]:
+        """Means of each parameter's move at zero gradient, of its entries, and of its moves at each scale."""
+        abstract, structure = jax.tree.flatten(shapes)
         draws = [_spread(leaf) for leaf in abstract]
         leaves = [draw * size.astype(draw.dtype) for draw, size in zip(draws, sizes, strict=True)]
         params = structure.unflatten(leaves)
-        tx = optax.with_extra_args_support(subject.optimizer(rate))
+        tx = optax.with_extra_args_support(self._subject.optimizer(rate))
+        opt_state = tx.init(params)
 
         def updated(scale: Any) -> list[Any]:
             gradient = [
@@ -64,32 +105,26 @@ def respond(subject: Subject, rate: float, gradients: np.ndarray, initial: np.nd
                 for draw, size in zip(draws, grown, strict=True)
             ]
             value = jnp.ones(())
-            updates, _ = tx.update(structure.unflatten(gradient), tx.init(params), params, value=value)
+            updates, _ = tx.update(structure.unflatten(gradient), opt_state, params, value=value)
             return jax.tree.leaves(updates)
 
-        moves = jax.vmap(updated)(jnp.asarray(_SCALES))
-        rows = []
-        for leaf, move in zip(leaves, moves, strict=True):
-            still, *others = move
-            sizes_ = [jnp.abs(other - still) for other in others]
-            spread = jnp.max(sizes_[1]) / jnp.mean(sizes_[1])
-            means = [jnp.mean(size) for size in sizes_]
-            rows.append(jnp.stack([jnp.mean(jnp.abs(still)), jnp.mean(jnp.abs(leaf)), *means, spread]))
-        return jnp.stack(rows)
+        def means(still: Any, scale: Any) -> tuple[Any, Any]:
+            moves = updated(scale)
+            # Zero comes first, and is what the others are compared with.
+            still = [jnp.where(scale == 0, move, old) for move, old in zip(moves, still, strict=True)]
+            others = [jnp.abs(move - old) for move, old in zip(moves, still, strict=True)]
+            return still, jnp.stack([jnp.stack([jnp.mean(one), jnp.max(one)]) for one in others])
 
-    sizes = np.where(gradients > 0, gradients, 1.0).astype(np.float32)
-    arguments = (np.float32(rate), sizes, initial.astype(np.float32))
-    lowered = jax.jit(run).lower(*arguments)
-    table = np.asarray(lowered.compile(effort(lowered, 1))(*arguments), np.float64)
-    still, param, small, large, huge, spread = table.T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        growth = huge / large
-        linear = np.abs(growth / 2.0**24 - 1) < _RTOL
-        free = (np.abs(growth - 1) < _RTOL) & (large > 0)
-        lr = np.where(linear, large / (sizes * _SCALES[2]), np.where(free, large, np.nan))
-        epsilon = np.where(linear, 1.0, np.where(free, small / large, np.nan))
-        decay = np.where(param > 0, still / param, np.nan)
-    return Response(lr, epsilon, decay, linear, free & (spread < 1 + _RTOL))
+        blank = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in jax.eval_shape(updated, jnp.float32(0))]
+        # One scale after the other: together they would take the memory of so many models.
+        still, found = jax.lax.scan(means, blank, jnp.asarray(_SCALES))
+        small, large, huge = (found[number, :, 0] for number in (1, 2, 3))
+        spread = found[2, :, 1] / large
+        return jnp.stack([_means(still), _means(leaves), small, large, huge, spread], axis=1)
+
+
+def _means(leaves: list[Any]) -> Float[Array, " leaves"]:
+    return jnp.stack([jnp.mean(jnp.abs(leaf)) for leaf in leaves])
 
 
 def _spread(leaf: Any) -> Array:

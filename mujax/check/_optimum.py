@@ -15,7 +15,6 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
 
 CONFIDENCE: Final = 0.95
 """Of all intervals and tests of the checks of training."""
@@ -61,6 +60,9 @@ def student(confidence: float, freedom: float) -> float:
     >>> round(student(0.95, 4), 3)
     2.776
     """
+    # SciPy takes as long to import as a tenth of mujax with all that it needs.
+    from scipy import special
+
     return float(special.stdtrit(freedom, (1 + confidence) / 2))
 
 

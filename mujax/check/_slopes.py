@@ -127,14 +127,25 @@ def _judged(
         return None
     slope = fitted_slope(widths, values)
     low, high = allowed
-    excludes_faults = slope.low >= low - _MARGIN and slope.high <= high + _MARGIN
     if slope.high < low or slope.low > high:
         status: Status = "fail"
-    elif verified or (excludes_faults and low <= slope.value <= high):
+    elif verified or _excludes_faults(slope, allowed):
         status = "pass"
     else:
         status = "undecided"
     return Check(quantity, slope, allowed, status)
+
+
+def settled(check: Check) -> bool:
+    """Whether a slope is within, with an interval that excludes the nearest fault, whatever the rules say."""
+    if check.slope is None or check.note:
+        return False
+    return _excludes_faults(check.slope, check.allowed)
+
+
+def _excludes_faults(slope: Slope, allowed: tuple[float, float]) -> bool:
+    low, high = allowed
+    return low <= slope.value <= high and slope.low >= low - _MARGIN and slope.high <= high + _MARGIN
 
 
 def judge(

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from mujax.cli._cache import compiled_programs_kept
 from mujax.errors import ConfigError, MujaxWarning
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Display:
 def display(console: Console, doing: str) -> Iterator[Display]:
     """A bar with the time left on a terminal, elsewhere a line for each activity.
 
+    Meanwhile compiled programs are kept for later commands.
+
     Args:
         console: where to show it.
         doing: the first activity.
@@ -60,7 +63,7 @@ def display(console: Console, doing: str) -> Iterator[Display]:
         console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     shown = _bar(console, doing) if console.is_terminal else _lines(console)
-    with _warnings_printed(say), shown as show:
+    with _warnings_printed(say), compiled_programs_kept(say), shown as show:
         yield Display(show, say)
 
 

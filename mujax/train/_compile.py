@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 import jax
 
 from mujax.core.program import ClosedJaxpr, equations
 
-# On a CPU, a program that runs fewer operations than this in total takes longer to optimise than to run:
-# measured for MLPs and Transformers of 64 to 2048 units on two cores.
-_LITTLE: Final = 4e10
+# The bytes that a program moves in all its runs, as XLA counts them before it fuses, over the lines of its
+# text: from here on it pays to optimise its code, and to do so in full where in part was an option. Measured
+# for steps and initialisers of MLPs of 128 to 2048 units and Transformers of 64 to 512 on two cores:
+# unoptimised code takes 60 to 100 ps longer for each byte, optimising it 0.3 to 1.7 ms for each line.
+_OPTIMISED: Final = 1.5e7
+_IN_FULL: Final = 2e8
 
 
-def effort(lowered: jax.stages.Lowered, runs: float) -> dict[str, str | bool]:
-    """Compiler options for a program that runs `runs` times."""
+def effort(lowered: jax.stages.Lowered, runs: float, *, in_part: bool = False) -> dict[str, str | bool]:
+    """Compiler options for a program that runs `runs` times.
+
+    On a CPU, compiling a small program well takes longer than running it.
+
+    Args:
+        lowered: the program.
+        runs: how often it is going to run.
+        in_part: whether it may be optimised in part, which is fast to compile; the body of a loop becomes
+            up to twice as slow.
+    """
     if jax.default_backend() != "cpu":
         return {}
     costs: Any = lowered.cost_analysis() or {}
-    little = costs.get("flops", 0.0) * runs < _LITTLE
-    return {"xla_backend_optimization_level": "0"} if little else {}
+    moved = costs.get("bytes accessed", 0.0) * runs / max(1, lowered.as_text().count("\n"))
+    if moved >= (_IN_FULL if in_part else _OPTIMISED):
+        return {}
+    return {"xla_backend_optimization_level": "1" if moved >= _OPTIMISED else "0", **_without_emitters()}
+
+
+@functools.cache
+def _without_emitters() -> dict[str, str | bool]:
+    """Leaves out MLIR's code for fusions, which takes up to three times as long to compile as LLVM's.
+
+    Not all versions of XLA have the option, and one that they do not know is an error.
+    """
+    option: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0).lower().compile(option)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return option
 
 
 def steps_in_python(program: ClosedJaxpr) -> bool:

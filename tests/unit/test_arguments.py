@@ -994,6 +994,7 @@ BETWEEN_PACKAGES = {
     "measure",
     "prepare",
     "report",
+    "passes_clearly",
     "respond_at_ends",
     "best_index",
     "fitted_optimum",

@@ -99,8 +99,31 @@ def test_only_program_knows_how_jax_represents_programs():
     assert hits == set()
 
 
-def test_importing_mujax_imports_no_extra():
+# What only checks, training, sweeps or commands need.
+_HEAVY = {
+    *("grain", "matplotlib", "optuna", "orbax", "pandas", "scipy", "tensorboardX", "tensorstore", "tyro"),
+    *("mujax.check", "mujax.cli", "mujax.data", "mujax.models", "mujax.plot", "mujax.train", "mujax.tune"),
+}
+
+
+def _printed(code: str) -> list[list[str]]:
+    """The lines that some code prints, as words."""
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{code}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_importing_mujax_imports_nothing_heavy():
     """Flax itself brings rich and yaml."""
-    code = "import sys, mujax; print(*sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert not {"matplotlib", "optuna", "tyro", "tensorboardX"} & set(loaded.split())
+    show = "print(*sys.modules)"
+    before, after = _printed(f"import jax, flax, optax; {show}; import mujax; {show}")
+    assert not _HEAVY & (set(after) - set(before))
+
+
+def test_what_trains_is_imported_on_use_and_tune_stays_the_function():
+    (used, imported, modules) = _printed(
+        "import mujax; from mujax.tune import sweep; print(mujax.tune.__name__)\n"
+        "import mujax.tune; print(mujax.tune.__name__); mujax.coord_check; print(*sys.modules)"
+    )
+    assert [used, imported] == [["tune"], ["tune"]]
+    assert {"mujax.check", "mujax.train", "mujax.tune"} <= set(modules)

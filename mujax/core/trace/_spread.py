@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from mujax.core.program import IDENTITIES, RESHAPES, JaxprEqn, dtype_of, shape_of
 
@@ -125,7 +125,7 @@ def _odd(function: Callable[[float], float]) -> _Rule:
 
 
 def _inverse_erf(reach: float) -> float:
-    return math.inf if reach >= 0.99 else float(special.erfinv(reach))
+    return math.inf if reach >= 0.99 else statistics.NormalDist().inv_cdf((1 + reach) / 2) / math.sqrt(2)
 
 
 def _broadcast(eqn: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:

@@ -14,6 +14,7 @@ from flax import nnx
 import mujax
 from mujax import models
 from mujax.check._measure import STATS, Program, Subject
+from mujax.check._slopes import Check, Slope, settled
 from mujax.check._taps import find_taps
 from mujax.errors import ConfigError
 from mujax.testing import assert_mup
@@ -175,6 +176,35 @@ def test_sizes_are_those_of_the_model_trained_by_hand():
     np.testing.assert_allclose(out[1], np.abs(logits - logits_0).mean(), rtol=1e-4)
     # Before the first step nothing has changed.
     assert not rows[0][:, STATS.index("change")].any()
+
+
+def test_a_model_that_passes_clearly_stops_early_and_another_does_not():
+    def run(parametrization):
+        options = {"steps": 2, "seeds": 4, "learning_rates": (2.0**-7,), "parametrization": parametrization}
+        said = []
+        check = mujax.coord_check(linen_mlp, (16, 64, 256), X, progress=said.append, **options)
+        assert (said[-1].done, said[-1].work_done) == (12, 1.0)
+        return check
+
+    right, wrong = run("mup"), run("sp")
+    assert (right.verdict, right.seeds) == ("pass", 2)
+    # An early end is never a failure: what does not pass is trained with all seeds.
+    assert (wrong.verdict, wrong.seeds) == ("fail", 4)
+
+
+@pytest.mark.parametrize(
+    ("check", "expected"),
+    [
+        (Check("size", Slope(0.1, -0.1, 0.3), (-0.25, 0.25), "pass"), True),
+        (Check("size", Slope(0.1, -0.6, 0.8), (-0.25, 0.25), "pass"), False),
+        (Check("size", Slope(0.3, 0.1, 0.4), (-0.25, 0.25), "pass"), False),
+        (Check("size", Slope(0.1, 0.0, 0.2), (-0.25, 0.25), "pass", "outside at first"), False),
+        (Check("size", None, (-0.25, 0.25), "undecided", "diverges"), False),
+    ],
+)
+def test_a_slope_is_settled_if_its_interval_excludes_the_nearest_fault(check, expected):
+    # The rules may hold, so that a wide interval passes: it is not settled.
+    assert settled(check) == expected
 
 
 def test_seeds_at_once_or_one_after_the_other():
