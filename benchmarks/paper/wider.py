@@ -125,7 +125,10 @@ class Wider(Figure):
             claim = "no wider model is worse" if better else "some wider model is worse"
             worst = max(found.rises, key=lambda rise: math.inf if rise.by is None else rise.by, default=None)
             if worst is None:
-                measured, interval = _ends(found), f"no rise above {found.max_rise:.0%} of the gain (95 %)"
+                measured, interval = (
+                    _ends(found),
+                    (" ".join(found.reasons) or f"no rise above {found.max_rise:.0%} of the gain (95 %)"),
+                )
             elif worst.by is None or worst.at_least is None:
                 measured, interval = f"width {worst.wide} diverges", "-"
             else:
