@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from benchmarks.common import OUT
 from benchmarks.paper import FIGURES, figure
 from benchmarks.paper._figure import SCALES, Inputs, Row, make, shown
 from benchmarks.paper._report import RESULTS, write_readme
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("figures", nargs="+", choices=(*FIGURES, "all", "report"), metavar="FIGURE")
     parser.add_argument("--scale", choices=SCALES, default="laptop")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=pathlib.Path, help="folder of the results: benchmarks/out/paper; of `report`: results/"
+    )
     parser.add_argument("--so-far", action="store_true", help="run nothing: report on the finished seeds")
     parser.add_argument("--text", type=pathlib.Path, help="text file in place of the packaged text")
     parser.add_argument("--pairs", type=pathlib.Path, help="file of tab-separated pairs of sentences")
@@ -41,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for name in names:
             if name == "report":
-                print(f"Wrote {write_readme(options.out)}.")
+                print(f"Wrote {write_readme(options.out or RESULTS)}.")
                 continue
             one = figure(name)
-            report = make(one, options.scale, inputs, options.out, so_far=options.so_far)
+            report = make(one, options.scale, inputs, options.out or OUT / "paper", so_far=options.so_far)
             print(f"{name}: {one.title}\n\n{shown([Row(**row) for row in report['rows']])}\n")
     except MujaxError as error:
         print(error, file=sys.stderr)

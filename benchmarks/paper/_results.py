@@ -81,7 +81,22 @@ class Results:
         return key in self.records
 
     def __getitem__(self, key: tuple[Any, ...]) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            ConfigError: it is not there yet.
+        """
+        if key not in self.records:
+            raise self._unfinished(" ".join(map(str, key)))
         return self.records[key]
+
+    def _unfinished(self, what: str) -> ConfigError:
+        return ConfigError(
+            where="so-far",
+            expected=f"{what} to be finished",
+            got="no such result",
+            remedy="run the figure on",
+        )
 
     def add(
         self, key: tuple[Any, ...], found: Mapping[str, Any], seconds: float, flops: float | None = None
@@ -125,12 +140,18 @@ class Results:
     def sweep(
         self, setting: str, widths: Sequence[int], values: Sequence[float], seeds: Sequence[int]
     ) -> dict[int, list[list[Finished]]]:
-        """Width -> value -> finished runs, as `judge_runs` takes them; of the seeds that every cell has."""
+        """Width -> value -> finished runs, as `judge_runs` takes them; of the seeds that every cell has.
+
+        Raises:
+            ConfigError: there is no such seed.
+        """
         have = [
             seed
             for seed in seeds
             if all(("run", setting, width, value, seed) in self for width in widths for value in values)
         ]
+        if not have:
+            raise self._unfinished(f"one seed of {setting} at all widths")
         return {
             width: [[self._sure(setting, width, value, seed) for seed in have] for value in values]
             for width in widths

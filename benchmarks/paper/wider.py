@@ -99,17 +99,24 @@ class Wider(Figure):
 
     def found(self, config: Config, results: Results, setting: str) -> WiderIsBetter:
         """The verdict of the library on the steps after the warm-up."""
-        losses: dict[int, np.ndarray | None] = {}
-        for width in config.widths:
-            curves = [
-                None if run is None else run.curve
-                for run in (results.run(setting, width, config.log2_lr, seed) for seed in config.seeds)
-            ]
-            known = [curve for curve in curves if curve is not None]
-            whole = np.stack(known) if len(known) == len(config.seeds) else None
-            losses[width] = None if whole is None else whole[:, math.ceil(config.warmup * whole.shape[1]) :]
-        points = max((table.shape[1] for table in losses.values() if table is not None), default=1)
-        return judge_widths(losses, 2.0**config.log2_lr, len(config.seeds), max(1, points // 10))
+        curves = self.curves(config, results, setting)
+        after = {
+            width: None if table is None else table[:, math.ceil(config.warmup * table.shape[1]) :]
+            for width, table in curves.items()
+        }
+        points, seeds = max(
+            (table.shape[::-1] for table in after.values() if table is not None), default=(1, 1)
+        )
+        return judge_widths(after, 2.0**config.log2_lr, seeds, max(1, points // 10))
+
+    def curves(self, config: Config, results: Results, setting: str) -> dict[int, np.ndarray | None]:
+        """Width -> losses of each finished seed; None where one diverged."""
+        runs = results.sweep(setting, config.widths, (config.log2_lr,), config.seeds)
+        found: dict[int, np.ndarray | None] = {}
+        for width, (of_rate,) in runs.items():
+            known = [run.curve for run in of_rate if run.curve is not None]
+            found[width] = np.stack(known) if len(known) == len(of_rate) else None
+        return found
 
     def table(self, config: Config, results: Results) -> list[Row]:
         rows = []
@@ -118,7 +125,10 @@ class Wider(Figure):
             claim = "no wider model is worse" if better else "some wider model is worse"
             worst = max(found.rises, key=lambda rise: math.inf if rise.by is None else rise.by, default=None)
             if worst is None:
-                measured, interval = _ends(found), f"no rise above {found.max_rise:.0%} of the gain (95 %)"
+                measured, interval = (
+                    _ends(found),
+                    (" ".join(found.reasons) or f"no rise above {found.max_rise:.0%} of the gain (95 %)"),
+                )
             elif worst.by is None or worst.at_least is None:
                 measured, interval = f"width {worst.wide} diverges", "-"
             else:
@@ -130,13 +140,7 @@ class Wider(Figure):
         return rows
 
     def draw(self, config: Config, results: Results, path: pathlib.Path) -> None:
-        panels: dict[str, dict[int, Any]] = {}
-        for name in ("sp", "mup"):
-            panels[TITLES[name]] = {}
-            for width in config.widths:
-                runs = [results.run(name, width, config.log2_lr, seed) for seed in config.seeds]
-                curves = [run.curve for run in runs if run is not None and run.curve is not None]
-                panels[TITLES[name]][width] = np.stack(curves) if len(curves) == len(runs) else None
+        panels = {TITLES[name]: self.curves(config, results, name) for name in ("sp", "mup")}
         seeds = f"{len(config.seeds)} seeds"
         curves_figure(
             panels,

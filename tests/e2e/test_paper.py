@@ -1,5 +1,6 @@
 """The figures of the paper at their smallest scale, their judges on planted results, and the page."""
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -85,6 +86,15 @@ def test_a_report_without_results_is_refused(paper, tmp_path, capsys):
     assert paper.main(["F9", "--scale", "tiny", "--out", str(tmp_path), "--so-far"]) == 2
     assert "leave it out to run them" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_before_the_first_seed_is_finished_is_refused(paper, tmp_path, capsys):
+    command = ["F9", "--scale", "tiny", "--out", str(tmp_path)]
+    figure, data = paper.figure("F9"), importlib.import_module("benchmarks.paper._text").load(None)
+    settings = {"config": dataclasses.asdict(figure.scales["tiny"]), "data": data[1]}
+    (tmp_path / "F9-tiny.jsonl").write_text(json.dumps(settings) + "\n")
+    assert paper.main([*command, "--so-far"]) == 2
+    assert "expected one seed of mup at all widths to be finished" in capsys.readouterr().err
 
 
 def test_missing_data_is_one_sentence_with_the_package(paper, tmp_path, capsys, monkeypatch):
