@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -59,7 +60,9 @@ def child(life: int, said: int, errors: int, words: list[str]) -> None:
     for each in (life, said, errors):
         os.set_inheritable(each, False)
     threading.Thread(target=_end_with, args=(life,), daemon=True).start()
-    # What threads of libraries say when they fail goes with what JAX says.
+    # What libraries say when they fail, Orbax's threads do, goes with what JAX says.
+    logging.lastResort = logging.StreamHandler(sys.__stderr__)
+    logging.lastResort.setLevel(logging.WARNING)
     threading.excepthook = lambda args: traceback.print_exception(args.exc_value, file=sys.__stderr__)
     sys.stderr = os.fdopen(errors, "w", buffering=1, errors="backslashreplace")
     try:

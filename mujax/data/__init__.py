@@ -6,8 +6,10 @@ batch when it is its turn, each process its own rows: from a file larger than me
 """
 
 from mujax.data._batches import (
+    TOKENS as TOKENS,
     batch_indices as batch_indices,
     image_batches as image_batches,
+    need_tokens as need_tokens,
     text_batches as text_batches,
     text_starts as text_starts,
     text_window as text_window,

@@ -762,6 +762,11 @@ ROWS: dict[str, Row] = {
         },
         STREAMED_ALSO,
     ),
+    "mapped_text": Row(
+        train.mapped_text,
+        {"tokens": np.arange(9), "length": 3},
+        {"tokens": (None, "text", X, [1], THING), "length": COUNTS},
+    ),
     "batch_indices": Row(
         data.batch_indices,
         {"key": KEY, "n": 4, "batch": 2, "steps": 1},
