@@ -507,6 +507,23 @@ def test_killed_while_it_writes_the_one_before_counts(eight_devices):
     np.testing.assert_allclose(run.losses, reference.losses[2:], rtol=0, atol=1e-6)
 
 
+def test_killed_in_the_middle_of_the_arrays_the_one_before_counts(tmp_path):
+    with child("halfway", tmp_path) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    # Some of the 48 MB are there, and not all.
+    assert 0 < pod.written(tmp_path, 2) < 12 * 2**22
+    with Checkpoints(tmp_path, SPEC, every_minutes=None) as checkpoints:
+        assert checkpoints.steps == (1,)
+        assert_equal(checkpoints.restore(jax.eval_shape(lambda: pod.large(1))), pod.large(1))
+        checkpoints.save(2, pod.large(2), force=True)
+    # One that was not killed counts.
+    with Checkpoints(tmp_path, SPEC, every_minutes=None) as checkpoints:
+        assert checkpoints.steps == (1, 2)
+        assert_equal(checkpoints.restore(jax.eval_shape(lambda: pod.large(2))), pod.large(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
 def test_two_processes_are_preempted_together_and_one_goes_on(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
