@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from mujax.cli._display import on_signals
@@ -32,7 +32,7 @@ _LOST: Final = re.compile(r"distributed service|coordination service|coordinatio
 
 _START: Final = (
     "import json, sys; path, *rest = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from mujax.cli._supervise import child; child(*rest)"
+    "from mujax.cli import main; from mujax.cli._supervise import child; child(main, *rest)"
 )
 
 _is_child = False
@@ -43,18 +43,19 @@ def supervised() -> bool:
     return _is_child
 
 
-def child(life: int, said: int, errors: int, words: list[str]) -> None:
+def child(
+    main: Callable[[Sequence[str]], int], life: int, said: int, errors: int, words: Sequence[str]
+) -> None:
     """The child: runs the command and says its exit code before Python and JAX end.
 
     Args:
+        main: runs the command.
         life: a pipe that is closed when the parent ends.
         said: the pipe to write the exit code to.
         errors: where stderr goes. What is written to the process's own stderr, JAX's C++ does, is read by the
             parent.
         words: the command.
     """
-    from mujax.cli._main import main
-
     global _is_child
     _is_child = True
     for each in (life, said, errors):

@@ -1,5 +1,6 @@
 """Checkpoints: resumed runs against uninterrupted ones, what is refused, kills and preemptions."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -411,6 +412,31 @@ def test_numbers_of_numpy_and_jax_are_hyperparameters(tmp_path):
         checkpoints.save(1, STATE, force=True)
         assert checkpoints.saved().hparams == {"a": 0.5, "b": 3, "c": [1, 2]}
         checkpoints.restore(STATE)
+
+
+@pytest.mark.parametrize(
+    ("module", "needs", "message"),
+    [
+        (
+            "orbax.checkpoint",
+            opened,
+            "checkpoints: expected the package orbax-checkpoint, got none; install it",
+        ),
+        (
+            "grain",
+            lambda _: pod.Run().stream,
+            "data: expected the package grain, which reads batches ahead, got none; ",
+        ),
+    ],
+)
+def test_a_missing_package_is_named(module, needs, message, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=rf'{message}.*"mujax-mup\[train\]"'):
+            needs(tmp_path)
+    # With it nothing is refused.
+    with contextlib.closing(needs(tmp_path)):
+        pass
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
