@@ -95,8 +95,8 @@ class TuneConfig:
             `"package.module:factory"`. Keyword arguments of the factory besides the width (`depth`,
             `dropout`) can be tuned or fixed, too.
         width: of the proxy; the task's own by default.
-        data: file or folder of data: text, `.npz`, `.npy` or IDX (see `mujax.data.load`), or `.bin`, a text as
-            raw uint16 tokens. A text as tokens of more than 256 MiB stays in its file.
+        data: file or folder of data: text, `.npz`, `.npy` or IDX (see `mujax.data.load`), or `.bin`, a text
+            as raw uint16 tokens. A text as tokens of more than 256 MiB stays in its file.
         batches: for your own model in place of `data`: see `mujax.training_run`.
         valid: held-out batches beside `batches`.
         length: tokens of a sequence, for data that is a text.
