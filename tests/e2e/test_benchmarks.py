@@ -133,6 +133,8 @@ def test_sweep_runs_the_same_trials_on_every_side(report, scripts, monkeypatch, 
     assert one["loss"] == pytest.approx(split["loss"], rel=1e-5)
     assert one["modes"] == split["modes"] == {"map": 2}
     assert set(row["ratio"]) == {"jitted loop", "map, 8 devices"}
+    assert row["scaling"] == pytest.approx(one["seconds"] / split["seconds"])
+    assert f"{row['scaling']:.0%}" in scripts["sweep.py"].show([row])
 
 
 def test_pareto_compares_two_ways_of_tuning(report, tmp_path):
