@@ -9,7 +9,6 @@ from mujax.data._batches import (
     TOKENS as TOKENS,
     batch_indices as batch_indices,
     image_batches as image_batches,
-    need_tokens as need_tokens,
     text_batches as text_batches,
     text_starts as text_starts,
     text_window as text_window,

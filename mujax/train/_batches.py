@@ -31,7 +31,7 @@ from mujax._arguments import (
     shown,
     takes,
 )
-from mujax.data import TOKENS, Examples, Stream, digest, grain_stream, is_grain, need_tokens, text_starts
+from mujax.data import TOKENS, Examples, Stream, digest, grain_stream, is_grain, text_starts
 from mujax.errors import ConfigError
 
 _DRAW: Final = function(
@@ -114,7 +114,7 @@ def mapped_text(tokens: Integer[np.ndarray, " n"], *, length: int) -> Batches:
         Inputs, and targets one token ahead of them, int32 of shape (batch, length).
 
     Raises:
-        DataError: the text is not longer than a sequence.
+        DataError: when it is drawn from, the text is not longer than a sequence.
 
     >>> text = np.arange(100, dtype=np.uint16)
     >>> run = mapped_text(text, length=8)
@@ -123,7 +123,6 @@ def mapped_text(tokens: Integer[np.ndarray, " n"], *, length: int) -> Batches:
     >>> inputs.shape, bool((targets == inputs + 1).all())
     ((2, 8), True)
     """
-    need_tokens(len(tokens), length)
     places = len(tokens) - length
     is_wide = places > np.iinfo(np.int32).max
 

@@ -461,7 +461,14 @@ ROWS: dict[str, Row] = {
     "Batches": Row(
         mujax.Batches,
         {"data": (), "draw": stop, "fetch": stop},
-        {"draw": (None, *FUNCTIONS), "fetch": (None, *FUNCTIONS), "sized": FLAGS, "limit": COUNTS_OR_NONE},
+        {
+            "draw": (None, *FUNCTIONS),
+            "fetch": (None, *FUNCTIONS),
+            "sized": FLAGS,
+            "limit": COUNTS_OR_NONE,
+            "by_example": FLAGS,
+            "about": (3, "text", [1], THING),
+        },
         free=frozenset({"data"}),
     ),
     "as_batches": Row(
