@@ -64,15 +64,20 @@ def child(
     # What libraries say when they fail, Orbax's threads do, goes with what JAX says.
     logging.lastResort = logging.StreamHandler(sys.__stderr__)
     logging.lastResort.setLevel(logging.WARNING)
-    threading.excepthook = lambda args: traceback.print_exception(args.exc_value, file=sys.__stderr__)
+    threading.excepthook = _on_stderr
     sys.stderr = os.fdopen(errors, "w", buffering=1, errors="backslashreplace")
     try:
         code = main(words)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        traceback.print_exception(error)
         code = 1
     os.write(said, bytes([code]))
     sys.exit(code)
+
+
+def _on_stderr(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None:
+        traceback.print_exception(failed.exc_value, file=sys.__stderr__)
 
 
 def _end_with(life: int) -> None:
