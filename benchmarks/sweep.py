@@ -14,7 +14,8 @@ Every side trains the same models in µP with Adam on ready batches of random da
 
 Each side runs in a process of its own, in turn, `--rounds` times. Trials per second leave out compilation,
 which is given beside them: it is paid once for any number of trials. The ratios are medians over rounds of
-neighbouring runs. A perfect split takes as long as one device: the cores are the same.
+neighbouring runs. A perfect split takes as long as one device, since the cores are the same: its scaling is
+the time of one device over that of eight. It can be above 100 %, where one device leaves cores idle.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ GOALS: Final = {
     TORCH: common.Goal(1 / 3, "3 times faster"),
     COMPILED: common.Goal(1 / 3, "3 times faster"),
 }
-SPLIT_GOAL: Final = common.Goal(1.1, "at most 10 % over perfect")
+SPLIT_GOAL: Final = common.Goal(1 / 0.9, "at least 90 % of perfect scaling, 1.11 times one device's time")
 
 # ---- our sides, each in a process ----------------------------------------------------------------------
 
@@ -235,13 +236,22 @@ def compare(name: str, case: Case, rounds: int, torch_python: str | None) -> dic
         "trials": case.trials,
         "runs": found,
         "ratio": ratios,
+        "scaling": 1 / ratios[SPLIT]["median"],
         "missed": missed,
     }
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
-    header = ("case", "side", "trials/s", "compiling s", "mode", "time, sweep over side")
+    header = (
+        "case",
+        "side",
+        "trials/s",
+        "compiling s",
+        "mode",
+        "time, sweep over side",
+        "of perfect scaling",
+    )
     lines = []
     for row in rows:
         for side, runs in row["runs"].items():
@@ -250,8 +260,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
             shown = (
                 "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
             )
-            if side == SPLIT and ratio is not None:
-                shown = f"{ratio['median']:.2f} of 1 device"
+            if side == SPLIT:
+                shown = "-"
             lines.append(
                 (
                     row["case"],
@@ -260,6 +270,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
                     f"{statistics.median([run['compile'] for run in runs]):.1f}",
                     "+".join(runs[-1].get("modes", {})) or "-",
                     shown,
+                    f"{row['scaling']:.0%}" if side == SPLIT else "-",
                 )
             )
     return common.table(header, lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import math
 import numbers
@@ -27,6 +28,28 @@ from mujax.errors import ConfigError, MujaxError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _LONGEST: Final = 60
+
+
+def needed(module: str, where: str, expected: str) -> Any:
+    """A module of a package of the extra `train`, which only some trainings need.
+
+    Args:
+        module: its name.
+        where: what needs it.
+        expected: the package in words.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            where=where,
+            expected=f"the package {expected}",
+            got="none",
+            remedy='install it with `pip install "mujax-mup[train]"`',
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,7 +145,7 @@ CLOSED_PIPE: Final = 141
 
 
 @contextlib.contextmanager
-def _on_signals(handler: Callable[..., Any], *signals: signal.Signals) -> Iterator[None]:
+def on_signals(handler: Callable[..., Any], *signals: signal.Signals) -> Iterator[None]:
     """Handles signals, which only the main thread can."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -178,7 +178,7 @@ def gentle_interrupts(*, sigterm: bool = True) -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
 
     # On several processes JAX's preemption service has SIGTERM: a handler of Python's would take it away.
-    with _on_signals(interrupt, *(_INTERRUPTS if sigterm else (signal.SIGINT,))):
+    with on_signals(interrupt, *(_INTERRUPTS if sigterm else (signal.SIGINT,))):
         yield check
 
 
@@ -195,7 +195,7 @@ def terminal() -> Iterator[None]:
     for stream in streams:
         stream.reconfigure(errors=_REPLACED)
     try:
-        with _on_signals(interrupt, signal.SIGTERM):
+        with on_signals(interrupt, signal.SIGTERM):
             yield
     finally:
         for stream, errors in zip(streams, before, strict=True):

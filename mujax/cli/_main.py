@@ -51,7 +51,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if isinstance(options, _tune.Tune):
             return _tune.run(options)
         if isinstance(options, _transfer.Transfer):
-            return _transfer.run(options)
+            return _transfer.run(options, words)
         if isinstance(options, _transfer_check.TransferCheckOptions):
             return _transfer_check.run(options)
         if isinstance(options, _check.CoordCheckOptions):

@@ -33,6 +33,7 @@ from mujax.cli._display import (
     shown,
     write_aside,
 )
+from mujax.cli._supervise import supervise, supervised
 from mujax.errors import ConfigError, PreemptedError, ProcessError
 from mujax.train import hyperparameter
 from mujax.tune import (
@@ -52,6 +53,9 @@ REPORT: Final = "target.json"
 PICTURE: Final = "target.png"
 PARAMS: Final = "params.npz"
 METRICS: Final = "metrics.csv"
+
+# Seconds without a sign of life after which a process counts as lost, and JAX ends the others.
+_HEARTBEAT: Final = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +199,13 @@ def _config(options: Transfer) -> TuneConfig:
     return TuneConfig.of_study(study, storage, seed=options.seed, **filled)
 
 
-def run(options: Transfer) -> int:
-    """Trains, prints and draws; 1 if the target diverged."""
+def run(options: Transfer, words: Sequence[str]) -> int:
+    """Trains, prints and draws; 1 if the target diverged.
+
+    Args:
+        options: of the command.
+        words: the command as it was given; one of several processes runs it in a child.
+    """
     from rich.console import Console
 
     # Imported before the training and not after it: a missing package must not show at the very end.
@@ -204,7 +213,11 @@ def run(options: Transfer) -> int:
     study_module()
     fixed = _arguments.fixed("set", options.set or ())
     checkpoints = _rules(options)
-    join(options.coordinator, options.processes, options.process, options.wait)
+    fellows = _fellows(options)
+    if fellows is not None and not supervised():
+        return supervise(words, options.checkpoint)
+    if fellows is not None:
+        join(fellows)
     first, several = jax.process_index() == 0, jax.process_count() > 1
     config = _config(options)
     out = options.out or pathlib.Path(f"transfer-{as_folder(str(config.study))}")
@@ -289,14 +302,33 @@ def _rules(options: Transfer) -> CheckpointRules | None:
     return CheckpointRules(options.checkpoint, **given)
 
 
-def join(coordinator: str | None, processes: int | None, process: int | None, wait: int | None) -> None:
-    """Joins the processes of the run, if it has several.
+@dataclasses.dataclass(frozen=True)
+class Fellows:
+    """The other processes of a run.
+
+    Attributes:
+        host: of the first process; None where the cluster's environment knows it.
+        port: that it listens at.
+        processes: their number.
+        process: this one's.
+        wait: seconds to wait for them.
+    """
+
+    host: str | None
+    port: int
+    processes: int
+    process: int
+    wait: int
+
+
+def _fellows(options: Transfer) -> Fellows | None:
+    """The other processes that the options name; None for none.
 
     Raises:
         ConfigError: options that do not fit together.
-        ProcessError: the others do not come.
     """
-    if coordinator is None:
+    processes, process = options.processes, options.process
+    if options.coordinator is None:
         if (processes, process) != (None, None):
             raise ConfigError(
                 where="--processes",
@@ -304,28 +336,46 @@ def join(coordinator: str | None, processes: int | None, process: int | None, wa
                 got="none",
                 remedy="pass --coordinator HOST:PORT, or --coordinator auto on a cluster",
             )
-        return
+        return None
+    wait = 300 if options.wait is None else options.wait
+    if options.coordinator == "auto":
+        return Fellows(None, 0, 0, 0, wait)
+    host, _, port = options.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(where="--coordinator", expected="HOST:PORT or auto", got=repr(options.coordinator))
+    if processes is None or process is None or not 0 <= process < processes:
+        raise ConfigError(
+            where="--process",
+            expected="the number of processes, and this one's from 0 to one less",
+            got=f"--processes {processes} --process {process}",
+            remedy="pass both",
+        )
+    return Fellows(host, int(port), processes, process, wait)
+
+
+def join(fellows: Fellows) -> None:
+    """Joins the processes of the run.
+
+    Raises:
+        ProcessError: the others do not come.
+    """
     given: dict[str, Any] = {}
-    if coordinator != "auto":
-        host, _, port = coordinator.rpartition(":")
-        if not host or not port.isdigit():
-            raise ConfigError(where="--coordinator", expected="HOST:PORT or auto", got=repr(coordinator))
-        if processes is None or process is None or not 0 <= process < processes:
-            raise ConfigError(
-                where="--process",
-                expected="the number of processes, and this one's from 0 to one less",
-                got=f"--processes {processes} --process {process}",
-                remedy="pass both",
-            )
-        given = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-        if process > 0:
-            _listens(host, int(port), 300 if wait is None else wait)
+    if fellows.host is not None:
+        given = {
+            "coordinator_address": f"{fellows.host}:{fellows.port}",
+            "num_processes": fellows.processes,
+            "process_id": fellows.process,
+        }
+        if fellows.process > 0:
+            _listens(fellows.host, fellows.port, fellows.wait)
     try:
-        jax.distributed.initialize(**given, initialization_timeout=300 if wait is None else wait)
+        jax.distributed.initialize(
+            **given, initialization_timeout=fellows.wait, heartbeat_timeout_seconds=_HEARTBEAT
+        )
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             where="--coordinator",
-            expected=f"all processes at {coordinator}",
+            expected=f"all processes at {given.get('coordinator_address', 'the address of the cluster')}",
             got=f"an error ({str(error).splitlines()[0]})",
             remedy="start the same command on each host, with its own --process",
         ) from error

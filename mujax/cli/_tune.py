@@ -90,7 +90,7 @@ class Tune:
     ] = None
     data: Annotated[
         pathlib.Path | None,
-        option("FILE", "Data for your own model or text-transformer: text, .npz, .npy, IDX.", ""),
+        option("FILE", "Data for your own model or text-transformer: text, .npz, .npy, IDX, .bin.", ""),
     ] = None
     length: Annotated[
         int | None, numbers(int), option("N", "Tokens of a sequence of text.", "(default: 64)")

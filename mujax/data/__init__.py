@@ -6,6 +6,7 @@ batch when it is its turn, each process its own rows: from a file larger than me
 """
 
 from mujax.data._batches import (
+    TOKENS as TOKENS,
     batch_indices as batch_indices,
     image_batches as image_batches,
     text_batches as text_batches,

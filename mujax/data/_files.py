@@ -21,11 +21,11 @@ from mujax._arguments import PATH, takes
 from mujax.data._splits import (
     HELD_OUT,
     MIN_EXAMPLES,
-    MIN_TEXT_BYTES,
     Data,
     ExampleData,
     Examples,
     TextData,
+    need_text,
     shuffled_split,
     standardised,
     text_data,
@@ -49,13 +49,7 @@ def read_bytes(path: pathlib.Path, kind: str) -> bytes:
 
 def _read(path: pathlib.Path) -> bytes:
     raw = read_bytes(path, "a text file")
-    if len(raw) < MIN_TEXT_BYTES:
-        raise DataError(
-            where=path,
-            expected=f"a text of at least {MIN_TEXT_BYTES:,} bytes",
-            got=f"{len(raw):,}",
-            remedy="give a longer one",
-        )
+    need_text(path, len(raw), "bytes")
     return raw
 
 
@@ -334,13 +328,7 @@ def _npy(path: pathlib.Path) -> TextData:
             got=found,
             remedy="save labelled examples as an .npz file of inputs and targets",
         )
-    if len(tokens) < MIN_TEXT_BYTES:
-        raise DataError(
-            where=path,
-            expected=f"a text of at least {MIN_TEXT_BYTES:,} tokens",
-            got=f"{len(tokens):,}",
-            remedy="give a longer one",
-        )
+    need_text(path, len(tokens), "tokens")
     fit = (tokens >= 0) & (tokens < _INT32.max)
     _all_good(path, "tokens from 0 up that fit int32", tokens, fit, place="place")
     largest = int(tokens.max())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from typing import Final, NamedTuple
 
 import jax
@@ -9,9 +10,30 @@ import numpy as np
 from jaxtyping import Array, Integer, Num, PyTree
 
 from mujax._arguments import TREE, takes
+from mujax.errors import DataError
 
 MIN_TEXT_BYTES: Final = 10_000
 """The shortest text that `text` takes; `load` takes no fewer tokens either."""
+
+
+def need_text(path: pathlib.Path, length: int, unit: str) -> None:
+    """Refuses a text that is too short to be split.
+
+    Args:
+        path: of its file.
+        length: its size.
+        unit: that it is counted in.
+
+    Raises:
+        DataError: it is.
+    """
+    if length < MIN_TEXT_BYTES:
+        raise DataError(
+            where=path,
+            expected=f"a text of at least {MIN_TEXT_BYTES:,} {unit}",
+            got=f"{length:,}",
+            remedy="give a longer one",
+        )
 
 
 MIN_EXAMPLES: Final = 10

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Integer, Key, PyTree
 
-from mujax._arguments import COUNT, KEY, NONE, NOT_BELOW_0, SHARDING, takes
+from mujax._arguments import COUNT, KEY, NONE, NOT_BELOW_0, SHARDING, needed, takes
 from mujax.data._batches import EXAMPLES, TOKENS, epoch_order, need_examples, need_tokens, step_starts
 from mujax.data._splits import Examples
 from mujax.errors import ConfigError, DataError
@@ -214,16 +214,7 @@ def _leading(sharding: Sharding) -> Sharding:
 
 
 def _grain() -> Any:
-    try:
-        import grain
-    except ImportError as error:
-        raise ConfigError(
-            where="data",
-            expected="the package grain, which reads batches ahead",
-            got="none",
-            remedy='install it with `pip install "mujax-mup[train]"`',
-        ) from error
-    return grain
+    return needed("grain", "data", "grain, which reads batches ahead")
 
 
 def is_grain(dataset: Any) -> bool:

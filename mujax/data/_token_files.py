@@ -10,7 +10,7 @@ import numpy as np
 
 from mujax._arguments import COUNT, NONE, PATH, WHOLE_NUMBERS, takes
 from mujax.data._files import NUMPY_RAISES
-from mujax.data._splits import MIN_TEXT_BYTES, TextData, text_data
+from mujax.data._splits import TextData, need_text, text_data
 from mujax.errors import ConfigError, DataError
 
 # The largest vocabulary that is taken from the dtype alone: an embedding of it is still small.
@@ -48,13 +48,7 @@ def token_file(
     """
     path = pathlib.Path(path)
     tokens = _npy(path) if path.suffix == ".npy" else _raw(path, dtype)
-    if len(tokens) < MIN_TEXT_BYTES:
-        raise DataError(
-            where=path,
-            expected=f"a text of at least {MIN_TEXT_BYTES:,} tokens",
-            got=f"{len(tokens):,}",
-            remedy="give a longer one",
-        )
+    need_text(path, len(tokens), "tokens")
     if vocab_size is None:
         vocab_size = int(np.iinfo(tokens.dtype).max) + 1
         if vocab_size > _MAX_VOCAB:

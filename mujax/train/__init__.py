@@ -4,6 +4,7 @@ from mujax.train._batches import (
     Batches as Batches,
     as_batches as as_batches,
     check_batches as check_batches,
+    mapped_text as mapped_text,
     stream as stream,
 )
 from mujax.train._checkpoint import Checkpoints as Checkpoints, Saved as Saved

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Key, PyTree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Integer, Key, PyTree
 
 from mujax._arguments import (
     COUNT,
     FLAG,
     KEY,
+    NAMED,
     NAMED_SHARDING,
     NONE,
     NOT_BELOW_0,
@@ -27,7 +31,7 @@ from mujax._arguments import (
     shown,
     takes,
 )
-from mujax.data import Stream, grain_stream, is_grain
+from mujax.data import TOKENS, Examples, Stream, digest, grain_stream, is_grain, text_starts
 from mujax.errors import ConfigError
 
 _DRAW: Final = function(
@@ -46,6 +50,9 @@ class Batches:
         fetch: (data, one of these identifiers) -> (inputs, targets).
         sized: whether `draw` reads the batch size.
         limit: the number of batches; None for unlimited.
+        by_example: whether an identifier has an entry for each example, of which any can be fetched alone:
+            on a mesh each device then fetches its own.
+        about: what tells the batches from others, as JSON, where `data` does not hold them.
     """
 
     data: PyTree
@@ -53,9 +60,95 @@ class Batches:
     fetch: Callable[[PyTree, PyTree], tuple[Any, Any]]
     sized: bool = True
     limit: int | None = None
+    by_example: bool = False
+    about: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_arguments({"draw": _DRAW, "fetch": _FETCH, "sized": FLAG, "limit": COUNT | NONE}, vars(self))
+        kinds = {"draw": _DRAW, "fetch": _FETCH, "sized": FLAG, "limit": COUNT | NONE}
+        check_arguments({**kinds, "by_example": FLAG, "about": NAMED | NONE}, vars(self))
+
+    def digest(self) -> str:
+        """A fingerprint of the data."""
+        if self.about is None:
+            return digest(self.data)
+        return hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:16]
+
+    def on(self, mesh: Mesh, split: PartitionSpec) -> Batches:
+        """The same batches, of which each device of a mesh fetches its own part.
+
+        Args:
+            mesh: the mesh.
+            split: of the examples.
+        """
+
+        def fetch(data: PyTree, drawn: PyTree) -> Any:
+            own = jax.shard_map(
+                lambda drawn: self.fetch(data, drawn),
+                mesh=mesh,
+                in_specs=split,
+                out_specs=split,
+                check_vma=False,
+            )
+            return own(drawn)
+
+        return dataclasses.replace(self, fetch=fetch) if self.by_example else self
+
+
+_SAMPLE: Final = 2**16
+"""Tokens at each of some places that tell one text from another."""
+
+
+@takes(tokens=TOKENS, length=COUNT)
+def mapped_text(tokens: Integer[np.ndarray, " n"], *, length: int) -> Batches:
+    """Batches of a text that stays in its file: larger than the devices' memory, or than the host's.
+
+    They are those of a text in memory. A device that needs a sequence reads it through its host, so on a mesh
+    of several processes each of them reads its own examples. That costs a call of the host in each step: give
+    a text that fits as `text_batches`, or let `mujax tune --data` choose.
+
+    Args:
+        tokens: the text, as by `mujax.data.token_file`; every process maps the same file.
+        length: tokens of a sequence.
+
+    Returns:
+        Inputs, and targets one token ahead of them, int32 of shape (batch, length).
+
+    Raises:
+        DataError: when it is drawn from, the text is not longer than a sequence.
+
+    >>> text = np.arange(100, dtype=np.uint16)
+    >>> run = mapped_text(text, length=8)
+    >>> starts = run.draw((), jax.random.key(0), 2, 3)
+    >>> inputs, targets = jax.jit(run.fetch)((), starts[0])
+    >>> inputs.shape, bool((targets == inputs + 1).all())
+    ((2, 8), True)
+    """
+    places = len(tokens) - length
+    is_wide = places > np.iinfo(np.int32).max
+
+    def draw(_: PyTree, key: Key[Array, ""], batch: int, steps: int) -> Array:
+        if not is_wide:
+            return text_starts(len(tokens), key, batch=batch, length=length, steps=steps)
+        # More places than an int32 holds: the remainder of 64 random bits.
+        bits = functools.partial(jax.random.bits, shape=(batch, 2), dtype=jnp.uint32)
+        return jax.vmap(lambda step: bits(jax.random.fold_in(key, step)))(jnp.arange(steps))
+
+    def read(starts: Any) -> np.ndarray:
+        starts = np.asarray(starts)
+        if is_wide:
+            high, low = np.moveaxis(starts.astype(np.uint64), -1, 0)
+            starts = ((high << np.uint64(32)) | low) % np.uint64(places)
+        return tokens[np.add.outer(starts.astype(np.int64), np.arange(length + 1))].astype(np.int32)
+
+    def fetch(_: PyTree, starts: Array) -> Examples:
+        shape = (*starts.shape[: starts.ndim - is_wide], length + 1)
+        out = jax.ShapeDtypeStruct(shape, jnp.int32)
+        windows = jax.pure_callback(read, out, starts, vmap_method="broadcast_all")
+        return Examples(windows[..., :-1], windows[..., 1:])
+
+    samples = [tokens[place : place + _SAMPLE] for place in np.linspace(0, len(tokens), 17).astype(int)[:-1]]
+    about = {"tokens": len(tokens), "dtype": str(tokens.dtype), "samples": digest(samples)}
+    return Batches((), draw, fetch, by_example=True, about=about)
 
 
 @takes(name=TEXT, batch=COUNT, steps=COUNT | NONE)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree, UInt32
 
-from mujax._arguments import CHECKPOINT_RULES, NAMED, NONE, PATH, instance, takes
+from mujax._arguments import CHECKPOINT_RULES, NAMED, NONE, PATH, instance, needed, takes
 from mujax.data import Stream
 from mujax.errors import CheckpointError, ConfigError, MujaxError
 from mujax.spec import MupSpec, ParamSpec
@@ -115,7 +115,8 @@ class Checkpoints:
         self._hparams = _as_json("hparams", dict(hparams or {}))
         self._signalled = threading.Event()
         self._exits = contextlib.ExitStack()
-        self._ocp = _orbax()
+        # Half a second that only a training with checkpoints needs.
+        self._ocp = needed("orbax.checkpoint", "checkpoints", "orbax-checkpoint")
         self._manager = self._open(directory, keep, every_steps, every_minutes)
 
     def _open(
@@ -376,20 +377,6 @@ class Checkpoints:
                 expected="a checkpoint to be written",
                 got=f"an error ({_first_line(error)})",
             ) from error
-
-
-def _orbax() -> Any:
-    try:
-        # Half a second that only a training with checkpoints needs.
-        import orbax.checkpoint as ocp
-    except ImportError as error:
-        raise ConfigError(
-            where="checkpoints",
-            expected="the package orbax-checkpoint",
-            got="none",
-            remedy='install it with `pip install "mujax-mup[train]"`',
-        ) from error
-    return ocp
 
 
 def _grain_checkpoint(data: Any) -> Any:

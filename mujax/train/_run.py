@@ -356,10 +356,11 @@ class Training:
 
     def _batch(self, data: PyTree, drawn: Any) -> tuple[Any, Any]:
         """The inputs and targets of one step, split over the mesh."""
-        batch = self.batches.fetch(data[0], drawn)
         if self.mesh is None:
-            return batch
-        return jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh, rules=self.rules))
+            return self.batches.fetch(data[0], drawn)
+        place = batch_sharding(self.mesh, rules=self.rules)
+        batch = self.batches.on(self.mesh, place.spec).fetch(data[0], drawn)
+        return jax.lax.with_sharding_constraint(batch, place)
 
     def _mean_score(self, score: Callable[[Any], Float[Array, ""]], batch: Any) -> Float[Array, ""]:
         """The mean of a score over the parts of a batch that the model sees."""

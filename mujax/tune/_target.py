@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree
 
 from mujax._arguments import CHECKPOINT_RULES, PATH, check_arguments
-from mujax.errors import ConfigError, PreemptedError, ProcessError
+from mujax.errors import CheckpointError, ConfigError, PreemptedError, ProcessError
 from mujax.spec import MupSpec
 from mujax.train import Checkpoints, CompiledRuns, run_one
 
@@ -198,11 +198,16 @@ def require_same_on_all(description: str) -> None:
 
 @contextlib.contextmanager
 def other_processes(folder: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Says in a sentence that another process has ended, which JAX reports as a failed transfer."""
+    """Says in a sentence that another process has ended, which JAX reports as a failed transfer.
+
+    So does Orbax, whose processes wait for each other to write a checkpoint.
+    """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, CheckpointError) as raised:
+        error = raised.__cause__ if isinstance(raised, CheckpointError) else raised
+        is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+        if jax.process_count() == 1 or not is_of_jax or "RESOURCE_EXHAUSTED" in str(error):
             raise
         start = "start all of them again"
         raise ProcessError(

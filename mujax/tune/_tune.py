@@ -38,7 +38,17 @@ from mujax._arguments import (
 )
 from mujax.errors import ConfigError
 from mujax.optim import optimizer as optimizer_by_name
-from mujax.train import MODES, Batches, Mode, Training, as_batches, as_its_kind, default_loss, training_run
+from mujax.train import (
+    MODES,
+    Batches,
+    Mode,
+    Training,
+    as_batches,
+    as_its_kind,
+    default_loss,
+    mapped_text,
+    training_run,
+)
 from mujax.tune._results import Sweep, SweepProgress, Trial, read_trials
 from mujax.tune._sweep import RUNGS, STORAGE, Study, study_module, sweep
 from mujax.tune._tasks import TASKS, Task, in_batches, powers
@@ -85,7 +95,8 @@ class TuneConfig:
             `"package.module:factory"`. Keyword arguments of the factory besides the width (`depth`,
             `dropout`) can be tuned or fixed, too.
         width: of the proxy; the task's own by default.
-        data: file or folder of data: text, `.npz`, `.npy` or IDX (see `mujax.data.load`).
+        data: file or folder of data: text, `.npz`, `.npy` or IDX (see `mujax.data.load`), or `.bin`, a text
+            as raw uint16 tokens. A text as tokens of more than 256 MiB stays in its file.
         batches: for your own model in place of `data`: see `mujax.training_run`.
         valid: held-out batches beside `batches`.
         length: tokens of a sequence, for data that is a text.
@@ -435,9 +446,14 @@ def _own_source(config: TuneConfig) -> _Source:
 
     if config.data is None:
         batches = as_batches(config.batches)
-        return _Source(module, batches, lambda _, __: config.valid, data.digest(batches.data))
-    found = data.load(config.data)
-    if isinstance(found, data.TextData):
+        return _Source(module, batches, lambda _, __: config.valid, batches.digest())
+    found = _loaded(config.data)
+    if isinstance(found, data.TextData) and found.train.nbytes > _HELD_BYTES:
+        batches = mapped_text(found.train, length=config.length)
+        # As much of the held-out part as a run looks at.
+        limit = config._batch * config._steps
+        valid = data.text_windows(found.valid, length=config.length, limit=limit)
+    elif isinstance(found, data.TextData):
         length = config.length
         train, held_out = jnp.asarray(found.train), found.valid
         batches = Batches(
@@ -457,9 +473,20 @@ def _own_source(config: TuneConfig) -> _Source:
             ),
             lambda examples, order: data.Examples(examples.inputs[order], examples.targets[order]),
         )
-    return _Source(
-        module, batches, lambda batch, steps: _held_out(valid, batch, steps), data.digest(batches.data)
-    )
+    return _Source(module, batches, lambda batch, steps: _held_out(valid, batch, steps), batches.digest())
+
+
+_HELD_BYTES: Final = 2**28
+"""The largest text that is held in the devices' memory; a longer one stays in its file."""
+
+
+def _loaded(path: pathlib.Path) -> data.Data:
+    """The data of a file, mapped where it is a text as tokens that is too large to be held."""
+    if path.suffix == ".bin" and path.exists():
+        return data.token_file(path)
+    if path.suffix == ".npy" and path.exists() and path.stat().st_size > _HELD_BYTES:
+        return data.token_file(path)
+    return data.load(path)
 
 
 @takes(config=_CONFIG, progress=CALLBACK | NONE, finished=CALLBACK | NONE, say=CALLBACK | NONE)

@@ -133,6 +133,8 @@ def test_sweep_runs_the_same_trials_on_every_side(report, scripts, monkeypatch, 
     assert one["loss"] == pytest.approx(split["loss"], rel=1e-5)
     assert one["modes"] == split["modes"] == {"map": 2}
     assert set(row["ratio"]) == {"jitted loop", "map, 8 devices"}
+    assert row["scaling"] == pytest.approx(one["seconds"] / split["seconds"])
+    assert f"{row['scaling']:.0%}" in scripts["sweep.py"].show([row])
 
 
 def test_pareto_compares_two_ways_of_tuning(report, tmp_path):
@@ -201,10 +203,61 @@ def test_soundness_measures_random_programs_and_resumes(report, tmp_path):
     }
 
 
+def test_pod_compares_compiled_steps_and_resumes(report, scripts, monkeypatch, tmp_path):
+    module, out = scripts["pod.py"], tmp_path / "pod.json"
+    monkeypatch.setattr(module, "in_own_process", module.measure)
+    (row,) = report("pod.py", out, "--cases", "scanned-32-cpu")["rows"]
+    (run,) = row["runs"]
+    assert (row["case"], row["topology"], row["n_layers"]) == ("scanned-32-cpu", None, 2)
+    # The factors are there, and next to nothing.
+    assert 1 < row["ratio"]["flops"] < 1.01
+    assert row["ratio"] == {name: run["mujax"][name] / run["optax"][name] for name in ("flops", "bytes")}
+    for side in ("optax", "mujax"):
+        # Parameters and two moments of four bytes each.
+        assert run[side]["memory"] > run[side]["arguments"] > 12 * row["parameters"]
+        assert run[side]["both"]["cpu"] == run[side]["lower"]["cpu"] + run[side]["compile"]["cpu"]
+    monkeypatch.delattr(module, "in_own_process")
+    assert report("pod.py", out, "--cases", "scanned-32-cpu")["rows"] == [row]
+
+
+def test_pod_names_what_is_missed(scripts):
+    module = scripts["pod.py"]
+    side = {"flops": 1.0, "bytes": 1.0, "memory": 15e9, "collectives": {"all-gather f32[8]": 2}}
+    side |= {figure: {"wall": 1.0, "cpu": 1.0} for figure in module.TIMED}
+    case = module.CASES["7e9"]
+    found = module.summary("7e9", case, [{"parameters": 1, "optax": side, "mujax": side}])
+    assert found["missed"] == []
+    assert "15.00 (15.00)" in module.show([found])
+    worse = {
+        "flops": 1.01,
+        "bytes": 1.01,
+        "memory": 17e9,
+        "compile": {"wall": 1.0, "cpu": 1.2},
+        "collectives": {"all-gather f32[8]": 2, "all-reduce f32[8]": 1},
+    }
+    found = module.summary("7e9", case, [{"parameters": 1, "optax": side, "mujax": side | worse}])
+    assert [line.split(": ")[1].split()[0] for line in found["missed"]] == [
+        *("flops", "bytes", "compile", "memory", "collectives"),
+    ]
+
+
+def test_pod_says_which_extra_is_missing(scripts, capsys, monkeypatch):
+    module = scripts["pod.py"]
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(module, "in_own_process", None)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--quick", "--cases", "scanned-32-cpu", "7e9"])
+    assert stop.value.code == 2
+    assert 'of the extra tpu, got none; install it with `pip install "mujax-mup[tpu]"`' in (
+        capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("script", "option"),
     [
         ("audit.py", "--runs"),
+        ("pod.py", "--rounds"),
         ("overhead.py", "--runs"),
         ("spec_scale.py", "--runs"),
         ("optimizers.py", "--steps"),

@@ -127,11 +127,20 @@ def _port() -> int:
 
 
 @pytest.mark.parametrize(("count", "mesh", "ways"), [(2, "fsdp=2", "all"), (4, "fsdp=2,tensor=2", "one")])
-def test_several_processes_train_as_one(count, mesh, ways):
-    port = str(_port())
+def test_several_processes_train_as_one_and_one_goes_on(count, mesh, ways, tmp_path):
+    port, folder = str(_port()), str(tmp_path / "run")
     running = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "several_processes.py"), str(count), str(number), port, mesh, ways],
+            [
+                sys.executable,
+                str(HERE / "several_processes.py"),
+                str(count),
+                str(number),
+                port,
+                mesh,
+                ways,
+                folder,
+            ],
             env=ENV,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -145,9 +154,18 @@ def test_several_processes_train_as_one(count, mesh, ways):
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0] * count, done[0][1][-3000:]
-    found = [json.loads(out.splitlines()[-1]) for out, _ in done]
-    expected = several_processes.losses(train.make_mesh("fsdp=1", jax.devices()[:1]), ways == "all")
+    found, texts = zip(*(json.loads(out.splitlines()[-1]) for out, _ in done), strict=True)
+    one = train.make_mesh("fsdp=1", jax.devices()[:1])
+    expected = several_processes.losses(one, ways == "all")
     for each in found:
         np.testing.assert_allclose(each, expected, rtol=1e-6)
         # A process that trained on its own share alone would not agree.
         assert each == found[0]
+    uninterrupted = several_processes.resumed(one)
+    np.testing.assert_allclose(several_processes.resumed(one, folder), uninterrupted, rtol=1e-6)
+    assert not np.allclose(uninterrupted, expected[0], rtol=1e-2)
+    # Of a text in a file each process has read its own half, and not the whole.
+    several_processes.Counted.rows = 0
+    numbers, rows = several_processes.text(one)
+    assert list(texts) == [[numbers, rows // 2]] * count
+    assert (numbers[2], rows) == (16 * 4, 16)

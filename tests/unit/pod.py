@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import pathlib
 import signal
 import sys
 import time
@@ -194,6 +195,30 @@ def killed(folder):
         checkpoints.wait()
 
 
+def large(seed):
+    """A state of 48 MB that does not compress: to write it takes a while."""
+    random = np.random.default_rng(seed)
+    return {f"w{place}": random.normal(size=2**20).astype(np.float32) for place in range(12)}
+
+
+def written(folder, step):
+    """The bytes of arrays of an unfinished checkpoint."""
+    files = folder.glob(f"{step}.*/state/**/d/*")
+    return sum(file.stat().st_size for file in files)
+
+
+def halfway(folder):
+    """A checkpoint, and another one in the middle of whose arrays the process is killed."""
+    folder = pathlib.Path(folder)
+    with Checkpoints(folder, built()[0].spec, every_minutes=None) as checkpoints:
+        checkpoints.save(1, large(1), force=True)
+        checkpoints.wait()
+        checkpoints.save(2, large(2), force=True)
+        while not written(folder, 2):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def process(folder, port, number):
     """One of two processes that train until one of them is preempted."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -230,4 +255,4 @@ def eight(folder):
 
 
 if __name__ == "__main__":
-    {"eight": eight, "process": process}[sys.argv[1]](*sys.argv[2:])
+    {"eight": eight, "halfway": halfway, "process": process}[sys.argv[1]](*sys.argv[2:])

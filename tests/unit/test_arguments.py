@@ -461,7 +461,14 @@ ROWS: dict[str, Row] = {
     "Batches": Row(
         mujax.Batches,
         {"data": (), "draw": stop, "fetch": stop},
-        {"draw": (None, *FUNCTIONS), "fetch": (None, *FUNCTIONS), "sized": FLAGS, "limit": COUNTS_OR_NONE},
+        {
+            "draw": (None, *FUNCTIONS),
+            "fetch": (None, *FUNCTIONS),
+            "sized": FLAGS,
+            "limit": COUNTS_OR_NONE,
+            "by_example": FLAGS,
+            "about": (3, "text", [1], THING),
+        },
         free=frozenset({"data"}),
     ),
     "as_batches": Row(
@@ -764,6 +771,11 @@ ROWS: dict[str, Row] = {
             "vocab_size": COUNTS_OR_NONE,
         },
         STREAMED_ALSO,
+    ),
+    "mapped_text": Row(
+        train.mapped_text,
+        {"tokens": np.arange(9), "length": 3},
+        {"tokens": (None, "text", X, [1], THING), "length": COUNTS},
     ),
     "batch_indices": Row(
         data.batch_indices,

@@ -1,5 +1,6 @@
 """Checkpoints: resumed runs against uninterrupted ones, what is refused, kills and preemptions."""
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -413,6 +414,31 @@ def test_numbers_of_numpy_and_jax_are_hyperparameters(tmp_path):
         checkpoints.restore(STATE)
 
 
+@pytest.mark.parametrize(
+    ("module", "needs", "message"),
+    [
+        (
+            "orbax.checkpoint",
+            opened,
+            "checkpoints: expected the package orbax-checkpoint, got none; install it",
+        ),
+        (
+            "grain",
+            lambda _: pod.Run().stream,
+            "data: expected the package grain, which reads batches ahead, got none; ",
+        ),
+    ],
+)
+def test_a_missing_package_is_named(module, needs, message, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=rf'{message}.*"mujax-mup\[train\]"'):
+            needs(tmp_path)
+    # With it nothing is refused.
+    with contextlib.closing(needs(tmp_path)):
+        pass
+
+
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="in it: expected a folder that checkpoints can be written to"):
@@ -505,6 +531,23 @@ def test_killed_while_it_writes_the_one_before_counts(eight_devices):
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
     reference.train(reference.start(), 3)
     np.testing.assert_allclose(run.losses, reference.losses[2:], rtol=0, atol=1e-6)
+
+
+def test_killed_in_the_middle_of_the_arrays_the_one_before_counts(tmp_path):
+    with child("halfway", tmp_path) as process:
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    # Some of the 48 MB are there, and not all.
+    assert 0 < pod.written(tmp_path, 2) < 12 * 2**22
+    with Checkpoints(tmp_path, SPEC, every_minutes=None) as checkpoints:
+        assert checkpoints.steps == (1,)
+        assert_equal(checkpoints.restore(jax.eval_shape(lambda: pod.large(1))), pod.large(1))
+        checkpoints.save(2, pod.large(2), force=True)
+    # One that was not killed counts.
+    with Checkpoints(tmp_path, SPEC, every_minutes=None) as checkpoints:
+        assert checkpoints.steps == (1, 2)
+        assert_equal(checkpoints.restore(jax.eval_shape(lambda: pod.large(2))), pod.large(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_two_processes_are_preempted_together_and_one_goes_on(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import flax.linen as nn
 import jax
@@ -21,6 +24,7 @@ from mujax.tune import CheckpointRules, TargetProgress, TuneConfig
 from mujax.tune.study import SharedStudy
 
 STEPS = 30
+_TUNE = importlib.import_module("mujax.tune._tune")
 
 
 def net(width):
@@ -38,12 +42,33 @@ def config(tmp_path: pathlib.Path) -> TuneConfig:
         space={"learning_rate": [0.01]},
         batch=16, trials=1, study="s", mode="map", storage=str(tmp_path / "a.db"),
     )  # fmt: skip
+    return _tuned(config)
+
+
+def _tuned(config: TuneConfig) -> TuneConfig:
     place = config.stored()
     options = {"settings": place.settings, "attributes": place.attributes, "sampler": config.sampler}
-    with SharedStudy.open("s", config.whole_space, storage=place.storage, **options) as study:
+    with SharedStudy.open(config.study, config.whole_space, storage=place.storage, **options) as study:
         (lease,) = study.lease(1, 1)
         study.finish(lease, 0.5, {})
     return config
+
+
+def reader(width):
+    return nn.Sequential([nn.Embed(64, width), nn.Dense(width), nn.relu, nn.Dense(64)])
+
+
+@pytest.fixture
+def text(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> TuneConfig:
+    """A study on a file of tokens that counts as too large for the devices."""
+    monkeypatch.setattr(_TUNE, "_HELD_BYTES", 0)
+    tokens = np.random.default_rng(0).integers(0, 64, 20_000).cumsum() % 64
+    tokens.astype("uint16").tofile(tmp_path / "tokens.bin")
+    return _tuned(TuneConfig(
+        task="test_target:reader", width=8, data=tmp_path / "tokens.bin", length=16, steps=STEPS,
+        space={"learning_rate": [0.01]}, objective="valid_loss",
+        batch=8, trials=1, study="s", mode="map", storage=str(tmp_path / "a.db"),
+    ))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +99,31 @@ def test_a_run_that_sigterm_ends_goes_on_to_the_last_bit(config: TuneConfig, tmp
     jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
     # All of it once more: nothing is left to train.
     assert mujax.transfer(config, width=16, checkpoints=rules).runs == whole.runs
+
+
+def test_a_text_that_stays_in_its_file_trains_alike(
+    text: TuneConfig, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = text.training(16)
+    assert jax.tree.leaves(job.batches.data) == []
+    found = mujax.transfer(text, width=16)
+    one = make_mesh({"data": 1}, jax.devices()[:1])
+    split = mujax.transfer(text, width=16, mesh=one)
+    np.testing.assert_allclose(split.runs[0].curve, found.runs[0].curve, rtol=1e-6)
+    # Held on the device it is the same text.
+    monkeypatch.setattr(_TUNE, "_HELD_BYTES", 2**20)
+    held = dataclasses.replace(text)
+    assert [leaf.dtype for leaf in jax.tree.leaves(held.training(16).batches.data)] == ["uint16"]
+    plain = mujax.transfer(_tuned(dataclasses.replace(held, study="held")), width=16)
+    np.testing.assert_allclose(found.runs[0].curve, plain.runs[0].curve, rtol=1e-6)
+    assert found.runs[0].metrics["valid_loss"] == pytest.approx(plain.runs[0].metrics["valid_loss"])
+    # Another text, of the same length, is not.
+    other = np.fromfile(tmp_path / "tokens.bin", "uint16")
+    other[12_345] ^= 1
+    other.tofile(tmp_path / "other.bin")
+    monkeypatch.setattr(_TUNE, "_HELD_BYTES", 0)
+    with pytest.raises(mujax.ConfigError, match="data"):
+        mujax.transfer(dataclasses.replace(text, data=tmp_path / "other.bin"), width=16)
 
 
 def test_a_checkpoint_of_another_run_is_refused(config: TuneConfig, tmp_path: pathlib.Path) -> None:
@@ -122,16 +172,21 @@ def _free_port() -> int:
         return one.getsockname()[1]
 
 
-def _on_two(commands: list[list[str]], folder: pathlib.Path) -> list[tuple[int, str]]:
-    """Exit code and stderr of two processes of two devices each."""
+def _two(commands: list[list[str]], folder: pathlib.Path) -> list[subprocess.Popen[str]]:
+    """Two processes of two devices each."""
     address = f"127.0.0.1:{_free_port()}"
-    running = [
+    return [
         subprocess.Popen(
             [*command, "--coordinator", address, "--processes", "2", "--process", str(number)],
             cwd=folder, env=_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for number, command in enumerate(commands)
     ]  # fmt: skip
+
+
+def _on_two(commands: list[list[str]], folder: pathlib.Path) -> list[tuple[int, str]]:
+    """Exit code and stderr of each of two processes."""
+    running = _two(commands, folder)
     return [
         (one.returncode, errors)
         for one, (_, errors) in [(one, one.communicate(timeout=300)) for one in running]
@@ -155,6 +210,44 @@ def test_two_processes_train_as_one_and_one_goes_on(config: TuneConfig, tmp_path
     rules = CheckpointRules(tmp_path / "run", every_steps=10)
     found = mujax.transfer(config, width=16, checkpoints=rules)
     np.testing.assert_allclose(found.runs[0].curve, whole.runs[0].curve, rtol=1e-5)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_in_the_middle_the_other_says_so_and_all_go_on(
+    config: TuneConfig, tmp_path: pathlib.Path, killed: int
+) -> None:
+    """The first process has JAX's coordination service: its end is another one for the others."""
+    mesh = ["--mesh", "data=2,fsdp=2", "--checkpoint", "run", "--every-steps", "10", "--steps", "80"]
+    command = _command(config, *mesh, "--out", "out")
+
+    def saved() -> list[int]:
+        return sorted(int(path.name) for path in tmp_path.glob("run/seed-0/*") if path.name.isdigit())
+
+    running = _two([command] * 2, tmp_path)
+    while not saved() and running[0].poll() is None:
+        time.sleep(0.01)
+    running[killed].kill()
+    start = time.monotonic()
+    _, errors = running[1 - killed].communicate(timeout=120)
+    assert time.monotonic() - start < 60
+    assert running[1 - killed].returncode == 2, errors
+    *_, sentence = errors.splitlines()
+    assert sentence.startswith("mujax: process")
+    assert "Traceback" not in errors
+    assert "stack trace" not in errors
+    assert sentence.endswith("start all of them again; they go on from the last checkpoint in run.")
+    running[killed].communicate()
+    last = saved()[-1]
+    assert last < 80
+    # Nothing is lost but the steps since.
+    seen: list[int] = []
+    rules = CheckpointRules(tmp_path / "run", every_steps=10)
+    found = mujax.transfer(
+        config, width=16, steps=80, checkpoints=rules, progress=lambda now: seen.append(now.step)
+    )
+    assert last < sorted(seen)[1] <= last + 10
+    whole = mujax.transfer(config, width=16, steps=80)
+    np.testing.assert_allclose(found.runs[0].curve, whole.runs[0].curve, rtol=1e-4)
 
 
 def test_processes_with_other_arguments_are_refused_on_all(
@@ -191,10 +284,11 @@ def test_options_that_do_not_fit_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_coordinator_that_does_not_answer(config: TuneConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_coordinator_that_does_not_answer(config: TuneConfig, capfd: pytest.CaptureFixture[str]) -> None:
     from mujax.cli import main
 
     address = f"127.0.0.1:{_free_port()}"
     given = ["--coordinator", address, "--processes", "2", "--process", "1", "--wait", "1"]
     assert main([*_command(config)[3:], *given]) == 2
-    assert "expected process 0 to listen at 127.0.0.1" in capsys.readouterr().err
+    # A process of its own has joined the others.
+    assert "expected process 0 to listen at 127.0.0.1" in capfd.readouterr().err
