@@ -7,11 +7,12 @@ returns the same program: all randomness comes from Python's `random`, not from 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import jax
@@ -222,6 +223,23 @@ class Writer:
         self._fresh.append(name)
         return f'p["{name}"]'
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[list[str]]:
+        """Collects the parameters that are made inside: they do not belong to the next measured value."""
+        before, self._fresh, found = self._fresh, [], []
+        yield found
+        found += self._fresh
+        self._fresh = before
+
+    def belong(self, params: Iterable[str]) -> None:
+        """Gives parameters that were kept apart to the next measured value."""
+        self._fresh += params
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the kernel of the next measured value reads out and in again."""
+        return not self._narrow.isdisjoint(self._fresh)
+
     def reads_out(self, parameter: str) -> None:
         """Notes that the product with this parameter falls at the start, as that of a readout does."""
         self._narrow.add(parameter[3:-2])
@@ -382,7 +400,8 @@ def _constant(g: Writer, rows: str, cols: str) -> str:
         f"normal(key, {rows}, {cols})",
         f"jax.random.bernoulli(key, 0.5, ({rows}, {cols}))",
         "t",
-        f"jnp.tri({rows}, {cols})",
+        # Of one density at every width, whichever side grows.
+        f"jnp.tri({rows}, {cols}, ({cols}) // 2)",
         f"jax.random.bernoulli(key, 0.5, ({rows}, 1))",
         "(1 + x[0, 0] ** 2)",
     )
@@ -644,23 +663,27 @@ def residual(g: Writer, v: Var) -> Var:
 
 @step("s", 4)
 def attention(g: Writer, v: Var) -> Var:
-    h = v.name
+    h, lo = v.name, v.lo
     heads, size = g.pick(("4", "n // 4"), ("n // 8", "8"), ("1", "n"), ("2", "n // 2"))
+    of_values: list[str] = []
     if g.chance(0.3):
         fused = g.let(f"{h} @ {kernel(g, 'n', '3 * n')}")
         parts = [f"{fused}[..., {i} * n:{i + 1} * n]" for i in range(3)]
+        lo -= 0.5 * g.is_narrow
     elif g.chance(0.4):
         parts = [
             f'jnp.einsum("bti,ihd->bthd", {h}, {g.dense("n", heads, size, fan_in="n")})' for _ in range(3)
         ]
     else:
-        parts = [f"{h} @ {kernel(g, 'n', 'n')}" for _ in range(3)]
+        parts = [f"{h} @ {kernel(g, 'n', 'n')}" for _ in range(2)]
+        with g.apart() as of_values:
+            parts.append(f"{h} @ {kernel(g, 'n', 'n')}")
     q, k, u = (g.let(f"({part}).reshape(B, T, {heads}, {size})") for part in parts)
     if g.chance(0.2):
         q, k = (g.let(f"{a} / jnp.sqrt(({a} ** 2).mean(-1, keepdims=True) + 1e-6)") for a in (q, k))
-    lo = v.lo
     if g.chance(0.15):
         out = g.let(f"jax.nn.dot_product_attention({q}, {k}, {u})")
+        g.belong(of_values)
     else:
         way = g.rng.randrange(8)
         root = f"({size}) ** -0.5"
@@ -678,6 +701,7 @@ def attention(g: Writer, v: Var) -> Var:
             temperature = g.param("jnp.float32(0.0)", "s")
             s = f'jnp.einsum("bqhd,bkhd->bhqk", {q}, {k}) * {root} * jnp.exp({temperature})'
         logits = g.value(s, "-", 2 * v.lo - 0.5, 2 * v.lo - 0.5, "s").name
+        g.belong(of_values)
         if g.chance(0.3):
             logits = g.let(f"jnp.where(jnp.tri(T) > 0, {logits}, -1e9)")
         if g.chance(0.2):
@@ -820,11 +844,14 @@ def layers(g: Writer, v: Var) -> Var:
 
 @step("hs", 1.5)
 def experts(g: Writer, v: Var) -> Var:
-    h, w, r = v.name, g.param("normal(k, 3, n, n) / n ** 0.5"), g.param("normal(k, n, 3) / n ** 0.5", "r")
-    if g.chance(0.4):
-        w = g.let(changed_stack(g, w), "k")
+    h, r = v.name, g.param("normal(k, n, 3) / n ** 0.5", "r")
+    change = changed_stack(g) if g.chance(0.4) else "{}"
     t = "" if v.kind == "h" else "t"
-    gate = g.let(f"nn.softmax({h} @ {r}, -1)", "r")
+    logits = g.value(f"{h} @ {r}", "-", v.lo - 0.5, v.lo, "s").name
+    gate = g.let(f"nn.softmax({logits}, -1)", "r")
+    w = g.param("normal(k, 3, n, n) / n ** 0.5")
+    if change != "{}":
+        w = g.let(change.format(w), "k")
     match g.rng.randrange(7):
         case 0:
             out = f'jnp.einsum("b{t}e,b{t}eo->b{t}o", {gate}, jnp.einsum("b{t}i,eio->b{t}eo", {h}, {w}))'
@@ -843,15 +870,17 @@ def experts(g: Writer, v: Var) -> Var:
         case _:
             a = g.let("nn.softmax(x[0, :3])", "r")
             out = f"{h} @ jnp.tensordot({a}, {w}, 1)"
-    return g.value(out, v.kind, v.lo, min(v.lo, -0.5))
+    # In wide models the gates start alike, and experts whose mean is subtracted cancel.
+    lo = v.lo - 0.5 if "mean(0)" in change else v.lo
+    return g.value(out, v.kind, lo, min(lo, -0.5))
 
 
-def changed_stack(g: Writer, w: str) -> str:
+def changed_stack(g: Writer) -> str:
     return g.pick(
         "jnp.tanh({})", "({} * t)", "({0} * jax.random.bernoulli(key, 0.5, {0}.shape))",
         "({0} - {0}.mean(0))",
         "({} / 2)", "({0} * jnp.asarray([0.5, 1.0, 1.5])[:, None, None])",
-    ).format(w)  # fmt: skip
+    )  # fmt: skip
 
 
 @step("hs", 1)
@@ -904,7 +933,9 @@ def reduced(g: Writer, v: Var) -> Var:
     keeps = form.startswith("{h} +") or form.startswith("{h} -") or form.startswith("jnp.sort")
     low = v.lo if keeps else 3 * v.lo - 0.5 if v.lo else -0.5
     if "softmax" in form:
-        low = v.lo
+        # Weights that add up to one shrink by themselves; where that matters they are brought to size.
+        out = g.value(form.format(h=h), v.kind, v.lo - (0.0 if form.endswith("n") else 1.0), v.lo - 1.0)
+        return dataclasses.replace(out, lo=v.lo)
     return g.value(form.format(h=h), v.kind, low, min(low, lo))
 
 
@@ -965,7 +996,8 @@ def gain_and_bias(g: Writer, v: Var) -> Var:
 def tied_layers(g: Writer, v: Var) -> Var:
     """One kernel used twice, the second time perhaps transposed."""
     w = g.dense("n", "n", plain=True)
-    a = g.value(activation(g, f"({v.name} @ {w})", 1), v.kind, v.lo)
+    # The gradient of the second use may be the larger one: what it changes is random to the first.
+    a = g.value(activation(g, f"({v.name} @ {w})", 1), v.kind, v.lo, v.lo - 0.5)
     return g.value(f"{a.name} @ {w}{g.pick('', '.T')}", v.kind, v.lo)
 
 
@@ -1035,9 +1067,10 @@ def sums_of_readouts(g: Writer, v: Var) -> str:
         "{h} @ {a} + jnp.tanh({h}) @ {b}", "{h} @ {a} - {h} ** 2 @ {b}", "({h} @ {a}) * nn.sigmoid({h} @ {b})"
     )
     if "sigmoid" in form:
-        g.after_fall(b)
+        # It multiplies a readout's product, which is small at first.
+        g.slower[b[3:-2]] = v.lo - 0.5
     if v.kind == "h" and g.chance(0.4):
-        return g.value(f"{v.name} @ {a} + x @ {skip}", "-", 0.0, v.lo, "y").name
+        return g.value(f"{v.name} @ {a} + x @ {skip}", "-", v.lo - 0.5, v.lo, "y").name
     del g.params[skip[3:-2]]
     g._fresh.remove(skip[3:-2])
     return readout(g, form.format(h=v.name, a=a, b=b), v.lo)
@@ -1107,7 +1140,12 @@ def features_out(g: Writer, v: Var) -> str:
 
 @end(0.4)
 def wide_readout(g: Writer, v: Var) -> str:
-    a, b = kernel(g, "n", "n"), g.param("normal(k, n, C) / n ** 0.5")
+    a = kernel(g, "n", "n")
+    for one in g._fresh:
+        # A fixed number of directions, which the readout's weights are random to in the first step.
+        if "n, 3)" in g.params[one] or "n, 3,)" in g.params[one]:
+            g.slower.setdefault(one, -0.5)
+    b = g.param("normal(k, n, C) / n ** 0.5")
     return readout(g, f"nn.relu({v.name} @ {a}) @ {b}", v.lo)
 
 

@@ -172,9 +172,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "broadcast_in_dim": _broadcast,
     "select_n": lambda eqn, spreads: _alike(eqn, spreads[1:]),
     "bitcast_convert_type": _from_bits,
-    **dict.fromkeys(
-        ["add", "add_any"], _of_known(lambda a, b: a.plus(b))
-    ),
+    **dict.fromkeys(["add", "add_any"], _of_known(lambda a, b: a.plus(b))),
     "sub": _of_known(lambda a, b: a.plus(b, -1.0)),
     "neg": _of_known(lambda a: a.scaled(-1.0)),
     "mul": _of_known(_product),
