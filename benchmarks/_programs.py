@@ -351,6 +351,11 @@ def activation(g: Writer, text: str, chance: float = 0.75) -> str:
     return g.pick(*ACTIVATIONS).format(text) if g.chance(chance) else text
 
 
+def after(text: str, lo: float) -> float:
+    """By which power of the width a function falls whose argument falls by `lo`."""
+    return 2 * lo if text.endswith("** 2") or text.startswith("jnp.square(") else lo
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
@@ -574,7 +579,10 @@ def dense(g: Writer, v: Var) -> Var:
     else:
         product = f"{v.name} @ {w}"
     out = g.value(f"{product}{bias(g, 'n')}", v.kind, v.lo)
-    return g.value(activation(g, out.name, 1), v.kind, out.lo) if g.chance(0.7) else out
+    if not g.chance(0.7):
+        return out
+    text = activation(g, out.name, 1)
+    return g.value(text, v.kind, after(text, out.lo))
 
 
 @step("hsi", 2)
@@ -582,7 +590,8 @@ def mlp(g: Writer, v: Var) -> Var:
     m = g.pick("2 * n", "n // 2", "n + 16", "4 * n")
     up, down = kernel(g, "n", m), kernel(g, m, "n")
     a = g.let(f"{v.name} @ {up}{bias(g, m)}")
-    return g.value(f"{activation(g, a, 1)} @ {down}{bias(g, 'n')}", v.kind, v.lo)
+    text = activation(g, a, 1)
+    return g.value(f"{text} @ {down}{bias(g, 'n')}", v.kind, after(text, v.lo))
 
 
 @step("hsi", 2)
@@ -657,8 +666,9 @@ def residual(g: Writer, v: Var) -> Var:
     elif scale == "gain":
         scale = f"(1 + {g.param('jnp.zeros((n,))', 'g')}) * "
     form = g.pick("{h} + {s}{f}", "({h} + {s}{f}) / 2 ** 0.5", "jnp.add({h}, {s}{f})", "sum([{h}, {s}{f}])")
-    lo = max(v.lo, inner.lo)
-    return g.value(form.format(h=v.name, s=scale, f=inner.name), v.kind, lo, min(v.lo, inner.lo))
+    # What falls may still be the larger part at these widths.
+    lo = min(v.lo, inner.lo)
+    return g.value(form.format(h=v.name, s=scale, f=inner.name), v.kind, lo)
 
 
 @step("s", 4)
@@ -755,7 +765,10 @@ def convolution(g: Writer, v: Var) -> Var:
         )  # fmt: skip
         w = g.let(change.format(w=w), "k")
     out = g.value(f"lax.conv_general_dilated({v.name}, {w}, (1, 1), {dims})", "i", v.lo)
-    return g.value(activation(g, out.name, 1), "i", v.lo) if g.chance(0.7) else out
+    if not g.chance(0.7):
+        return out
+    text = activation(g, out.name, 1)
+    return g.value(text, "i", after(text, v.lo))
 
 
 @step("i", 1)
@@ -943,7 +956,8 @@ def reduced(g: Writer, v: Var) -> Var:
 def constant(g: Writer, v: Var) -> Var:
     """A constant that depends on the width, before something that needs a size of order one."""
     form = g.pick("{} * n ** 0.5", "{} / n ** 0.5", "{} * n", "{} / n", "{} * 2", "{} * jnp.sqrt(n / 8)")
-    return g.value(activation(g, f"({form.format(v.name)})", 1), v.kind, v.lo)
+    text = activation(g, f"({form.format(v.name)})", 1)
+    return g.value(text, v.kind, after(text, v.lo))
 
 
 @step("hsi", 1)
@@ -974,7 +988,8 @@ def bottleneck(g: Writer, v: Var) -> Var:
     """Down to a fixed size and up again."""
     down, up = kernel(g, "n", "C"), kernel(g, "C", "n")
     a = g.value(f"{v.name} @ {down}", "-", v.lo - 0.5, v.lo).name
-    return g.value(f"{activation(g, a, 0.5)} @ {up}{bias(g, 'n')}", v.kind, v.lo - 0.5)
+    text = activation(g, a, 0.5)
+    return g.value(f"{text} @ {up}{bias(g, 'n')}", v.kind, after(text, v.lo - 0.5))
 
 
 @step("hsi", 0.7)
@@ -997,8 +1012,9 @@ def tied_layers(g: Writer, v: Var) -> Var:
     """One kernel used twice, the second time perhaps transposed."""
     w = g.dense("n", "n", plain=True)
     # The gradient of the second use may be the larger one: what it changes is random to the first.
-    a = g.value(activation(g, f"({v.name} @ {w})", 1), v.kind, v.lo, v.lo - 0.5)
-    return g.value(f"{a.name} @ {w}{g.pick('', '.T')}", v.kind, v.lo)
+    text = activation(g, f"({v.name} @ {w})", 1)
+    a = g.value(text, v.kind, after(text, v.lo), after(text, v.lo) - 0.5)
+    return g.value(f"{a.name} @ {w}{g.pick('', '.T')}", v.kind, a.lo)
 
 
 @step("h", 0.5)
