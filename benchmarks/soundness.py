@@ -36,6 +36,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import gc
 import json
 import math
 import multiprocessing
@@ -83,6 +84,7 @@ SIFT: Final = Round((32, 256), 2, tolerance=0.15, errors=0.0)
 ROUNDS: Final = (SIFT, Round((32, 64, 128, 256), 3), Round((64, 128, 256, 512), 8))
 RATE: Final = 2.0**-9
 EPSILON: Final = 1e-12
+CLEAR: Final = 0.4
 CONCENTRATED: Final = 1.5
 FAILURES: Final = common.Goal(0, "0")
 NEEDLESS: Final = common.Goal(0.2, "20 %")
@@ -183,9 +185,12 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     names = list(program.params)
     # Of the sign of each gradient, however small.
     tx = mujax.mup_adam(RATE, mup.spec, eps=EPSILON)
-    shapes = jax.eval_shape(lambda key: replay.init(key)[0], jax.random.key(0))
-    begin = Evaluator(jax.make_jaxpr(lambda key: jax.tree.leaves(replay.init(key)[0]))(jax.random.key(0)))
-    order = list(shapes)
+    program_of_init, shapes = jax.make_jaxpr(lambda key: replay.init(key)[0], return_shape=True)(
+        jax.random.key(0)
+    )
+    begin = Evaluator(program_of_init)
+    # As JAX orders the leaves of a dict.
+    order = sorted(shapes)
 
     def loss(p: Any) -> jax.Array:
         return _loss(replay.apply(p, jax.tree.leaves(p))[0])
@@ -204,6 +209,7 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
         params = begin([key(100 + seed)])
         # What an argmax chooses stays chosen: a step of finite size flips a few choices, by chance.
         choices: Choices = {}
+        moves.start()
         before = moves.taps(params, labels, choices)
         updates = moves(params)
         rows = []
@@ -354,7 +360,9 @@ def run(program: Program, number: int = 0, rounds: Sequence[Round] = ROUNDS) -> 
             findings, corrections = mups[how.widths[-1]].findings, mups[how.widths[-1]].corrections
             measured = [measure(mups[width], program, how.seeds) for width in how.widths]
             wrong = judge(program, how, *zip(*measured, strict=True))
-            if not silent(program, wrong, findings, corrections):
+            # A finding is needless or not by the later rounds, unless it is clear.
+            unclear = findings and wrong and max(one.apart for one in wrong) < CLEAR
+            if not silent(program, wrong, findings, corrections) and not (unclear and how is SIFT):
                 break
     except mujax.MujaxError as error:
         return result("refused", kind=type(error).__name__, error=str(error))
@@ -377,6 +385,12 @@ def run(program: Program, number: int = 0, rounds: Sequence[Round] = ROUNDS) -> 
 
 
 def _run_numbered(seed: int, number: int) -> Result:
+    # Traces are many small objects: collected now and then, and not whenever there are some more.
+    gc.disable()
+    if number % 50 == 0:
+        jax.clear_caches()
+    if number % 10 == 0:
+        gc.collect()
     try:
         return run(generate(seed, number), number)
     except Exception as error:
