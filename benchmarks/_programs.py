@@ -673,19 +673,21 @@ def residual(g: Writer, v: Var) -> Var:
 
 @step("s", 4)
 def attention(g: Writer, v: Var) -> Var:
-    h, lo = v.name, v.lo
+    h, lo, of_logits = v.name, v.lo, 2 * v.lo - 0.5
     heads, size = g.pick(("4", "n // 4"), ("n // 8", "8"), ("1", "n"), ("2", "n // 2"))
     of_values: list[str] = []
     if g.chance(0.3):
         fused = g.let(f"{h} @ {kernel(g, 'n', '3 * n')}")
         parts = [f"{fused}[..., {i} * n:{i + 1} * n]" for i in range(3)]
         lo -= 0.5 * g.is_narrow
+        of_logits = 2 * lo - 0.5
     elif g.chance(0.4):
         parts = [
             f'jnp.einsum("bti,ihd->bthd", {h}, {g.dense("n", heads, size, fan_in="n")})' for _ in range(3)
         ]
     else:
         parts = [f"{h} @ {kernel(g, 'n', 'n')}" for _ in range(2)]
+        of_logits -= g.is_narrow
         with g.apart() as of_values:
             parts.append(f"{h} @ {kernel(g, 'n', 'n')}")
     q, k, u = (g.let(f"({part}).reshape(B, T, {heads}, {size})") for part in parts)
@@ -710,7 +712,7 @@ def attention(g: Writer, v: Var) -> Var:
         else:
             temperature = g.param("jnp.float32(0.0)", "s")
             s = f'jnp.einsum("bqhd,bkhd->bhqk", {q}, {k}) * {root} * jnp.exp({temperature})'
-        logits = g.value(s, "-", 2 * v.lo - 0.5, 2 * v.lo - 0.5, "s").name
+        logits = g.value(s, "-", of_logits, of_logits, "s").name
         g.belong(of_values)
         if g.chance(0.3):
             logits = g.let(f"jnp.where(jnp.tri(T) > 0, {logits}, -1e9)")
@@ -722,7 +724,7 @@ def attention(g: Writer, v: Var) -> Var:
             "nn.softmax(5 * jnp.tanh({} / 5))", "{} / T",
         ).format(logits)  # fmt: skip
         if "softmax" not in weights and "sigmoid" not in weights:
-            lo += 2 * v.lo - 0.5
+            lo += of_logits
         out = g.let(f'jnp.einsum("bhqk,bkhd->bqhd", {weights}, {u})')
     if g.chance(0.3):
         w = g.dense(heads, size, "n", fan_in="n")
@@ -955,7 +957,11 @@ def reduced(g: Writer, v: Var) -> Var:
 @step("hsi", 1)
 def constant(g: Writer, v: Var) -> Var:
     """A constant that depends on the width, before something that needs a size of order one."""
-    form = g.pick("{} * n ** 0.5", "{} / n ** 0.5", "{} * n", "{} / n", "{} * 2", "{} * jnp.sqrt(n / 8)")
+    # Of order one at the base: a value that outweighs the others there is still the larger one at 512.
+    form = g.pick(
+        "{} * n ** 0.5 / 3", "{} / n ** 0.5 * 3", "{} * n / 16", "{} / n * 16", "{} * 2",
+        "{} * jnp.sqrt(n / 8)",
+    )  # fmt: skip
     text = activation(g, f"({form.format(v.name)})", 1)
     return g.value(text, v.kind, after(text, v.lo))
 

@@ -18,7 +18,6 @@ import mujax
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 PROGRAMS, AT_ONCE = 100, 25
-ROUNDS = (((32, 256), 1), ((32, 64, 128, 256), 3))
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +32,12 @@ def soundness():
         yield module
 
 
+@pytest.fixture
+def rounds(soundness):
+    """Ways to measure, the cheapest first."""
+    return soundness.Round((32, 256), 1), soundness.Round((32, 64, 128, 256), 3)
+
+
 def cheap(program):
     return not program.has_means and len(program.params) <= 7 and "img" not in "".join(program.body)
 
@@ -44,10 +49,10 @@ def numbered(soundness, first, last):
 
 
 @pytest.mark.parametrize("first", range(0, PROGRAMS, AT_ONCE))
-def test_random_programs_scale_as_claimed_or_a_finding_names_the_place(soundness, first):
+def test_random_programs_scale_as_claimed_or_a_finding_names_the_place(soundness, rounds, first):
     wrong = {}
     for number, program in numbered(soundness, first, first + AT_ONCE):
-        result = soundness.run(program, number, ROUNDS)
+        result = soundness.run(program, number, rounds)
         if result.outcome == "failure":
             wrong[number] = "\n".join([program.source(), result.outcome, *result.wrong, result.error])
     assert not wrong, "\n\n".join(wrong.values())
@@ -82,8 +87,8 @@ def planted(soundness):
     return Planted(soundness.Writer(random.Random(0)))
 
 
-def test_the_planted_program_is_right_without_a_fault(soundness, planted):
-    assert soundness.run(planted.program, 0, ROUNDS).outcome == "right"
+def test_the_planted_program_is_right_without_a_fault(soundness, rounds, planted):
+    assert soundness.run(planted.program, 0, rounds).outcome == "right"
 
 
 @pytest.mark.parametrize(
@@ -95,10 +100,10 @@ def test_the_planted_program_is_right_without_a_fault(soundness, planted):
         pytest.param(lambda kernel: {"corrections": {"scale": False}}, 5, id="the noise's factor"),
     ],
 )
-def test_a_fault_in_the_reading_is_found(soundness, planted, monkeypatch, fault, line):
+def test_a_fault_in_the_reading_is_found(soundness, rounds, planted, monkeypatch, fault, line):
     right, options = mujax.mup_init, fault(planted.kernel)
     monkeypatch.setattr(mujax, "mup_init", lambda *args: right(*args, **options))
-    result = soundness.run(planted.program, 0, ROUNDS)
+    result = soundness.run(planted.program, 0, rounds)
     assert result.outcome == "failure"
     assert f"(line {line})" in result.wrong[0]
 
