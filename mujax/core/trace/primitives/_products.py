@@ -108,12 +108,12 @@ def _shows_parameter(value: Value, axis: int) -> bool:
 
 def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
     """Whether a function of parameters keeps an axis that grows with width when `gone` is contracted."""
+    return any(_leaves_growing_axis(view, gone) for view in value.views)
+
+
+def _leaves_growing_axis(view: View, gone: Sequence[int]) -> bool:
     return any(
-        factor.grows
-        for view in value.views
-        for position, axis in enumerate(view.axes)
-        if position not in gone
-        for factor in axis
+        factor.grows for position, axis in enumerate(view.axes) if position not in gone for factor in axis
     )
 
 
@@ -384,12 +384,11 @@ def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int], other:
     sizes = value.sizes(contract)
     if sizes[0] == sizes[1]:
         return other.power
-    if _leaves_width(value, gone):
+    # Of a kernel of low rank, one factor contracts the axis that grows and the other one leaves it.
+    kernels = [view for view in value.views if _contracts_width(view, contract)]
+    if not kernels or any(_leaves_growing_axis(view, gone) for view in kernels):
         return None
-    return next(
-        (Power(view.path, 1.0) for view in value.views if _contracts_width(view, contract)),
-        None,
-    )
+    return Power(kernels[0].path, 1.0)
 
 
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:

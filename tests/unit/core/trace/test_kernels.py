@@ -425,6 +425,18 @@ def test_a_kernel_that_activations_modulate_is_reported(name, rank):
     assert finding.message.split()[0] == path
 
 
+@pytest.mark.parametrize("name", ["as it is", "normed", "with a mean of zero"])
+@pytest.mark.parametrize("rank", [of_full_rank, of_low_rank])
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_norm_of_the_product_of_a_kernel_of_low_rank_is_one_of_a_readout(name, rank, normed):
+    def make(k, h):
+        out = h @ MODULATED[name](k)
+        return jax.nn.standardize(out) if normed else out
+
+    found = mujax.audit(rank(make)(64), rank(make)(BASE), X)
+    assert [one.kind for one in found] == ["normalised readout"] * (normed and rank is of_low_rank)
+
+
 @pytest.mark.parametrize("rank", [of_full_rank, of_low_rank])
 def test_a_kernel_that_nothing_modulates_is_not(rank):
     def make(k, h):
