@@ -235,6 +235,10 @@ class Writer:
         """Gives parameters that were kept apart to the next measured value."""
         self._fresh += params
 
+    def low_rank(self) -> list[str]:
+        """The parameters of the next measured value that read a fixed number of directions out."""
+        return [one for one in self._fresh if "n, 3)" in self.params[one] or "n, 3,)" in self.params[one]]
+
     @property
     def is_narrow(self) -> bool:
         """Whether the kernel of the next measured value reads out and in again."""
@@ -431,7 +435,12 @@ def changed(g: Writer, kernel: str, rows: str, cols: str) -> str:
     w = kernel if kernel.isidentifier() else g.let(kernel, "k")
     match way:
         case 0 | 1:
-            return f"({w} * {_constant(g, rows, cols)})"
+            factor = _constant(g, rows, cols)
+            if factor.startswith("normal("):
+                # Of random signs, which differ from one entry to the next, a low-rank kernel is none.
+                for one in g.low_rank():
+                    g.slower.setdefault(one, -0.5)
+            return f"({w} * {factor})"
         case 2:
             return f"jnp.where({_constant(g, rows, cols)} > 0.3, {w}, 0.0)"
         case 3:
@@ -1163,10 +1172,9 @@ def features_out(g: Writer, v: Var) -> str:
 @end(0.4)
 def wide_readout(g: Writer, v: Var) -> str:
     a = kernel(g, "n", "n")
-    for one in g._fresh:
+    for one in g.low_rank():
         # A fixed number of directions, which the readout's weights are random to in the first step.
-        if "n, 3)" in g.params[one] or "n, 3,)" in g.params[one]:
-            g.slower.setdefault(one, -0.5)
+        g.slower.setdefault(one, -0.5)
     b = g.param("normal(k, n, C) / n ** 0.5")
     return readout(g, f"nn.relu({v.name} @ {a}) @ {b}", v.lo)
 

@@ -81,6 +81,18 @@ PROGRAMS: dict[str, tuple[Program, Program]] = {
         averaged,
         lambda a, b, width: (averaged(a, b, BASE)[0], a + R * a * jax.nn.softmax(b)),
     ),
+    "running mean": (
+        lambda a, b, width: (jnp.tanh(a + jnp.cumsum(b, -1) / width),),
+        lambda a, b, width: (jnp.tanh(a + jnp.cumsum(b, -1) / width),),
+    ),
+    "running sum over a root": (
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, -1) / width**0.5), b),
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, -1) * BASE**0.5 / width), b),
+    ),
+    "running sum along the batch": (
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, 0)), b),
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, 0)), b),
+    ),
     "averaged last": (
         averaged_last,
         lambda a, b, width: (a + R * a * jax.nn.softmax(b), averaged(a, b, BASE)[0]),
@@ -108,6 +120,16 @@ def test_the_twin_as_it_stands_is_another(name: str) -> None:
     params = model(program, WIDTH).init(jax.random.key(0), X)
     plain, theirs = (model(f, WIDTH).apply(params, X) for f in (program, expected))
     assert max(float(jnp.abs(x - y).max()) for x, y in zip(plain, theirs, strict=True)) > 0.1
+
+
+def test_a_running_sum_over_the_width_is_reported_as_the_sum_is() -> None:
+    for last in (lambda h: jnp.cumsum(h, -1), lambda h: h.sum(-1)):
+
+        def program(a: jax.Array, b: jax.Array, width: int, last: Callable = last) -> tuple[jax.Array, ...]:
+            return jnp.tanh(last(a)), b
+
+        found = mujax.audit(model(program, WIDTH), model(program, BASE), X)
+        assert [finding.kind for finding in found] == ["unscaled sum"]
 
 
 def test_what_two_uses_can_not_share_is_said() -> None:
