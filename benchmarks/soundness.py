@@ -1,6 +1,6 @@
 """Whether the reading of a model is right: random programs, read by `mujax` and measured over widths.
 
-Each program is initialised by `mup.init` at four widths and run; the sizes of its activations, and the
+Each program is initialised by `mup.init` at several widths and run; the sizes of its activations, and the
 changes that one step of `mup_adam` on each parameter makes, are fitted against the width. The reading claims
 that they do not depend on it (outputs and attention logits may be smaller at the start in wider models). A
 program is
@@ -10,8 +10,10 @@ program is
     refused    `mup_init` raises a `MujaxError`
     failure    something scales with the width, and no finding names its place; or an error of another kind
 
-A finding is needless where nothing scales with the width in spite of it. Programs that look wrong are
-measured again, at larger widths and with more seeds, before they count.
+A finding is needless where nothing scales with the width in spite of it. Each program is measured at two
+widths first, with a tolerance that noise alone exceeds at times; what does not pass is measured at four, and
+at four larger ones with more seeds before it counts as a failure. NumPy computes the numbers (`_evaluate`),
+since a compiler takes longer than these programs.
 
     python benchmarks/soundness.py [--programs 10000] [--start 0] [--seed 0] [--jobs 2] [--quick] [--out FILE]
 
@@ -84,6 +86,8 @@ SIFT: Final = Round((32, 256), 2, tolerance=0.15, errors=0.0)
 ROUNDS: Final = (SIFT, Round((32, 64, 128, 256), 3), Round((64, 128, 256, 512), 8))
 RATE: Final = 2.0**-9
 EPSILON: Final = 1e-12
+SCALE: Final = 2.0**40
+"""A factor on the loss, so that the smallest gradient counts: float32 has no squares below 1e-38."""
 CLEAR: Final = 0.4
 CONCENTRATED: Final = 1.5
 FAILURES: Final = common.Goal(0, "0")
@@ -183,7 +187,6 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     """
     replay = mup.replay
     names = list(program.params)
-    # Of the sign of each gradient, however small.
     tx = mujax.mup_adam(RATE, mup.spec, eps=EPSILON)
     program_of_init, shapes = jax.make_jaxpr(lambda key: replay.init(key)[0], return_shape=True)(
         jax.random.key(0)
@@ -193,7 +196,7 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     order = sorted(shapes)
 
     def loss(p: Any) -> jax.Array:
-        return _loss(replay.apply(p, jax.tree.leaves(p))[0])
+        return SCALE * _loss(replay.apply(p, jax.tree.leaves(p))[0])
 
     def step(p: Any) -> Any:
         return tx.update(jax.grad(loss)(p), tx.init(p), p)[0]
@@ -329,20 +332,34 @@ def silent(
     repairs += [line for line, name in program.steps if name == "norm"]
     # A constant in the model is taken out where it matters, by another one or by a factor, or reported there.
     constants = [line for line, text in enumerate(program.body, start=2) if re.search(r"[*/] n\b", text)]
-    if min(bad) in constants:
-        repairs += [*places, *constants]
-    for repair in repairs:
-        # Were a value in between right, something else would have hidden the scale: it may saturate. Logits
-        # have norms of their own.
-        between = [tap for tap in program.taps if min(bad) <= tap.line < repair]
-        before = {tap.line for tap in between if not tap.name.startswith("s")}
-        if max(bad) < repair and before <= bad:
-            return []
-    return [one for one in wrong if one.line in bad]
+    unexplained: set[int] = set()
+    for group in _neighbours(bad, program):
+        undone = [*repairs, *places, *constants] if min(group) in constants else repairs
+        # Were a value in between right, something else would have hidden the scale: it may saturate.
+        if not any(repair > max(group) and _next_right(group, program) >= repair for repair in undone):
+            unexplained |= group
+    return [one for one in wrong if one.line in unexplained]
+
+
+def _neighbours(bad: set[int], program: Program) -> list[set[int]]:
+    """Lines with wrong values, by those between which no value is right; logits have norms of their own."""
+    groups: list[set[int]] = [set()]
+    for tap in program.taps:
+        if tap.line in bad:
+            groups[-1].add(tap.line)
+        elif not tap.name.startswith("s") and groups[-1]:
+            groups.append(set())
+    return [group for group in groups if group]
+
+
+def _next_right(group: set[int], program: Program) -> float:
+    """The line of the first right value after wrong ones."""
+    after = (tap.line for tap in program.taps if tap.line > max(group) and not tap.name.startswith("s"))
+    return min(after, default=math.inf)
 
 
 def run(program: Program, number: int = 0, rounds: Sequence[Round] = ROUNDS) -> Result:
-    """Reads and measures one program: at the first of `rounds`; at the next ones only if it looks wrong."""
+    """Reads and measures one program: as the first of `rounds` says, as the next ones if it looks wrong."""
     begin = time.perf_counter()
 
     def result(outcome: str, **fields: Any) -> Result:
