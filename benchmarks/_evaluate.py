@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +259,10 @@ def _fallback(eqn: Any, values: Sequence[Any]) -> list[Any]:
     return list(map(_array, outs if eqn.primitive.multiple_results else [outs]))
 
 
+Choices: TypeAlias = dict[tuple[Any, ...], np.ndarray]
+"""The results of `argmax` and `argmin`, by place."""
+
+
 class Evaluator:
     """Evaluates one program, many times; what does not depend on its inputs, once.
 
@@ -270,29 +274,47 @@ class Evaluator:
         self._program = program
         self._known: dict[tuple[Any, ...], list[Any]] = {}
         self._wanted: frozenset[str] = frozenset()
+        self._choices: Choices | None = None
+        self._remembers = False
+        self._before: dict[tuple[Any, ...], tuple[list[Any], list[Any]]] = {}
+
+    def start(self) -> None:
+        """Remembers what the next run computes; later ones redo what depends on other inputs."""
+        self._remembers, self._before = True, {}
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         """The outputs."""
         return self._top(args, {}, frozenset())
 
-    def taps(self, args: Sequence[Any], names: Collection[str]) -> list[np.ndarray]:
+    def taps(
+        self, args: Sequence[Any], names: Collection[str], choices: Choices | None = None
+    ) -> list[np.ndarray]:
         """The values of `checkpoint_name`s, with an axis in front for the times that each is reached.
 
         What comes after the last of them is not run.
+
+        Args:
+            args: the program's inputs.
+            names: the names.
+            choices: what is chosen at places that are in it already; the other places are added.
 
         Raises:
             KeyError: one is never reached.
         """
         found: dict[str, list[Any]] = {}
+        self._choices = choices
         self._top(args, found, frozenset(names))
+        self._choices = None
         return [np.stack(found[name]) for name in names]
 
     def _top(self, args: Sequence[Any], taps: dict[str, list[Any]], wanted: frozenset[str]) -> list[Any]:
         closed, self._wanted = self._program, wanted
         with np.errstate(all="ignore"):
-            return self._run(
+            outs, _ = self._run(
                 closed.jaxpr, closed.consts, list(map(_array, args)), [False] * len(args), taps, ()
-            )[0]
+            )
+        self._remembers = False
+        return outs
 
     def _run(
         self,
@@ -364,7 +386,17 @@ class Evaluator:
                 outs, kept = inner(branches[chosen], values[1:], fixed[1:], chosen)
                 return outs, [fixed[0] and one for one in kept]
         if not all(fixed):
-            return self._simple(eqn, values), [False] * len(eqn.outvars)
+            before = self._before.get(here)
+            if before and all(a is b or one for a, b, one in zip(values, before[0], fixed, strict=True)):
+                return before[1], [False] * len(eqn.outvars)
+            if self._choices is not None and eqn.primitive.name in ("argmax", "argmin"):
+                if here not in self._choices:
+                    self._choices[here] = self._simple(eqn, values)[0]
+                return [self._choices[here]], [False]
+            outs = self._simple(eqn, values)
+            if self._remembers:
+                self._before[here] = values, outs
+            return outs, [False] * len(eqn.outvars)
         if here not in self._known:
             self._known[here] = self._simple(eqn, values)
         return self._known[here], [True] * len(eqn.outvars)

@@ -7,11 +7,12 @@ returns the same program: all randomness comes from Python's `random`, not from 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import jax
@@ -222,6 +223,27 @@ class Writer:
         self._fresh.append(name)
         return f'p["{name}"]'
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[list[str]]:
+        """Collects the parameters that are made inside: they do not belong to the next measured value."""
+        before, self._fresh, found = self._fresh, [], []
+        yield found
+        found += self._fresh
+        self._fresh = before
+
+    def belong(self, params: Iterable[str]) -> None:
+        """Gives parameters that were kept apart to the next measured value."""
+        self._fresh += params
+
+    def low_rank(self) -> list[str]:
+        """The parameters of the next measured value that read a fixed number of directions out."""
+        return [one for one in self._fresh if "n, 3)" in self.params[one] or "n, 3,)" in self.params[one]]
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the kernel of the next measured value reads out and in again."""
+        return not self._narrow.isdisjoint(self._fresh)
+
     def reads_out(self, parameter: str) -> None:
         """Notes that the product with this parameter falls at the start, as that of a readout does."""
         self._narrow.add(parameter[3:-2])
@@ -333,6 +355,11 @@ def activation(g: Writer, text: str, chance: float = 0.75) -> str:
     return g.pick(*ACTIVATIONS).format(text) if g.chance(chance) else text
 
 
+def after(text: str, lo: float) -> float:
+    """By which power of the width a function falls whose argument falls by `lo`."""
+    return 2 * lo if text.endswith("** 2") or text.startswith("jnp.square(") else lo
+
+
 # ---- kernels ---------------------------------------------------------------------------------------------
 
 
@@ -382,7 +409,8 @@ def _constant(g: Writer, rows: str, cols: str) -> str:
         f"normal(key, {rows}, {cols})",
         f"jax.random.bernoulli(key, 0.5, ({rows}, {cols}))",
         "t",
-        f"jnp.tri({rows}, {cols})",
+        # Of one density at every width, whichever side grows.
+        f"jnp.tri({rows}, {cols}, ({cols}) // 2)",
         f"jax.random.bernoulli(key, 0.5, ({rows}, 1))",
         "(1 + x[0, 0] ** 2)",
     )
@@ -407,7 +435,12 @@ def changed(g: Writer, kernel: str, rows: str, cols: str) -> str:
     w = kernel if kernel.isidentifier() else g.let(kernel, "k")
     match way:
         case 0 | 1:
-            return f"({w} * {_constant(g, rows, cols)})"
+            factor = _constant(g, rows, cols)
+            if factor.startswith("normal("):
+                # Of random signs, which differ from one entry to the next, a low-rank kernel is none.
+                for one in g.low_rank():
+                    g.slower.setdefault(one, -0.5)
+            return f"({w} * {factor})"
         case 2:
             return f"jnp.where({_constant(g, rows, cols)} > 0.3, {w}, 0.0)"
         case 3:
@@ -555,7 +588,10 @@ def dense(g: Writer, v: Var) -> Var:
     else:
         product = f"{v.name} @ {w}"
     out = g.value(f"{product}{bias(g, 'n')}", v.kind, v.lo)
-    return g.value(activation(g, out.name, 1), v.kind, out.lo) if g.chance(0.7) else out
+    if not g.chance(0.7):
+        return out
+    text = activation(g, out.name, 1)
+    return g.value(text, v.kind, after(text, out.lo))
 
 
 @step("hsi", 2)
@@ -563,7 +599,8 @@ def mlp(g: Writer, v: Var) -> Var:
     m = g.pick("2 * n", "n // 2", "n + 16", "4 * n")
     up, down = kernel(g, "n", m), kernel(g, m, "n")
     a = g.let(f"{v.name} @ {up}{bias(g, m)}")
-    return g.value(f"{activation(g, a, 1)} @ {down}{bias(g, 'n')}", v.kind, v.lo)
+    text = activation(g, a, 1)
+    return g.value(f"{text} @ {down}{bias(g, 'n')}", v.kind, after(text, v.lo))
 
 
 @step("hsi", 2)
@@ -638,29 +675,36 @@ def residual(g: Writer, v: Var) -> Var:
     elif scale == "gain":
         scale = f"(1 + {g.param('jnp.zeros((n,))', 'g')}) * "
     form = g.pick("{h} + {s}{f}", "({h} + {s}{f}) / 2 ** 0.5", "jnp.add({h}, {s}{f})", "sum([{h}, {s}{f}])")
-    lo = max(v.lo, inner.lo)
-    return g.value(form.format(h=v.name, s=scale, f=inner.name), v.kind, lo, min(v.lo, inner.lo))
+    # What falls may still be the larger part at these widths.
+    lo = min(v.lo, inner.lo)
+    return g.value(form.format(h=v.name, s=scale, f=inner.name), v.kind, lo)
 
 
 @step("s", 4)
 def attention(g: Writer, v: Var) -> Var:
-    h = v.name
+    h, lo, of_logits = v.name, v.lo, 2 * v.lo - 0.5
     heads, size = g.pick(("4", "n // 4"), ("n // 8", "8"), ("1", "n"), ("2", "n // 2"))
+    of_values: list[str] = []
     if g.chance(0.3):
         fused = g.let(f"{h} @ {kernel(g, 'n', '3 * n')}")
         parts = [f"{fused}[..., {i} * n:{i + 1} * n]" for i in range(3)]
+        lo -= 0.5 * g.is_narrow
+        of_logits = 2 * lo - 0.5
     elif g.chance(0.4):
         parts = [
             f'jnp.einsum("bti,ihd->bthd", {h}, {g.dense("n", heads, size, fan_in="n")})' for _ in range(3)
         ]
     else:
-        parts = [f"{h} @ {kernel(g, 'n', 'n')}" for _ in range(3)]
+        parts = [f"{h} @ {kernel(g, 'n', 'n')}" for _ in range(2)]
+        of_logits -= g.is_narrow
+        with g.apart() as of_values:
+            parts.append(f"{h} @ {kernel(g, 'n', 'n')}")
     q, k, u = (g.let(f"({part}).reshape(B, T, {heads}, {size})") for part in parts)
     if g.chance(0.2):
         q, k = (g.let(f"{a} / jnp.sqrt(({a} ** 2).mean(-1, keepdims=True) + 1e-6)") for a in (q, k))
-    lo = v.lo
     if g.chance(0.15):
         out = g.let(f"jax.nn.dot_product_attention({q}, {k}, {u})")
+        g.belong(of_values)
     else:
         way = g.rng.randrange(8)
         root = f"({size}) ** -0.5"
@@ -677,7 +721,8 @@ def attention(g: Writer, v: Var) -> Var:
         else:
             temperature = g.param("jnp.float32(0.0)", "s")
             s = f'jnp.einsum("bqhd,bkhd->bhqk", {q}, {k}) * {root} * jnp.exp({temperature})'
-        logits = g.value(s, "-", 2 * v.lo - 0.5, 2 * v.lo - 0.5, "s").name
+        logits = g.value(s, "-", of_logits, of_logits, "s").name
+        g.belong(of_values)
         if g.chance(0.3):
             logits = g.let(f"jnp.where(jnp.tri(T) > 0, {logits}, -1e9)")
         if g.chance(0.2):
@@ -688,7 +733,7 @@ def attention(g: Writer, v: Var) -> Var:
             "nn.softmax(5 * jnp.tanh({} / 5))", "{} / T",
         ).format(logits)  # fmt: skip
         if "softmax" not in weights and "sigmoid" not in weights:
-            lo += 2 * v.lo - 0.5
+            lo += of_logits
         out = g.let(f'jnp.einsum("bhqk,bkhd->bqhd", {weights}, {u})')
     if g.chance(0.3):
         w = g.dense(heads, size, "n", fan_in="n")
@@ -731,7 +776,10 @@ def convolution(g: Writer, v: Var) -> Var:
         )  # fmt: skip
         w = g.let(change.format(w=w), "k")
     out = g.value(f"lax.conv_general_dilated({v.name}, {w}, (1, 1), {dims})", "i", v.lo)
-    return g.value(activation(g, out.name, 1), "i", v.lo) if g.chance(0.7) else out
+    if not g.chance(0.7):
+        return out
+    text = activation(g, out.name, 1)
+    return g.value(text, "i", after(text, v.lo))
 
 
 @step("i", 1)
@@ -820,11 +868,14 @@ def layers(g: Writer, v: Var) -> Var:
 
 @step("hs", 1.5)
 def experts(g: Writer, v: Var) -> Var:
-    h, w, r = v.name, g.param("normal(k, 3, n, n) / n ** 0.5"), g.param("normal(k, n, 3) / n ** 0.5", "r")
-    if g.chance(0.4):
-        w = g.let(changed_stack(g, w), "k")
+    h, r = v.name, g.param("normal(k, n, 3) / n ** 0.5", "r")
+    change = changed_stack(g) if g.chance(0.4) else "{}"
     t = "" if v.kind == "h" else "t"
-    gate = g.let(f"nn.softmax({h} @ {r}, -1)", "r")
+    logits = g.value(f"{h} @ {r}", "-", v.lo - 0.5, v.lo, "s").name
+    gate = g.let(f"nn.softmax({logits}, -1)", "r")
+    w = g.param("normal(k, 3, n, n) / n ** 0.5")
+    if change != "{}":
+        w = g.let(change.format(w), "k")
     match g.rng.randrange(7):
         case 0:
             out = f'jnp.einsum("b{t}e,b{t}eo->b{t}o", {gate}, jnp.einsum("b{t}i,eio->b{t}eo", {h}, {w}))'
@@ -843,15 +894,17 @@ def experts(g: Writer, v: Var) -> Var:
         case _:
             a = g.let("nn.softmax(x[0, :3])", "r")
             out = f"{h} @ jnp.tensordot({a}, {w}, 1)"
-    return g.value(out, v.kind, v.lo, min(v.lo, -0.5))
+    # In wide models the gates start alike, and experts whose mean is subtracted cancel.
+    lo = v.lo - 0.5 if "mean(0)" in change else v.lo
+    return g.value(out, v.kind, lo, min(lo, -0.5))
 
 
-def changed_stack(g: Writer, w: str) -> str:
+def changed_stack(g: Writer) -> str:
     return g.pick(
         "jnp.tanh({})", "({} * t)", "({0} * jax.random.bernoulli(key, 0.5, {0}.shape))",
         "({0} - {0}.mean(0))",
         "({} / 2)", "({0} * jnp.asarray([0.5, 1.0, 1.5])[:, None, None])",
-    ).format(w)  # fmt: skip
+    )  # fmt: skip
 
 
 @step("hs", 1)
@@ -904,15 +957,22 @@ def reduced(g: Writer, v: Var) -> Var:
     keeps = form.startswith("{h} +") or form.startswith("{h} -") or form.startswith("jnp.sort")
     low = v.lo if keeps else 3 * v.lo - 0.5 if v.lo else -0.5
     if "softmax" in form:
-        low = v.lo
+        # Weights that add up to one shrink by themselves; where that matters they are brought to size.
+        out = g.value(form.format(h=h), v.kind, v.lo - (0.0 if form.endswith("n") else 1.0), v.lo - 1.0)
+        return dataclasses.replace(out, lo=v.lo)
     return g.value(form.format(h=h), v.kind, low, min(low, lo))
 
 
 @step("hsi", 1)
 def constant(g: Writer, v: Var) -> Var:
     """A constant that depends on the width, before something that needs a size of order one."""
-    form = g.pick("{} * n ** 0.5", "{} / n ** 0.5", "{} * n", "{} / n", "{} * 2", "{} * jnp.sqrt(n / 8)")
-    return g.value(activation(g, f"({form.format(v.name)})", 1), v.kind, v.lo)
+    # Of order one at the base: a value that outweighs the others there is still the larger one at 512.
+    form = g.pick(
+        "{} * n ** 0.5 / 3", "{} / n ** 0.5 * 3", "{} * n / 16", "{} / n * 16", "{} * 2",
+        "{} * jnp.sqrt(n / 8)",
+    )  # fmt: skip
+    text = activation(g, f"({form.format(v.name)})", 1)
+    return g.value(text, v.kind, after(text, v.lo))
 
 
 @step("hsi", 1)
@@ -943,7 +1003,8 @@ def bottleneck(g: Writer, v: Var) -> Var:
     """Down to a fixed size and up again."""
     down, up = kernel(g, "n", "C"), kernel(g, "C", "n")
     a = g.value(f"{v.name} @ {down}", "-", v.lo - 0.5, v.lo).name
-    return g.value(f"{activation(g, a, 0.5)} @ {up}{bias(g, 'n')}", v.kind, v.lo - 0.5)
+    text = activation(g, a, 0.5)
+    return g.value(f"{text} @ {up}{bias(g, 'n')}", v.kind, after(text, v.lo - 0.5))
 
 
 @step("hsi", 0.7)
@@ -965,8 +1026,10 @@ def gain_and_bias(g: Writer, v: Var) -> Var:
 def tied_layers(g: Writer, v: Var) -> Var:
     """One kernel used twice, the second time perhaps transposed."""
     w = g.dense("n", "n", plain=True)
-    a = g.value(activation(g, f"({v.name} @ {w})", 1), v.kind, v.lo)
-    return g.value(f"{a.name} @ {w}{g.pick('', '.T')}", v.kind, v.lo)
+    # The gradient of the second use may be the larger one: what it changes is random to the first.
+    text = activation(g, f"({v.name} @ {w})", 1)
+    a = g.value(text, v.kind, after(text, v.lo), after(text, v.lo) - 0.5)
+    return g.value(f"{a.name} @ {w}{g.pick('', '.T')}", v.kind, a.lo)
 
 
 @step("h", 0.5)
@@ -1035,9 +1098,10 @@ def sums_of_readouts(g: Writer, v: Var) -> str:
         "{h} @ {a} + jnp.tanh({h}) @ {b}", "{h} @ {a} - {h} ** 2 @ {b}", "({h} @ {a}) * nn.sigmoid({h} @ {b})"
     )
     if "sigmoid" in form:
-        g.after_fall(b)
+        # It multiplies a readout's product, which is small at first.
+        g.slower[b[3:-2]] = v.lo - 0.5
     if v.kind == "h" and g.chance(0.4):
-        return g.value(f"{v.name} @ {a} + x @ {skip}", "-", 0.0, v.lo, "y").name
+        return g.value(f"{v.name} @ {a} + x @ {skip}", "-", v.lo - 0.5, v.lo, "y").name
     del g.params[skip[3:-2]]
     g._fresh.remove(skip[3:-2])
     return readout(g, form.format(h=v.name, a=a, b=b), v.lo)
@@ -1107,7 +1171,11 @@ def features_out(g: Writer, v: Var) -> str:
 
 @end(0.4)
 def wide_readout(g: Writer, v: Var) -> str:
-    a, b = kernel(g, "n", "n"), g.param("normal(k, n, C) / n ** 0.5")
+    a = kernel(g, "n", "n")
+    for one in g.low_rank():
+        # A fixed number of directions, which the readout's weights are random to in the first step.
+        g.slower.setdefault(one, -0.5)
+    b = g.param("normal(k, n, C) / n ** 0.5")
     return readout(g, f"nn.relu({v.name} @ {a}) @ {b}", v.lo)
 
 

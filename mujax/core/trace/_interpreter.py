@@ -275,7 +275,8 @@ class Interpreter:
             if not scale.is_one:
                 self.record.misfits.add(pair.site)
         out = scale.at(pair.site, *operands)
-        self.record.unfixed |= scale.through - out.origins
+        # Where a sum brings it back to 1, it is the scale without a fix that does.
+        self.record.unfixed |= (scale.through | scale.origins) - out.origins - {pair.site}
         if pair.site in out.origins:
             self.record.places[pair.site] = pair.place
         return out

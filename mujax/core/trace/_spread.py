@@ -28,6 +28,7 @@ class Spread:
         middle: the mean.
         reach: how far entries are from it at most; 0 for a constant, perhaps inf.
         of: `"columns"` of an orthogonal matrix, which may be multiplied by any signs, or `"signs"`.
+        size: the size of most entries, where they reach further.
         shared: whether entries are repeated: their sum may be coherent though their mean is zero.
     """
 
@@ -35,10 +36,22 @@ class Spread:
     reach: float
     of: Literal["columns", "signs"] | None = None
     shared: bool = False
+    size: float = math.inf
 
     def scaled(self, factor: float) -> Spread:
         """The distribution of a multiple."""
-        return Spread(self.middle * factor, abs(factor) * self.reach if factor else 0.0)
+        if not factor:
+            return Spread(0.0, 0.0)
+        return Spread(self.middle * factor, abs(factor) * self.reach, size=abs(factor) * self.size)
+
+    def plus(self, other: Spread, sign: float = 1.0) -> Spread:
+        """The distribution of a sum or a difference."""
+        size = self._usual + other._usual
+        return Spread(self.middle + sign * other.middle, self.reach + other.reach, size=size)
+
+    @property
+    def _usual(self) -> float:
+        return min(self.reach, self.size)
 
     @property
     def is_centred(self) -> bool:
@@ -48,7 +61,7 @@ class Spread:
     @property
     def mean(self) -> float:
         """The middle; 0 where rounding alone moves it."""
-        return 0.0 if abs(self.middle) <= _CLOSE * min(self.reach, 1e3) else self.middle
+        return 0.0 if abs(self.middle) <= _CLOSE * min(self._usual, 1e3) else self.middle
 
 
 _Rule = Callable[[JaxprEqn, Sequence[Spread | None]], Spread | None]
@@ -119,7 +132,7 @@ def _odd(function: Callable[[float], float]) -> _Rule:
         eps = float(jnp.finfo(dtype_of(eqn.outvars[0])).eps)
         if value is None or abs(value.middle) > 2 * eps * value.reach:
             return None
-        return Spread(0.0, function(value.reach))
+        return Spread(0.0, function(value.reach), size=1.0)
 
     return rule
 
@@ -143,7 +156,7 @@ def _alike(_: JaxprEqn, spreads: Sequence[Spread | None]) -> Spread | None:
     known = [value for value in spreads if value is not None]
     if len(known) < len(spreads) or len({value.mean for value in known}) != 1:
         return None
-    return Spread(known[0].mean, max(value.reach for value in known))
+    return Spread(known[0].mean, max(v.reach for v in known), size=max(v.size for v in known))
 
 
 _RULES: Final[Mapping[str, _Rule]] = {
@@ -159,10 +172,8 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "broadcast_in_dim": _broadcast,
     "select_n": lambda eqn, spreads: _alike(eqn, spreads[1:]),
     "bitcast_convert_type": _from_bits,
-    **dict.fromkeys(
-        ["add", "add_any"], _of_known(lambda a, b: Spread(a.middle + b.middle, a.reach + b.reach))
-    ),
-    "sub": _of_known(lambda a, b: Spread(a.middle - b.middle, a.reach + b.reach)),
+    **dict.fromkeys(["add", "add_any"], _of_known(lambda a, b: a.plus(b))),
+    "sub": _of_known(lambda a, b: a.plus(b, -1.0)),
     "neg": _of_known(lambda a: a.scaled(-1.0)),
     "mul": _of_known(_product),
     "div": _of_known(_quotient),

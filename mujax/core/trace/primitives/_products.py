@@ -108,12 +108,12 @@ def _shows_parameter(value: Value, axis: int) -> bool:
 
 def _leaves_width(value: Value, gone: Sequence[int]) -> bool:
     """Whether a function of parameters keeps an axis that grows with width when `gone` is contracted."""
+    return any(_leaves_growing_axis(view, gone) for view in value.views)
+
+
+def _leaves_growing_axis(view: View, gone: Sequence[int]) -> bool:
     return any(
-        factor.grows
-        for view in value.views
-        for position, axis in enumerate(view.axes)
-        if position not in gone
-        for factor in axis
+        factor.grows for position, axis in enumerate(view.axes) if position not in gone for factor in axis
     )
 
 
@@ -239,7 +239,7 @@ def _multiply(
             data,
             linear_in=_kernels(side.value, side.contract),
             pending=tuple(pending),
-            power=None if other.value.state else _read_out(side.value, side.gone, side.contract),
+            power=None if other.value.state else _read_out(side.value, side.gone, side.contract, other.value),
         )
 
     def activation(side: _Side) -> None:
@@ -296,8 +296,15 @@ def _multiply(
 
 
 def _is_coherent(view: View, side: _Side) -> bool:
-    """Whether a mean of the parameter's entries adds up: no signs of another parameter multiply them."""
-    return not side.value.sign.without(view.path).is_centred
+    """Whether a mean of the parameter's entries adds up: no signs of another parameter multiply them.
+
+    Signs that all terms of the sum share, those of a scalar or of a gain per output, leave it coherent.
+    """
+    varying = {v.path for v in side.value.views if v.parameter_axes(side.contract) or v.inner}
+    sign = side.value.sign.without(view.path)
+    for other in {v.path for v in side.value.views} - varying:
+        sign = sign.without(other)
+    return not sign.is_centred
 
 
 def _is_gain(view: View, side: _Side) -> bool:
@@ -369,14 +376,19 @@ def _contracts_width(view: View, contract: Sequence[int]) -> bool:
     return not view.reduced and any(f.grows for axis in contract for f in view.axes[axis])
 
 
-def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int]) -> Power | None:
-    """The product of a readout: it contracts an axis that grows and leaves none."""
-    if _leaves_width(value, gone):
+def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int], other: Value) -> Power | None:
+    """The product of a readout: it contracts an axis that grows and leaves none.
+
+    A layer that contracts none, on the `other` operand, is linear in the readout's product behind it.
+    """
+    sizes = value.sizes(contract)
+    if sizes[0] == sizes[1]:
+        return other.power
+    # Of a kernel of low rank, one factor contracts the axis that grows and the other one leaves it.
+    kernels = [view for view in value.views if _contracts_width(view, contract)]
+    if not kernels or any(_leaves_growing_axis(view, gone) for view in kernels):
         return None
-    return next(
-        (Power(view.path, 1.0) for view in value.views if _contracts_width(view, contract)),
-        None,
-    )
+    return Power(kernels[0].path, 1.0)
 
 
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:
@@ -420,6 +432,9 @@ def _settle(interp: Interpreter, pair: Pair, side: _Side) -> Literal["picked", "
 
 
 def _is_kernel(pending: Pending, side: _Side) -> bool:
+    if pending.view.inner:
+        # A product of parameters: the view shows the axes of one of them.
+        return _contracts_width(pending.view, side.contract)
     if pending.entrywise:
         # A bias has one axis that grows, and it is gone; positions keep one that does not.
         left = [axis for position, axis in enumerate(pending.view.axes) if position not in side.gone]
@@ -500,5 +515,9 @@ def convolution_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> l
             interp.product(pair, contracted, lhs, rhs)
     contract = (in_axis, *space)
     return [
-        dataclasses.replace(data, linear_in=_kernels(rhs, contract), power=_read_out(rhs, contract, contract))
+        dataclasses.replace(
+            data,
+            linear_in=_kernels(rhs, contract),
+            power=_read_out(rhs, contract, contract, lhs) if rhs.kind == "param" else None,
+        )
     ]

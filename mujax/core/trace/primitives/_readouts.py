@@ -37,9 +37,10 @@ def _report(interp: Interpreter, pair: Pair, path: str) -> None:
             pair.site,
             pair.place,
             f"the product of {path}, which sums over an axis that grows and leaves none that does, is "
-            "divided by its own norm here: it starts at a size of 1/sqrt(width) and learns one of order one, "
-            "so the first steps change the normed value in proportion to sqrt(width); put the norm in front "
-            "of the layer or leave it out, or let the layer's outputs grow with width",
+            "divided here by a norm of its own or of a layer on it: it starts at a size of 1/sqrt(width) and "
+            "learns one of order one, so the first steps change the normed value in proportion to "
+            "sqrt(width); put the norm in front of the layer or leave it out, or let the layer's outputs "
+            "grow with width",
         )
 
 

@@ -108,10 +108,13 @@ def _data(scale: ScaleRule, interp: Interpreter, pair: Pair, ins: Sequence[Value
 
 
 def _cumulative(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    """A running sum: along an axis that grows its entries have no common scale."""
+    """A running sum: along an axis that grows most of its entries scale as the whole sum does."""
     axis = pair.params.get("axis")
-    grows = axis is None or ins[0].shape[axis] != ins[0].base[axis]
-    return UNKNOWN if grows else interp.scale_at(pair, scales[0], scales[0])
+    if axis is not None and ins[0].shape[axis] == ins[0].base[axis]:
+        return interp.scale_at(pair, scales[0], scales[0])
+    if pair.name != "cumsum" or axis is None or interp.exact:
+        return UNKNOWN
+    return interp.scale_at(pair, scales[0].over(ratio(ins[0].base[axis], ins[0].shape[axis])), scales[0])
 
 
 def _fft(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> list[Value]:

@@ -25,6 +25,16 @@ READ = {
     "uniform": (INIT.uniform(0.1), 0.05),
     "uniform between": (lambda key, shape: random.uniform(key, shape, minval=1.0, maxval=2.0), 1.5),
     "one and a normal": (lambda key, shape: 1 + 0.1 * random.normal(key, shape), 1.0),
+    "small beside a normal": (lambda key, shape: 0.004 + 0.1 * random.normal(key, shape), 0.004),
+    "smaller in wider models": (
+        lambda key, shape: 0.1 / shape[0] + random.normal(key, shape) / shape[0] ** 0.5,
+        0.1 / 32,
+    ),
+    "less a small mean": (lambda key, shape: random.truncated_normal(key, -2, 2, shape) - 0.003, -0.003),
+    "one of two normals": (
+        lambda key, shape: jnp.where(jnp.arange(shape[1]) > 3, *(0.002 + random.normal(key, (2, *shape)))),
+        0.002,
+    ),
     "over the fan-in": (lambda key, shape: random.uniform(key, shape) / shape[0], 0.5 / 32),
     "vmapped": (
         lambda key, shape: jax.vmap(lambda k: random.uniform(k, shape[1:]))(random.split(key, 32)),
@@ -53,6 +63,12 @@ def test_the_mean_is_that_of_the_values(name):
     assert mean_of(init) == pytest.approx(expected, abs=1e-6)
     drawn = np.asarray(init(random.key(1), (32, 32)), np.float64)
     assert abs(drawn.mean() - expected) < 5 * drawn.std() / 32 + 1e-3
+
+
+def test_a_mean_that_rounding_may_make_is_none():
+    assert mean_of(lambda key, shape: 1e-7 + random.normal(key, shape)) == 0
+    # The twin: a hundred times as much, of a deviation as much smaller.
+    assert mean_of(lambda key, shape: 1e-7 + 1e-4 * random.normal(key, shape)) == pytest.approx(1e-7)
 
 
 @pytest.mark.parametrize("name", NOT_READ)

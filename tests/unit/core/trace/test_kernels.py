@@ -346,6 +346,105 @@ def test_the_mean_of_a_kernel_that_signs_multiply_does_not_add_up():
     assert "g" in mup.init_shifts
 
 
+SHARED_SIGNS = {
+    "a number": (lambda k, g, h: h @ (g * k), lambda w: (), "k"),
+    "a number through a function": (lambda k, g, h: h @ (jnp.tanh(g) * k), lambda w: (), "k"),
+    "a gain of its outputs": (lambda k, g, h: h @ (k * g), lambda w: (w,), "k"),
+    "of one output each": (lambda k, g, h: h @ (k.T * g[:, None]).T, lambda w: (w,), "k"),
+    "a number on the inputs": (lambda k, g, h: (g * h) @ k, lambda w: (), "k"),
+}
+
+
+def with_a_mean(build: Callable):
+    """The model of `with_gain` whose kernel starts with a mean."""
+
+    def with_mean(width):
+        plain = build(width)
+
+        def init(key, x):
+            params = plain.init(key, x)
+            return params | {"k": 0.1 + params["k"]}
+
+        return mujax.Functional(init, plain.apply)
+
+    return with_mean
+
+
+@pytest.mark.parametrize("name", SHARED_SIGNS)
+def test_signs_that_all_terms_share_leave_a_mean_coherent(name):
+    make, shape, path = SHARED_SIGNS[name]
+    build = with_a_mean(with_gain(make, shape, 1.0))
+    mup = mujax.mup_init(build(64), build(BASE), X)
+    # The mean follows the coherent rule: 0.1 / 4 and not 0.1 / 2.
+    assert mup.init_scales[path] * 0.1 + mup.init_shifts[path] == pytest.approx(0.1 / 4)
+
+
+@pytest.mark.parametrize("make", [lambda k, g, h: h @ (g * k), lambda k, g, h: h @ (k.T * g.T).T])
+def test_signs_along_the_fan_in_do_not(make):
+    build = with_a_mean(with_gain(make, lambda w: (w, w), 1.0))
+    assert "k" not in mujax.mup_init(build(64), build(BASE), X).init_shifts
+
+
+MODULATED = {
+    "as it is": lambda k: k,
+    "through a function": jnp.sin,
+    "with a mean of zero": lambda k: k - k.mean(0),
+    "normed": lambda k: (k - k.mean(0)) / (k.std(0) + 1e-5) / k.shape[0] ** 0.5,
+    "transposed": lambda k: k.T,
+}
+
+
+def of_low_rank(make: Callable):
+    """A hidden layer of the kernel k @ g of rank 3."""
+
+    def build(width):
+        plain = with_gain(lambda k, g, h: make(k @ g, h), lambda w: (3, w), 0.5)(width)
+
+        def init(key, x):
+            return plain.init(key, x) | {"k": jax.random.normal(key, (width, 3)) / width**0.5}
+
+        return mujax.Functional(init, plain.apply)
+
+    return build
+
+
+def of_full_rank(make: Callable):
+    return with_gain(lambda k, g, h: make(k * g, h), lambda w: (), 0.5)
+
+
+@pytest.mark.parametrize("rank", [of_full_rank, of_low_rank])
+@pytest.mark.parametrize("name", MODULATED)
+def test_a_kernel_that_activations_modulate_is_reported(name, rank):
+    def make(k, h):
+        return jnp.einsum("bio,bi->bo", MODULATED[name](k)[None] * (1 + h)[:, :, None], h)
+
+    (finding,) = mujax.audit(rank(make)(64), rank(make)(BASE), X)
+    assert finding.kind == "computed kernel"
+    # The one whose axis is summed: transposed, that is the other one of the pair.
+    path = "g" if (name, rank) == ("transposed", of_low_rank) else "k"
+    assert finding.message.split()[0] == path
+
+
+@pytest.mark.parametrize("name", ["as it is", "normed", "with a mean of zero"])
+@pytest.mark.parametrize("rank", [of_full_rank, of_low_rank])
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_norm_of_the_product_of_a_kernel_of_low_rank_is_one_of_a_readout(name, rank, normed):
+    def make(k, h):
+        out = h @ MODULATED[name](k)
+        return jax.nn.standardize(out) if normed else out
+
+    found = mujax.audit(rank(make)(64), rank(make)(BASE), X)
+    assert [one.kind for one in found] == ["normalised readout"] * (normed and rank is of_low_rank)
+
+
+@pytest.mark.parametrize("rank", [of_full_rank, of_low_rank])
+def test_a_kernel_that_nothing_modulates_is_not(rank):
+    def make(k, h):
+        return h @ k
+
+    assert mujax.audit(rank(make)(64), rank(make)(BASE), X) == ()
+
+
 def test_a_number_added_to_a_kernel_that_shrinks_is_reported():
     build = with_gain(lambda k, g, h: h @ ((1 + g) * k), lambda w: (w, w), 0.0)
     with pytest.warns(mujax.MujaxWarning, match="g is combined with something that scales differently"):

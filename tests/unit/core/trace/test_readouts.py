@@ -53,6 +53,13 @@ NORMED = {
     "groups": lambda self, x: nn.GroupNorm(2)(small(x)),
     "largest entry": lambda self, x: (z := small(x)) / (1e-6 + jnp.abs(z).max(-1, keepdims=True)),
     "heads": lambda self, x: nn.LayerNorm()(small(x, 8).reshape(-1, 2, 4)),
+    "behind another layer": lambda self, x: nn.LayerNorm()(nn.Dense(6)(nn.relu(small(x)))),
+    "behind a layer that grows": lambda self, x: nn.LayerNorm()(nn.Dense(self.width)(small(x))),
+    "behind two layers": lambda self, x: nn.LayerNorm()(nn.Dense(5)(nn.gelu(nn.Dense(4)(small(x))))),
+    "behind a convolution": lambda self, x: nn.GroupNorm(2)(nn.Conv(4, (3,))(small(x)[..., None])),
+    "batch statistics behind a layer": lambda self, x: (
+        ((z := nn.Dense(self.width)(small(x))) - z.mean(0)) / (z.std(0) + 1e-3)
+    ),
     "in a checkpoint": lambda self, x: nn.remat(nn.LayerNorm)()(small(x)),
 }
 NOT_NORMED = {
@@ -63,6 +70,11 @@ NOT_NORMED = {
         jnp.ones(6) + jnp.sin(x[:, :6]) + small(x)
     ),
     "a bounded function": lambda self, x: jnp.tanh(small(x)),
+    "a layer behind it": lambda self, x: nn.Dense(5)(nn.relu(small(x))),
+    "a norm behind the sum with features": lambda self, x: nn.LayerNorm()(x + nn.Dense(self.width)(small(x))),
+    "a norm of the gate's features": lambda self, x: nn.LayerNorm()(
+        x * nn.sigmoid(nn.Dense(self.width)(nn.relu(small(x))))
+    ),
     "a square": lambda self, x: small(x) ** 2,
     "divided by another's norm": lambda self, x: small(x) / (1 + jnp.linalg.norm(x[:, :3], axis=-1)[:, None]),
     "divided by a stored size": lambda self, x: small(x) / self.variable("s", "s", jnp.ones, ()).value,
@@ -118,4 +130,5 @@ def growth_of_first_step(end: Callable) -> float:
 
 def test_what_is_reported_grows_with_width_and_a_readout_does_not():
     assert growth_of_first_step(NORMED["root mean square"]) > 1.8
+    assert growth_of_first_step(NORMED["behind another layer"]) > 1.8
     assert growth_of_first_step(NOT_NORMED["a readout"]) < 1.2

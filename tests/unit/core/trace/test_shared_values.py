@@ -60,12 +60,43 @@ def cosine(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
     return a, b, jnp.einsum("bqd,bkd->bqk", a, b)
 
 
+def averaged(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    """Products with weights that add up to one: each shrinks, and their sum does not."""
+    h = a * jax.nn.softmax(b)
+    return jnp.tanh(h.sum(-1, keepdims=True) / width**0.5), a + h
+
+
+def averaged_last(a: jax.Array, b: jax.Array, width: int) -> tuple[jax.Array, ...]:
+    h = a * jax.nn.softmax(b)
+    return a + h, jnp.tanh(h.sum(-1, keepdims=True) / width**0.5)
+
+
 # What the program is at the target, with the base's constants where it has constants of width.
 PROGRAMS: dict[str, tuple[Program, Program]] = {
     "scaled and back": (scaled_and_back, lambda a, b, width: scaled_and_back(a, b, BASE)),
     "scaled twice": (scaled_twice, lambda a, b, width: scaled_twice(a, b, BASE)),
     "scaled in a loop": (scaled_in_a_loop, lambda a, b, width: scaled_in_a_loop(a, b, BASE)),
     "cosine": (cosine, cosine),
+    "averaged": (
+        averaged,
+        lambda a, b, width: (averaged(a, b, BASE)[0], a + R * a * jax.nn.softmax(b)),
+    ),
+    "running mean": (
+        lambda a, b, width: (jnp.tanh(a + jnp.cumsum(b, -1) / width),),
+        lambda a, b, width: (jnp.tanh(a + jnp.cumsum(b, -1) / width),),
+    ),
+    "running sum over a root": (
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, -1) / width**0.5), b),
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, -1) * BASE**0.5 / width), b),
+    ),
+    "running sum along the batch": (
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, 0)), b),
+        lambda a, b, width: (jnp.tanh(jnp.cumsum(a, 0)), b),
+    ),
+    "averaged last": (
+        averaged_last,
+        lambda a, b, width: (a + R * a * jax.nn.softmax(b), averaged(a, b, BASE)[0]),
+    ),
 }
 
 
@@ -83,12 +114,22 @@ def test_every_use_is_of_order_one(name: str) -> None:
     assert mup.findings == ()
 
 
-@pytest.mark.parametrize("name", ["scaled and back", "scaled twice", "scaled in a loop"])
+@pytest.mark.parametrize("name", ["scaled and back", "scaled twice", "scaled in a loop", "averaged"])
 def test_the_twin_as_it_stands_is_another(name: str) -> None:
     program, expected = PROGRAMS[name]
     params = model(program, WIDTH).init(jax.random.key(0), X)
     plain, theirs = (model(f, WIDTH).apply(params, X) for f in (program, expected))
     assert max(float(jnp.abs(x - y).max()) for x, y in zip(plain, theirs, strict=True)) > 0.1
+
+
+def test_a_running_sum_over_the_width_is_reported_as_the_sum_is() -> None:
+    for last in (lambda h: jnp.cumsum(h, -1), lambda h: h.sum(-1)):
+
+        def program(a: jax.Array, b: jax.Array, width: int, last: Callable = last) -> tuple[jax.Array, ...]:
+            return jnp.tanh(last(a)), b
+
+        found = mujax.audit(model(program, WIDTH), model(program, BASE), X)
+        assert [finding.kind for finding in found] == ["unscaled sum"]
 
 
 def test_what_two_uses_can_not_share_is_said() -> None:
