@@ -46,6 +46,11 @@ def pairs_file(tmp_path_factory):
     return path
 
 
+def records_of(path):
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return {tuple(line["key"]): line for line in lines if "key" in line}
+
+
 def run(paper, name, out, capsys, *more):
     command = [name, "--scale", "tiny", "--out", str(out), *more]
     assert paper.main(command) == 0
@@ -80,7 +85,8 @@ def test_masked(paper, tmp_path, capsys):
 def test_images(paper, tmp_path, capsys):
     if not pathlib.Path("/usr/share/datasets/fashion-mnist").is_dir():
         pytest.skip("dataset-fashion-mnist is not installed")
-    records = [json.loads(line) for line in run(paper, "F8", tmp_path, capsys)["records"]]
+    run(paper, "F8", tmp_path, capsys)
+    records = records_of(tmp_path / "F8-tiny.jsonl").values()
     trials = [trial for record in records if record["key"][0] == "search" for trial in record["trials"]]
     assert len(trials) == 4
     assert all(0 <= trial["metrics"].get("accuracy", 0) <= 1 for trial in trials)
@@ -89,8 +95,8 @@ def test_images(paper, tmp_path, capsys):
 def test_translation(paper, pairs_file, tmp_path, capsys):
     pytest.importorskip("tokenizers")
     pytest.importorskip("sacrebleu")
-    report = run(paper, "F5", tmp_path, capsys, "--pairs", str(pairs_file))
-    records = {tuple(record["key"]): record for record in map(json.loads, report["records"])}
+    run(paper, "F5", tmp_path, capsys, "--pairs", str(pairs_file))
+    records = records_of(tmp_path / "F5-tiny.jsonl")
     searches = [records["search", name]["trials"] for name in ("proxy", "target", "direct")]
     hparams = [[trial["hparams"] for trial in trials] for trials in searches]
     # What makes the trials of the proxy comparable: the same draws.

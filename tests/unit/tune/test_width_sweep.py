@@ -360,7 +360,9 @@ def done(draws: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """The task "toy" without the training: a formula gives the losses. The runs that were asked for."""
     asked: list[Run] = []
 
-    def trained(job: Any, runs: Sequence[Run]) -> Iterator[tuple[dict[Run, Finished], float]]:
+    def trained(
+        job: Any, runs: Sequence[Run], *hyperparameters: Any
+    ) -> Iterator[tuple[dict[Run, Finished], float]]:
         for run in runs:
             asked.append(run)
             loss = (run.log2_lr + 6) ** 2 + 1 / run.width + 0.01 * run.seed
