@@ -164,7 +164,16 @@ _RULES: Final[Mapping[str, _Rule]] = {
         [
             *IDENTITIES,
             *RESHAPES,
-            *["convert_element_type", "reduce_precision", "stop_gradient", "rev", "slice", "real"],
+            *[
+                "convert_element_type",
+                "reduce_precision",
+                "stop_gradient",
+                "rev",
+                "slice",
+                "split",
+                "unstack",
+                "real",
+            ],
         ],
         _first,
     ),
