@@ -312,12 +312,12 @@ def _of_constants(
     Those behind a product with a parameter are part of that product's factor and checked there.
     """
     replay = clean.replay
-    traced = replay.program, replay.analysis
+    traced, products = (replay.program, replay.analysis), mixing_sites(wide.taps)
     counted = {
         place
         for tap in wide.taps
         if tap.site is not None and tap.params
-        for place in (tap.site, *(step.site for step in chain(*traced, tap.site, mixing_sites(wide.taps))))
+        for place in (tap.site, *(step.site for step in chain(*traced, tap.site, products)))
     }
     out = []
     for site, corrections in replay.corrections.items():

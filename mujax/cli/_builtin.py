@@ -89,34 +89,38 @@ def _small_resnet(width: int) -> Any:
     )
 
 
+def _model(name: str, width: int) -> Any:
+    return models.BUILD[name](width)[0]
+
+
 BUILTIN: Final[Mapping[str, Builtin]] = {
     "mlp": Builtin(
         title="MLP with 2 hidden layers",
-        build=lambda width: models.BUILD["mlp"](width)[0],
+        build=functools.partial(_model, "mlp"),
         widths=(64, 128, 256, 512),
         batch=functools.partial(_images, batch=64, side=28),
     ),
     "transformer": Builtin(
         title="Transformer with 2 blocks",
-        build=lambda width: models.BUILD["transformer"](width)[0],
+        build=functools.partial(_model, "transformer"),
         widths=(32, 64, 128, 256),
         batch=functools.partial(_tokens, batch=8),
     ),
     "relative-transformer": Builtin(
         title="Transformer with 2 blocks and relative positions",
-        build=lambda width: models.BUILD["relative-transformer"](width)[0],
+        build=functools.partial(_model, "relative-transformer"),
         widths=(32, 64, 128, 256),
         batch=functools.partial(_tokens, batch=8),
     ),
     "encoder-decoder": Builtin(
         title="Encoder-decoder Transformer with 2 and 2 blocks",
-        build=lambda width: models.BUILD["encoder-decoder"](width)[0],
+        build=functools.partial(_model, "encoder-decoder"),
         widths=(32, 64, 128, 256),
         batch=functools.partial(_halves, batch=8),
     ),
     "bert": Builtin(
         title="BERT with 2 blocks",
-        build=lambda width: models.BUILD["bert"](width)[0],
+        build=functools.partial(_model, "bert"),
         widths=(32, 64, 128, 256),
         batch=functools.partial(_masked_tokens, batch=8),
     ),
@@ -130,7 +134,7 @@ BUILTIN: Final[Mapping[str, Builtin]] = {
     ),
     "resnet9": Builtin(
         title="ResNet-9",
-        build=lambda width: models.BUILD["resnet9"](width)[0],
+        build=functools.partial(_model, "resnet9"),
         widths=(8, 16, 32, 64),
         batch=functools.partial(_images, batch=16, side=_SIDE),
         kwargs={"train": True},
