@@ -50,8 +50,8 @@ def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     for name in set(sys.modules) - before:
         # Libraries stay: NumPy's extensions cannot be loaded twice.
         module = sys.modules[name]
-        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
-        if any(place.startswith(str(tmp_path)) for place in places):
+        file, path = getattr(module, "__file__", None), getattr(module, "__path__", ())
+        if any(str(place).startswith(str(tmp_path)) for place in (file, *path)):
             del sys.modules[name]
 
 
