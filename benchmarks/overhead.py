@@ -444,9 +444,18 @@ class Effort:
     seconds: float
 
 
-def importing(runs: int) -> common.Paired:
-    """Processor time of a fresh process that imports mujax, over one that imports JAX, Flax and optax."""
-    sides = {"mujax": "import mujax", "plain": "import jax, flax, optax"}
+def importing(runs: int) -> tuple[common.Paired, common.Paired]:
+    """Processor time of a fresh process that imports mujax too, over one that imports JAX, Flax and optax.
+
+    Returns:
+        For the import alone, and with the first use of `mup_init` and `mup_adam`.
+    """
+    plain = "import jax, flax, optax"
+    sides = {
+        "plain": plain,
+        "mujax": f"{plain}, mujax",
+        "use": f"{plain}, mujax; mujax.mup_init; mujax.mup_adam",
+    }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     # The first time Python may compile.
     for number in range(runs + 1):
@@ -455,7 +464,7 @@ def importing(runs: int) -> common.Paired:
             done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE)
             if number:
                 seconds[side].append(float(done.stdout))
-    return common.paired(seconds, "mujax", "plain")
+    return common.paired(seconds, "mujax", "plain"), common.paired(seconds, "use", "plain")
 
 
 def measure(name: str, width: int, effort: Effort) -> dict[str, Any]:
@@ -544,8 +553,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "goals": {figure: goal.limit for figure, goal in GOALS.items()},
         "rows": [],
     }
-    imports = importing(1 if args.quick else 7)
+    imports, used = importing(1 if args.quick else 7)
     report["import"] = dataclasses.asdict(imports)
+    report["import and first use"] = dataclasses.asdict(used)
     common.write(args.out, report)
     for name in () if args.only_import else dict.fromkeys(args.cases):
         for width in (CASES[name].quick_width,) if args.quick else CASES[name].widths:
@@ -557,7 +567,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(show(report["rows"]) + "\n")
     print(
         f"Importing mujax over importing JAX, Flax and optax: {imports.median:.2f} "
-        f"({imports.low:.2f}–{imports.high:.2f}) of the processor time."
+        f"({imports.low:.2f}–{imports.high:.2f}) of the processor time; with the first use of mup_init and "
+        f"mup_adam {used.median:.2f} ({used.low:.2f}–{used.high:.2f})."
     )
     missed = [line for row in report["rows"] for line in row["missed"]]
     missed += GOALS["import"].missed_by("import", imports.median, imports.low)

@@ -116,8 +116,25 @@ def _printed(code: str) -> list[list[str]]:
 def test_importing_mujax_imports_nothing_heavy():
     """Flax itself brings rich and yaml."""
     show = "print(*sys.modules)"
-    before, after = _printed(f"import jax, flax, optax; {show}; import mujax; {show}")
-    assert not _HEAVY & (set(after) - set(before))
+    before, imported, used = _printed(
+        f"import jax, flax, optax; {show}; import mujax; {show}; mujax.mup_init; mujax.mup_adam; {show}"
+    )
+    assert {name for name in set(imported) - set(before) if name.startswith("mujax")} == {
+        "mujax",
+        "mujax.errors",
+    }
+    assert not _HEAVY & (set(used) - set(before))
+
+
+def test_names_for_type_checkers_are_those_that_are_there():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    mine = [node for node in imports if (node.module or "").startswith("mujax.")]
+    typed = {alias.name for node in mine for alias in node.names}
+    public = {name for name in dir(mujax) if not name.startswith("_")}
+    assert typed == {
+        name for name in public if getattr(getattr(mujax, name), "__module__", "").startswith("mujax")
+    }
 
 
 def test_what_trains_is_imported_on_use_and_tune_stays_the_function():

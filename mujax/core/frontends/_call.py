@@ -216,6 +216,10 @@ class Frontend(Protocol):
         """A user's call."""
         ...
 
+    def follow(self, target: Frontend, variables: Any) -> Any:
+        """What this model, as the base, is called with where `target` is called with `variables`."""
+        ...
+
     def leaves(self, variables: Any) -> list[Any]:
         """The arrays of variables (or of a module) in the order of `example`'s call."""
         ...

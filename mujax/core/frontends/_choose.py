@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from flax import linen as nn, nnx
+from flax import linen as nn
 
 from mujax.core.frontends._call import Call, Frontend, Shape, Static, is_array, with_shape
 from mujax.core.frontends._functional import Functional, FunctionalFrontend
 from mujax.core.frontends._linen import LinenFrontend
-from mujax.core.frontends._nnx import NNXFrontend, factory_of, follow_mode
 from mujax.core.frontends._one_device import OneDevice, on_one_device
 from mujax.errors import MujaxError, SpecMismatchError
 
@@ -30,6 +29,18 @@ def frontend(model: Any, name: str = "model") -> Frontend:
         return LinenFrontend(model)
     if isinstance(model, Functional):
         return FunctionalFrontend(model)
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise MujaxError(
+            where=name,
+            expected="an instance of a Flax Linen module",
+            got=f"the class {model.__name__}",
+            remedy=f"pass {model.__name__}(...)",
+        )
+    # `flax.nnx` takes half as long to import as all of mujax: only where a model needs it.
+    from flax import nnx
+
+    from mujax.core.frontends._nnx import NNXFrontend, factory_of
+
     if isinstance(model, nnx.Module):
         kind = type(model).__name__
         raise MujaxError(
@@ -37,13 +48,6 @@ def frontend(model: Any, name: str = "model") -> Frontend:
             expected="an NNX factory (a function rngs -> module)",
             got=f"an instance of {kind}",
             remedy=f"pass lambda rngs: {kind}(..., rngs=rngs)",
-        )
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        raise MujaxError(
-            where=name,
-            expected="an instance of a Flax Linen module",
-            got=f"the class {model.__name__}",
-            remedy=f"pass {model.__name__}(...)",
         )
     if isinstance(getattr(model, "module", None), nn.Module):
         raise MujaxError(
@@ -90,16 +94,14 @@ def base_call(
     """
     if isinstance(base, OneDevice):
         return on_one_device(base_call(base.end, target, variables, inputs, kwargs, call, sizes, unused))
-    if isinstance(base, NNXFrontend) and isinstance(target, NNXFrontend):
-        same = base.call(follow_mode(base.abstract(), target.abstract(), variables), inputs, kwargs)
-        small = {
-            path: same.leaves[position].shape
-            for which in (same.params, same.state)
-            for position, path in which.items()
-        }
-    else:
-        same = base.call(variables, inputs, kwargs)
-        small = {}
+    own = base.follow(target, variables)
+    same = base.call(own, inputs, kwargs)
+    small = {
+        path: same.leaves[position].shape
+        for which in (same.params, same.state)
+        for position, path in which.items()
+        if own is not variables
+    }
     leaves = list(same.leaves)
     for which in (same.params, same.state):
         for position, path in which.items():

@@ -12,6 +12,7 @@ from mujax._arguments import Kind, check_arguments
 from mujax.core.frontends._call import (
     Annotation,
     Call,
+    Frontend,
     Initial,
     Static,
     call_of,
@@ -84,6 +85,9 @@ class FunctionalFrontend:
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         return call_of(self.model.apply, variables, inputs, kwargs, dict(enumerate(paths_of(variables))), {})
+
+    def follow(self, target: Frontend, variables: Any) -> Any:
+        return variables
 
     def leaves(self, variables: Any) -> list[Any]:
         return jax.tree.leaves(variables)

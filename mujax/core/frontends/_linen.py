@@ -15,6 +15,7 @@ from mujax._arguments import KEY, NONE, Kind, check_arguments, instance
 from mujax.core.frontends._call import (
     Annotation,
     Call,
+    Frontend,
     Initial,
     Static,
     call_of,
@@ -124,6 +125,9 @@ class LinenFrontend:
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         check_arguments({"variables": _VARIABLES}, {"variables": variables})
         return call_of(self.model.apply, variables, inputs, kwargs, *_linen_paths(variables))
+
+    def follow(self, target: Frontend, variables: Any) -> Any:
+        return variables
 
     def leaves(self, variables: Any) -> list[Any]:
         return jax.tree.leaves({name: leaves for name, leaves in variables.items() if name != "cache"})

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 
 from mujax._arguments import KEY, SEED, check_arguments, instance
-from mujax.core.frontends._call import Annotation, Call, Initial, Static, explicit_axes, split
+from mujax.core.frontends._call import Annotation, Call, Frontend, Initial, Static, explicit_axes, split
 from mujax.errors import MujaxError, ShapeMismatchError
 from mujax.spec import leaf_path
 
@@ -107,7 +107,7 @@ class NNXFrontend:
         program, variables = jax.make_jaxpr(state, return_shape=True)(jax.random.key(0))
         return Initial(program, variables, *_nnx_paths(variables))
 
-    def abstract(self) -> nnx.Module:
+    def _abstract(self) -> nnx.Module:
         """The module with shapes for arrays."""
         return nnx.merge(*_abstract_parts(self))
 
@@ -162,7 +162,7 @@ class NNXFrontend:
         return out, nnx.state(module, nnx.Not(nnx.Param))
 
     def example(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
-        return self.call(self.abstract(), inputs, kwargs)
+        return self.call(self._abstract(), inputs, kwargs)
 
     def call(self, variables: Any, inputs: Sequence[Any], kwargs: Static) -> Call:
         check_arguments({"variables": _MODULE}, {"variables": variables})
@@ -190,6 +190,12 @@ class NNXFrontend:
             function, [*leaves, *arguments.arrays], *_nnx_paths(state), where, lambda out: out[0], static
         )
 
+    def follow(self, target: Frontend, variables: Any) -> Any:
+        # A module holds its mode beside its arrays: the base's own module, in the mode of the target's.
+        if not isinstance(target, NNXFrontend):
+            return variables
+        return _follow_mode(self._abstract(), target._abstract(), variables)
+
     def leaves(self, variables: Any) -> list[Any]:
         return jax.tree.leaves(nnx.state(variables))
 
@@ -205,7 +211,7 @@ def _abstract_parts(model: NNXFrontend) -> tuple[Any, Any]:
     return nnx.split(nnx.eval_shape(lambda: model._build(jax.random.key(0))))
 
 
-def follow_mode(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Module:
+def _follow_mode(base: nnx.Module, before: nnx.Module, now: nnx.Module) -> nnx.Module:
     """Gives the base's module the target's present mode (`eval()`, a changed setting)."""
     for (path, changed), (_, old), (_, mine) in zip(
         nnx.iter_modules(now), nnx.iter_modules(before), nnx.iter_modules(base), strict=False

@@ -64,6 +64,9 @@ class OneDevice:
     ) -> tuple[Any, Any]:
         return self.end.run(apply, params, state, inputs, key, kwargs)
 
+    def follow(self, target: Frontend, variables: Any) -> Any:
+        return self.end.follow(target, variables)
+
     def leaves(self, variables: Any) -> list[Any]:
         return self.end.leaves(variables)
 

@@ -6,7 +6,6 @@ import functools
 import os
 import sysconfig
 
-import chex
 import jax
 import optax
 from jax.extend.core import Jaxpr, JaxprEqn
@@ -16,9 +15,9 @@ _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 @functools.cache
 def _library_folders() -> tuple[str, ...]:
-    packages = [os.path.dirname(module.__file__ or "") for module in (jax, optax, chex)]
+    packages = [os.path.dirname(module.__file__ or "") for module in (jax, optax)]
     site = os.path.dirname(packages[0])
-    packages += [os.path.join(site, name) for name in ("flax", "jaxlib", "jaxtyping")]
+    packages += [os.path.join(site, name) for name in ("chex", "flax", "jaxlib", "jaxtyping")]
     packages += [sysconfig.get_paths()["stdlib"]]
     return tuple(folder + os.sep for folder in packages)
 
