@@ -1,8 +1,8 @@
 """Random programs, read and measured: what is claimed holds over widths, or a finding names the place.
 
 The programs and the measurement are those of `benchmarks/soundness.py`, which has the details. Here each
-program is measured at two widths with one seed, and at four with three if it looks wrong. A hundred take
-about a minute of CPU time on a busy machine. Left out, as they take long: images and convolutions, programs
+program is measured at two widths with one seed, and at four with three if it looks wrong. Three hundred take
+about a minute and a half of CPU time. Left out, as they take long: images and convolutions, programs
 of more than seven parameters, and initialisers with a mean, which are sampled.
 """
 
@@ -20,7 +20,7 @@ import pytest
 import mujax
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
-PROGRAMS, AT_ONCE = 100, 25
+PROGRAMS, AT_ONCE = 300, 25
 
 
 @pytest.fixture(scope="module")
