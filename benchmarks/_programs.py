@@ -253,6 +253,12 @@ class Writer:
         self.slower[parameter[3:-2]] = -0.5
         return parameter
 
+    def gains_after_fall(self) -> None:
+        """The same for the gains of the kernels of which no product is measured yet."""
+        for one in self._fresh:
+            if one[0] in "gs":
+                self.slower.setdefault(one, -0.5)
+
     def dense(self, *shape: str, fan_in: str | None = None, plain: bool = False) -> str:
         """A parameter of this shape as the weights of a layer: with a usual initialiser."""
         fan_in = shape[-2] if fan_in is None else fan_in
@@ -704,6 +710,9 @@ def attention(g: Writer, v: Var) -> Var:
         q, k = (g.let(f"{a} / jnp.sqrt(({a} ** 2).mean(-1, keepdims=True) + 1e-6)") for a in (q, k))
     if g.chance(0.15):
         out = g.let(f"jax.nn.dot_product_attention({q}, {k}, {u})")
+        if of_values:
+            # A gain of the queries' or keys' kernel changes the logits by as much as they are.
+            g.gains_after_fall()
         g.belong(of_values)
     else:
         way = g.rng.randrange(8)

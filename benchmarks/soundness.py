@@ -12,8 +12,8 @@ program is
 
 A finding is needless where nothing scales with the width in spite of it. Each program is measured at two
 widths first, with a tolerance that noise alone exceeds at times; what does not pass is measured at four, and
-with more seeds at four larger ones, twice, before it counts as a failure. NumPy computes the numbers (`_evaluate`),
-since a compiler takes longer than these programs.
+with more seeds at four larger ones, twice, before it counts as a failure. NumPy computes the numbers
+(`_evaluate`), since a compiler takes longer than these programs.
 
     python benchmarks/soundness.py [--programs 10000] [--start 0] [--seed 0] [--jobs 2] [--quick] [--out FILE]
 
@@ -89,13 +89,15 @@ ROUNDS: Final = (
     Round((64, 128, 256, 512), 8),
     # A readout that starts larger than its targets, and smaller in wider models, changes as a constant only
     # where it has become small.
-    Round((256, 512, 1024, 2048), 8),
+    Round((256, 512, 1024, 2048), 4),
 )
 RATE: Final = 2.0**-9
 EPSILON: Final = 1e-12
 SCALE: Final = 2.0**40
 """A factor on the loss, so that the smallest gradient counts: float32 has no squares below 1e-38."""
 CLEAR: Final = 0.4
+OWN_POWER: Final = re.compile(r"[*/] n\b|sqrt\(n\b|\.(?:sum|mean)\(-1\)|linalg\.norm\(h")
+"""A line that changes a scale by a power of the width: a constant, a sum over the width or a norm of it."""
 CONCENTRATED: Final = 1.5
 FAILURES: Final = common.Goal(0, "0")
 NEEDLESS: Final = common.Goal(0.2, "20 %")
@@ -206,7 +208,9 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
         return SCALE * _loss(replay.apply(p, jax.tree.leaves(p))[0])
 
     def step(p: Any) -> Any:
-        return tx.update(jax.grad(loss)(p), tx.init(p), p)[0]
+        # Adam does not see a factor on a gradient; float32 has no squares above 1e38.
+        grads = jax.tree.map(lambda g: g / jnp.maximum(jnp.abs(g).max(), 1e-30), jax.grad(loss)(p))
+        return tx.update(grads, tx.init(p), p)[0]
 
     moves = Evaluator(jax.make_jaxpr(step)(shapes))
     labels = ["tap " + tap.name for tap in program.taps]
@@ -259,10 +263,12 @@ def judge(
 
     # The mean of a uniform kernel is brought to 1 / fan-in, and with it goes what all entries of an
     # activation have in common, while its deviations stay: until these are the larger part, sizes and changes
-    # fall. The same holds for a sum over the width that is brought to the size that it can reach.
+    # fall, and changes behind a norm, which takes the common part out, grow. The same holds for a sum over
+    # the width that is brought to the size that it can reach.
     sums = any(re.search(r"tanh\(\w+\.sum\(-1", line) for line in program.body)
     means = any("nn.initializers.uniform" in init for init in program.params.values())
     slack = -0.5 if sums or means else 0.0
+    norms = [line for line, name in program.steps if name == "norm"] if means else []
 
     def check(tap: Any, what: str, values: np.ndarray, scale: np.ndarray, low: float) -> None:
         if not np.isfinite(values[0]).all():
@@ -275,7 +281,8 @@ def judge(
         if (values <= 1e-30).any() or (values < 3e-6 * scale).any():
             return
         slope, error = _slope(how.widths, values)
-        wrong = Wrong(tap.name, tap.line, what, slope, error, (low, 0.0))
+        high = 0.5 if what != "size" and min(norms, default=tap.line + 1) <= tap.line else 0.0
+        wrong = Wrong(tap.name, tap.line, what, slope, error, (low, high))
         if wrong.apart - how.errors * error > how.tolerance:
             out.append(wrong)
 
@@ -337,8 +344,8 @@ def silent(
         return []
     repairs = [_line(one.where, program) for one in corrections if one.kind == "scale"]
     repairs += [line for line, name in program.steps if name == "norm"]
-    # A constant in the model is taken out where it matters, by another one or by a factor, or reported there.
-    constants = [line for line, text in enumerate(program.body, start=2) if re.search(r"[*/] n\b", text)]
+    # A power of n in the model is taken out where it matters, by another or by a factor, or reported there.
+    constants = [line for line, text in enumerate(program.body, start=2) if OWN_POWER.search(text)]
     unexplained: set[int] = set()
     for group in _neighbours(bad, program):
         undone = [*repairs, *places, *constants] if min(group) in constants else repairs

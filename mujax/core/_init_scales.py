@@ -12,7 +12,7 @@ import numpy as np
 
 from mujax import rules
 from mujax.core.frontends import Frontend, Initial
-from mujax.core.trace import InitialValues, read_constants, read_initial_values
+from mujax.core.trace import InitialValues, Parity, read_constants, read_initial_values
 from mujax.errors import MujaxError
 from mujax.spec import MupSpec
 
@@ -93,6 +93,7 @@ def _sampled(small: Any, big: Any, base_mean: float | None, mean: float | None) 
 def init_shifts(
     spec: MupSpec,
     values: Mapping[str, InitialValues],
+    signs: Mapping[str, Sequence[Parity]],
     end: Frontend,
     inputs: Sequence[Any],
     kwargs: dict[str, Any],
@@ -102,12 +103,14 @@ def init_shifts(
     Args:
         spec: the parameters.
         values: the initial values, as `initial_values` returns them.
+        signs: of what multiplies each parameter's entries in each of its products.
         end: the base's front end.
         inputs: the example inputs.
         kwargs: the example keyword arguments.
 
     Returns:
-        The shift by path, for the parameters of which the mean is not zero and scales unlike the deviation.
+        The shift by path, for the parameters of which the mean is not zero, adds up in a product, and scales
+        unlike the deviation.
     """
     table = spec.parametrization
     factors = {
@@ -116,8 +119,13 @@ def init_shifts(
         for path, param in spec.items()
         if (ratio := values[path].ratio)
     }
-    factors = {path: factor for path, factor in factors.items() if abs(factor) > 1e-9}
-    means = {path: values[path].mean for path in factors}
+    factors = {
+        path: factor
+        for path, factor in factors.items()
+        if abs(factor) > 1e-9 and values[path].mean != 0.0 and path in signs
+    }
+    others = {name for path in factors for sign in signs[path] for name in sign.names} & values.keys()
+    means = {path: values[path].mean for path in sorted(factors.keys() | others)}
     unknown = [path for path, mean in means.items() if mean is None]
     if unknown:
         with jax.ensure_compile_time_eval():
@@ -126,7 +134,15 @@ def init_shifts(
             path: _mean(leaf) * (values[path].ratio or 0.0)
             for path, leaf in zip(unknown, sampled, strict=True)
         }
-    return {path: mean * factors[path] for path, mean in means.items() if mean}
+    # Signs of a parameter that has a mean itself do not cancel a sum. Of two that multiply each other the one
+    # with the smaller mean is shifted: the other is its gain, which starts at one.
+    uneven = {path: mean for path, mean in means.items() if mean}
+    shifts = {}
+    for path, mean in sorted(uneven.items(), key=lambda pair: abs(pair[1])):
+        if path in factors and any(not sign.without(*uneven).is_centred for sign in signs[path]):
+            shifts[path] = mean * factors[path]
+            del uneven[path]
+    return shifts
 
 
 def _mean(leaf: Any) -> float:

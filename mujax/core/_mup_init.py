@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Final, Literal
 
@@ -37,7 +37,7 @@ from mujax.core.depth import (
 )
 from mujax.core.frontends import Call, Frontend, Initial, OneDevice, Result, frontend, is_split
 from mujax.core.program import ClosedJaxpr
-from mujax.core.trace import Analysis, Finding, InitialValues, Use, analyse, merged
+from mujax.core.trace import Analysis, Finding, Use, analyse, merged
 from mujax.errors import AuditError, MujaxError, MujaxWarning, RoleError, ShapeMismatchError
 from mujax.spec import MupSpec, Parametrization, ParamSpec, Role
 
@@ -270,8 +270,8 @@ def mup_init(
         for path, param in spec.items()
         if ratios[path] != 0
     } | dict.fromkeys(zero_params(zero_init, spec, plan.analysis), 0.0)
-    coherent = {path for path, uses in analysis.uses.items() if any(use.coherent for use in uses)}
-    shifts = init_shifts(spec, _centred_but(coherent, values), small.end, inputs, kwargs)
+    signs = {path: [use.signs for use in uses] for path, uses in analysis.uses.items()}
+    shifts = init_shifts(spec, values, signs, small.end, inputs, kwargs)
     mup = MupModel(
         spec=spec,
         init_scales=init_scales,
@@ -399,11 +399,6 @@ def _refuse_growing_classes(roles: Mapping[str, Role | ParamSpec], spec: MupSpec
                     remedy="give base and target the same size there, or say that it is a width with "
                     f'roles={{"{path}": "hidden"}}',
                 )
-
-
-def _centred_but(paths: Collection[str], values: Mapping[str, InitialValues]) -> dict[str, InitialValues]:
-    """Initial values with a mean only where it adds up in a product."""
-    return {path: value if path in paths else value._replace(mean=0.0) for path, value in values.items()}
 
 
 def _scales_in_initialisers(spec: MupSpec, init_scales: Mapping[str, float], plan: Plan) -> list[Finding]:

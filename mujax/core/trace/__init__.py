@@ -17,6 +17,7 @@ from mujax.core.trace._analyse import (
     read_constants as read_constants,
     read_initial_values as read_initial_values,
 )
+from mujax.core.trace._parity import Parity as Parity
 from mujax.core.trace._roles import (
     axes_of_use as axes_of_use,
     informative_uses as informative_uses,

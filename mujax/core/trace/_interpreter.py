@@ -39,7 +39,7 @@ from mujax.core.trace._align import (
     resized,
     strip_leading,
 )
-from mujax.core.trace._parity import Parity, sum_of
+from mujax.core.trace._parity import INDEPENDENT, Parity, sum_of
 from mujax.core.trace._spread import Spread, spread_of_result
 from mujax.core.trace._uses import (
     AxisRole,
@@ -132,7 +132,7 @@ class Interpreter:
         picked: AxisRole = "fan_in",
         contracted: tuple[int, int] = (1, 1),
         decided: bool = True,
-        coherent: bool = True,
+        signs: Parity = INDEPENDENT,
         site: EqnPath | None = None,
     ) -> int:
         """Records a use of the parameter that `view` shows.
@@ -146,7 +146,7 @@ class Interpreter:
             picked: role of the axes from which one entry was picked by index.
             contracted: (base, target) size of the contracted axes.
             decided: whether nothing that follows can change its kind.
-            coherent: whether a mean of its entries adds up in the product.
+            signs: the parity, in other parameters, of what multiplies its entries in the product.
             site: where a factor for this parameter belongs, where that is not the equation.
 
         Returns:
@@ -162,7 +162,7 @@ class Interpreter:
                 contracted,
                 pair.place,
                 view.part,
-                coherent,
+                signs,
             ),
             decided,
         )

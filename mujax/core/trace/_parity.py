@@ -59,20 +59,26 @@ class Parity:
         """
         return bool(_remainder(self.offset, self.basis))
 
+    @property
+    def names(self) -> Names:
+        """The parameters that it depends on."""
+        return self.offset.union(*self.basis)
+
     @classmethod
     def of(cls, path: str) -> Parity:
         """The parity of a parameter itself."""
         return cls(frozenset({path}))
 
-    def without(self, path: str) -> Parity:
-        """The parity where one parameter is not symmetric: its sign is no reason for a mean of zero.
+    def without(self, *paths: str) -> Parity:
+        """The parity where some parameters are not symmetric: their signs are no reason for a mean of zero.
 
         >>> a, b = Parity.of("a"), Parity.of("b")
         >>> [p.without("a").is_centred for p in (a, a * b, b + a * b, a + b)]
         [False, True, True, False]
         """
-        name = frozenset({path})
-        return Parity(self.offset - name, _reduced(vector - name for vector in self.basis))
+        return Parity(
+            self.offset.difference(paths), _reduced(vector.difference(paths) for vector in self.basis)
+        )
 
     def __add__(self, other: Parity) -> Parity:
         """The parity of a sum, or of one of the two."""

@@ -16,6 +16,7 @@ from mujax.core.program import (
     shape_of,
     source_line,
 )
+from mujax.core.trace._parity import INDEPENDENT, Parity
 from mujax.core.trace._values import Kind, Shape, fit
 
 UseKind = Literal["contraction", "lookup", "elementwise", "statistic", "opaque"]
@@ -39,8 +40,8 @@ class Use:
         contracted: (base, target) size of the contracted axes.
         eqn: the target's equation, for its place in the user's code.
         part: whether only a part of the parameter is used: a slice, or one layer of a stack.
-        coherent: whether a mean of its entries adds up in the product: not where signs of another parameter
-            multiply them.
+        signs: the parity, in other parameters, of what multiplies its entries in the product. A mean of its
+            entries adds up where this does not change its sign.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Use:
     contracted: tuple[int, int]
     eqn: JaxprEqn
     part: bool = False
-    coherent: bool = True
+    signs: Parity = INDEPENDENT
 
     @property
     def where(self) -> str:

@@ -183,14 +183,14 @@ UNKNOWN: Final = Scale(None)
 
 
 class Power(NamedTuple):
-    """A power of a readout's product.
+    """A power of a product that starts smaller in a wider model: of a readout, or of queries and keys.
 
     Attributes:
-        path: the parameter: its product sums over an axis that grows and leaves none that does.
+        product: it in words.
         exponent: the exponent.
     """
 
-    path: str
+    product: str
     exponent: float
 
 
@@ -226,7 +226,7 @@ class Value:
         parity: how its sign follows the parameters' and, where random numbers of mean zero are in it, theirs;
             None where not yet known.
         clipped: (bound, parity before) of a value that was cut off below, until it is cut off above.
-        power: the power of a readout's product that the value is, up to factors and terms that do not grow.
+        power: the power of such a product that the value is, up to factors and terms that do not grow.
         spread: of random numbers, the distribution of the entries; None where it is not known.
         memory: the block of memory that it stands for, in a kernel.
         root: identity up to axes of size 1; equal for a value and its trivial reshapes.

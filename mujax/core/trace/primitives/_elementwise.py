@@ -177,7 +177,18 @@ def _tangent(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequ
     scale = scales[0]
     if interp.exact or ins[0].kind != "param" or scale.is_one:
         return order_one(interp, pair, ins, scales)
-    return scale if scale.total is not None and scale.total < 1 else UNKNOWN
+    if scale.total is not None and scale.total < 1:
+        return scale
+    if interp.scales_are_known and scale.total is not None and ins[0].views:
+        interp.find(
+            "kernel through a function",
+            pair.site,
+            pair.place,
+            f"{ins[0].views[0].path} goes into {pair.name} after constants that make its entries grow "
+            f"{scale.total:.4g} times from base to target, so that the function is another one in a wider "
+            "model; take the base's width in these constants",
+        )
+    return UNKNOWN
 
 
 def _step(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:

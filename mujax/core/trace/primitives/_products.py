@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mujax.core.trace._interpreter import Interpreter
+from mujax.core.trace._parity import Parity
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import (
     UNKNOWN,
@@ -22,6 +23,7 @@ from mujax.core.trace._values import (
     ratio,
 )
 from mujax.core.trace.primitives._moves import move_views
+from mujax.core.trace.primitives._readouts import power_of_product, readout
 
 
 def _reduced(interp: Interpreter, pair: Pair, value: Value, shape: Shape, base: Shape) -> Value:
@@ -215,12 +217,12 @@ def _multiply(
             if view.path in bent or _is_gain(view, side):
                 interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))
                 continue
-            coherent = _is_coherent(view, side)
             mixture = mixes and _mixes(view, side.contract)
             use = interp.use(
                 pair, view, kind,
                 fan_in=side.contract, stack=side.batch, picked="stack", contracted=contracted,
-                decided=not mixture, coherent=coherent, site=view.made if term else None,
+                decided=not mixture, signs=_sign_along(side).without(view.path),
+                site=view.made if term else None,
             )  # fmt: skip
             if mixture:
                 # Whether these are the kernels of a layer shows when the mixture is contracted in its turn.
@@ -263,7 +265,8 @@ def _multiply(
         if "const" in kinds or not left.contract:
             return [data]
         interp.product(pair, contracted, left.value, right.value)
-        return [dataclasses.replace(data, products=frozenset({pair.site}))]
+        power = power_of_product(interp, pair, left.value, right.value, wide=wide)
+        return [dataclasses.replace(data, products=frozenset({pair.site}), power=power)]
     if kinds != ("param", "param"):
         side, other = (left, right) if kinds[0] == "param" else (right, left)
         activation(other)
@@ -295,16 +298,16 @@ def _multiply(
     return [dataclasses.replace(data, kind="param", views=tuple(views), parity=sign)]
 
 
-def _is_coherent(view: View, side: _Side) -> bool:
-    """Whether a mean of the parameter's entries adds up: no signs of another parameter multiply them.
+def _sign_along(side: _Side) -> Parity:
+    """The parity of the terms of the sum.
 
-    Signs that all terms of the sum share, those of a scalar or of a gain per output, leave it coherent.
+    Signs that they all share, those of a scalar or of a gain per output, leave a sum of theirs as large.
     """
     varying = {v.path for v in side.value.views if v.parameter_axes(side.contract) or v.inner}
-    sign = side.value.sign.without(view.path)
-    for other in {v.path for v in side.value.views} - varying:
-        sign = sign.without(other)
-    return not sign.is_centred
+    sign = side.value.sign
+    for shared in {v.path for v in side.value.views} - varying:
+        sign = sign.without(shared)
+    return sign
 
 
 def _is_gain(view: View, side: _Side) -> bool:
@@ -316,7 +319,7 @@ def _is_gain(view: View, side: _Side) -> bool:
     return (
         not view.inner
         and any(_contracts_width(kernel, side.contract) for kernel in kernels)
-        and not _is_coherent(view, side)
+        and _sign_along(side).without(view.path).is_centred
     )
 
 
@@ -361,7 +364,7 @@ def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
         )
         return
     own = [view.path for view in side.value.views if _contracts_width(view, side.contract)]
-    if own and not side.value.sign.is_centred:
+    if own and not _sign_along(side).is_centred:
         interp.find(
             "kernel with a mean",
             pair.site,
@@ -379,7 +382,7 @@ def _contracts_width(view: View, contract: Sequence[int]) -> bool:
 def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int], other: Value) -> Power | None:
     """The product of a readout: it contracts an axis that grows and leaves none.
 
-    A layer that contracts none, on the `other` operand, is linear in the readout's product behind it.
+    Any other layer, on the `other` operand, is linear in such a product behind it.
     """
     sizes = value.sizes(contract)
     if sizes[0] == sizes[1]:
@@ -387,8 +390,8 @@ def _read_out(value: Value, gone: Sequence[int], contract: Sequence[int], other:
     # Of a kernel of low rank, one factor contracts the axis that grows and the other one leaves it.
     kernels = [view for view in value.views if _contracts_width(view, contract)]
     if not kernels or any(_leaves_growing_axis(view, gone) for view in kernels):
-        return None
-    return Power(kernels[0].path, 1.0)
+        return other.power
+    return readout(kernels[0].path)
 
 
 def _kernels(value: Value, contract: Sequence[int]) -> frozenset[str]:

@@ -1,8 +1,9 @@
-"""Readouts whose product is divided by a norm of its own.
+"""Products that start small in a wide model and are divided by a norm of their own.
 
-The product of an output weight starts at a size of 1/sqrt(width) and becomes of order one as it learns: its
-terms are independent at first and add up later (Tensor Programs V, Appendix J). A norm brings it to order one
-from the start, so that the first steps change the normed value in proportion to sqrt(width).
+The product of an output weight, or of queries and keys, starts at a size of 1/sqrt(width) and becomes of
+order one as it learns: its terms are independent at first and add up later (Tensor Programs V, Appendix J). A
+norm brings it to order one from the start, so that the first steps change the normed value in proportion to
+sqrt(width).
 """
 
 from __future__ import annotations
@@ -10,13 +11,59 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from mujax.core.program import LAYOUT, EqnPath
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import Power, Value
 
+# The largest number that counts as a norm's epsilon.
+_EPSILON: Final = 0.01
+
+
+def readout(path: str) -> Power:
+    """The product of a readout."""
+    return Power(f"the product of {path}, which sums over an axis that grows and leaves none that does,", 1.0)
+
+
+def power_of_product(
+    interp: Interpreter, pair: Pair, left: Value, right: Value, *, wide: bool
+) -> Power | None:
+    """The power of a product of two activations: that of one of them, or of its own.
+
+    Args:
+        interp: the interpreter.
+        pair: the equation.
+        left: the first operand.
+        right: the second operand.
+        wide: whether it sums over an axis that grows.
+    """
+    if left.power is not None or right.power is not None:
+        return _product(1)(pair, (left, right))
+    apart = left.linear_in and right.linear_in and not left.linear_in & right.linear_in
+    if wide and apart and all(_has_signs(interp, value.origin) for value in (left, right)):
+        both = f"the product of {min(left.linear_in)} with that of {min(right.linear_in)}"
+        return Power(f"{both}, which sums over an axis that grows,", 1.0)
+    return None
+
+
+def _has_signs(interp: Interpreter, site: EqnPath | None) -> bool:
+    """Whether a value has the signs of a kernel's product, and no function has cut them off."""
+    visit = None if site is None else interp.record.flow.visits.get(site)
+    eqn = None if visit is None else visit.eqn
+    if visit is None or eqn is None:
+        return False
+    name, operands = eqn.primitive.name, [one for one in visit.operands if one.kind == "data"]
+    if name in ("dot_general", "conv_general_dilated"):
+        return True
+    if name in LAYOUT or name in ("neg", "convert_element_type", "add", "sub"):
+        return bool(operands) and all(_has_signs(interp, one.origin) for one in operands)
+    if name == "mul" and len({one.origin for one in operands}) == len(operands):
+        return any(_has_signs(interp, one.origin) for one in operands)
+    return name == "div" and _has_signs(interp, visit.operands[0].origin)
+
 
 def power_of_readout(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Power | None:
-    """The power of a readout's product that an elementwise result is, where it is one.
+    """The power of such a product that an elementwise result is, where it is one.
 
     Division by a function of the same product, of the same degree, is reported.
     """
@@ -25,22 +72,21 @@ def power_of_readout(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> P
     rule = _RULES.get(pair.name)
     out = rule(pair, ins) if rule else None
     if out is not None and out.exponent == 0:
-        _report(interp, pair, out.path)
+        _report(interp, pair, out.product)
         return None
     return out
 
 
-def _report(interp: Interpreter, pair: Pair, path: str) -> None:
+def _report(interp: Interpreter, pair: Pair, product: str) -> None:
     if interp.scales_are_known:
         interp.find(
             "normalised readout",
             pair.site,
             pair.place,
-            f"the product of {path}, which sums over an axis that grows and leaves none that does, is "
-            "divided here by a norm of its own or of a layer on it: it starts at a size of 1/sqrt(width) and "
-            "learns one of order one, so the first steps change the normed value in proportion to "
-            "sqrt(width); put the norm in front of the layer or leave it out, or let the layer's outputs "
-            "grow with width",
+            f"{product} is divided here by a norm of its own or of a layer on it: it starts at a size of "
+            "1/sqrt(width) and learns one of order one, so the first steps change the normed value in "
+            "proportion to sqrt(width); put the norm in front of the layer or leave it out, or let the "
+            "layer's outputs grow with width",
         )
 
 
@@ -49,7 +95,7 @@ def _product(sign: int) -> Callable[[Pair, Sequence[Value]], Power | None]:
         left, right = (value.power for value in ins)
         if left is None or right is None:
             return left or (right and right._replace(exponent=sign * right.exponent))
-        if left.path != right.path:
+        if left.product != right.product:
             return None
         return left._replace(exponent=left.exponent + sign * right.exponent)
 
@@ -57,10 +103,18 @@ def _product(sign: int) -> Callable[[Pair, Sequence[Value]], Power | None]:
 
 
 def _terms(pair: Pair, ins: Sequence[Value]) -> Power | None:
-    """A sum or a choice: one power in all terms but numbers (an epsilon) and parameters (a bias)."""
+    """A choice: one power in all alternatives but numbers (a mask) and parameters (a bias)."""
     first = 1 if pair.name == "select_n" else 0
     powers = {value.power for value in ins[first:] if value.kind == "data"}
     return powers.pop() if len(powers) == 1 else None
+
+
+def _sum(pair: Pair, ins: Sequence[Value]) -> Power | None:
+    """A sum: one power in all terms but parameters (a bias) and numbers as small as an epsilon."""
+    numbers = [value.const for value in ins if value.kind == "const"]
+    if any(number is None or abs(number[1]) > _EPSILON for number in numbers):
+        return None
+    return _terms(pair, ins)
 
 
 def _raised(exponent: Callable[[Pair, Sequence[Value]], float | None]):
@@ -78,7 +132,12 @@ def _exponent(pair: Pair, ins: Sequence[Value]) -> float | None:
 _RULES: Final[Mapping[str, Callable[[Pair, Sequence[Value]], Power | None]]] = {
     "mul": _product(1),
     "div": _product(-1),
-    **dict.fromkeys(["add", "add_any", "sub", "max", "min", "select_n", "clamp"], _terms),
+    **dict.fromkeys(["add", "add_any", "sub"], _sum),
+    **dict.fromkeys(["max", "min", "select_n", "clamp"], _terms),
+    **dict.fromkeys(
+        ["asin", "asinh", "atan", "atanh", "erf", "erf_inv", "expm1", "log1p", "sin", "sinh", "tan", "tanh"],
+        lambda pair, ins: power if (power := ins[0].power) and power.exponent > 0 else None,
+    ),
     **{
         name: _raised(lambda pair, ins, by=by: by)
         for name, by in {

@@ -239,6 +239,7 @@ REPORTED = {
     "relu": ("kernel with a mean", jax.nn.relu, None),
     "square": ("kernel with a mean", jnp.square, None),
     "shifted": ("kernel with a mean", lambda k: k + 0.1, None),
+    "a triangle added": ("kernel with a mean", lambda k: k + 0.3 * jnp.tri(*k.shape), None),
     "below a bound": ("kernel with a mean", lambda k: jnp.minimum(k, 0.0), None),
     "rounded": ("fixed steps", lambda k: jnp.round(k * 16) / 16, None),
     "rounded down": ("fixed steps", lambda k: jnp.floor(k * 16) / 16, None),
@@ -254,6 +255,28 @@ def test_a_kernel_whose_size_no_rule_gives_is_reported(name):
     assert not [correction for correction in mup.corrections if correction.kind == "scale"]
     finding = next(finding for finding in mup.findings if finding.kind == kind)
     assert finding.message.startswith(("k ", "the kernel that is computed from k "))
+
+
+def test_a_number_that_multiplies_a_kernel_hides_no_mean():
+    """Its sign is that of all terms of the sum."""
+    build = with_gain(lambda k, g, h: h @ ((k + 0.1) * g), lambda w: (), 1.0)
+    assert "kernel with a mean" in {finding.kind for finding in mujax.audit(build(64), build(BASE), X)}
+    strict = with_gain(lambda k, g, h: h @ ((k - k.mean(0)) * g), lambda w: (), 1.0)
+    mujax.mup_init(strict(64), strict(BASE), X, strict=True)
+
+
+@pytest.mark.parametrize("function", [jnp.sin, jnp.tanh, jnp.arctan])
+def test_a_readout_through_a_function_of_another_width_is_reported(function):
+    """A readout's entries keep their size: a constant that grows makes the function another one."""
+
+    def build(width, power):
+        make = lambda k, g, h: h @ k @ function(g * power(width))  # noqa: E731
+        return with_gain(make, lambda w: (w, 3), with_signs)(width)
+
+    (finding,) = mujax.audit(build(64, lambda w: w**0.5), build(BASE, lambda w: w**0.5), X)
+    assert finding.kind == "kernel through a function"
+    assert finding.message.startswith("g goes into")
+    assert not mujax.audit(build(64, lambda w: 2.0), build(BASE, lambda w: 2.0), X)
 
 
 @pytest.mark.parametrize("name", ["softplus", "absolute value", "shifted"])
@@ -291,7 +314,11 @@ GAINS = {
 }
 
 
-def with_gain(make: Callable, shape: Callable, start: float):
+def with_signs(shape):
+    return jax.random.normal(jax.random.key(7), shape)
+
+
+def with_gain(make: Callable, shape: Callable, start):
     """A hidden layer of a kernel and a parameter `g` that multiplies it."""
 
     def build(width):
@@ -300,7 +327,7 @@ def with_gain(make: Callable, shape: Callable, start: float):
             return {
                 "first": jax.random.normal(first, (7, width)),
                 "k": jax.random.normal(kernel, (width, width)) / width**0.5,
-                "g": jnp.full(shape(width), start),
+                "g": start(shape(width)) if callable(start) else jnp.full(shape(width), start),
             }
 
         def apply(params, x):
@@ -379,10 +406,41 @@ def test_signs_that_all_terms_share_leave_a_mean_coherent(name):
     assert mup.init_scales[path] * 0.1 + mup.init_shifts[path] == pytest.approx(0.1 / 4)
 
 
-@pytest.mark.parametrize("make", [lambda k, g, h: h @ (g * k), lambda k, g, h: h @ (k.T * g.T).T])
+ALONG_THE_FAN_IN = [lambda k, g, h: h @ (g * k), lambda k, g, h: h @ (k.T * g.T).T]
+
+
+@pytest.mark.parametrize("make", ALONG_THE_FAN_IN)
 def test_signs_along_the_fan_in_do_not(make):
+    build = with_a_mean(with_gain(make, lambda w: (w, w), with_signs))
+    assert not mujax.mup_init(build(64), build(BASE), X).init_shifts
+
+
+@pytest.mark.parametrize("make", ALONG_THE_FAN_IN)
+def test_a_gain_that_starts_at_one_has_no_signs(make):
     build = with_a_mean(with_gain(make, lambda w: (w, w), 1.0))
-    assert "k" not in mujax.mup_init(build(64), build(BASE), X).init_shifts
+    mup = mujax.mup_init(build(64), build(BASE), X)
+    assert list(mup.init_shifts) == ["k"]
+    assert mup.init_scales["k"] * 0.1 + mup.init_shifts["k"] == pytest.approx(0.1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize(("mean", "shifted"), [(0.1, True), (0.0, False)])
+def test_the_second_factor_of_a_low_rank_kernel_may_have_a_mean(mean, shifted):
+    def build(width):
+        def init(key, x):
+            first, left, right = jax.random.split(key, 3)
+            return {
+                "first": jax.random.normal(first, (7, width)),
+                "left": 0.1 + jax.random.normal(left, (width, 3)) / width**0.5,
+                "right": mean + jax.random.normal(right, (3, width)),
+            }
+
+        def apply(params, x):
+            return jax.nn.relu(x @ params["first"]) @ (params["left"] @ params["right"])
+
+        return mujax.Functional(init, apply)
+
+    # Where the other factor's signs are random, the mean of the first adds up to nothing.
+    assert ("left" in mujax.mup_init(build(64), build(BASE), X).init_shifts) == shifted
 
 
 MODULATED = {

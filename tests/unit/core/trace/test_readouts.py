@@ -60,6 +60,13 @@ NORMED = {
     "batch statistics behind a layer": lambda self, x: (
         ((z := nn.Dense(self.width)(small(x))) - z.mean(0)) / (z.std(0) + 1e-3)
     ),
+    "behind a bounded function": lambda self, x: nn.LayerNorm()(nn.Dense(5)(jnp.tanh(small(x)))),
+    "behind a function that is linear at zero": lambda self, x: nn.LayerNorm()(
+        nn.Dense(self.width)(nn.celu(small(x)))
+    ),
+    "behind a hidden layer": lambda self, x: nn.LayerNorm()(
+        nn.Dense(self.width)(nn.relu(nn.Dense(self.width)(small(x))))
+    ),
     "in a checkpoint": lambda self, x: nn.remat(nn.LayerNorm)()(small(x)),
 }
 NOT_NORMED = {
@@ -75,6 +82,7 @@ NOT_NORMED = {
     "a norm of the gate's features": lambda self, x: nn.LayerNorm()(
         x * nn.sigmoid(nn.Dense(self.width)(nn.relu(small(x))))
     ),
+    "a function that is one at zero": lambda self, x: nn.LayerNorm()(nn.Dense(5)(1 + nn.elu(small(x)))),
     "a square": lambda self, x: small(x) ** 2,
     "divided by another's norm": lambda self, x: small(x) / (1 + jnp.linalg.norm(x[:, :3], axis=-1)[:, None]),
     "divided by a stored size": lambda self, x: small(x) / self.variable("s", "s", jnp.ones, ()).value,
@@ -105,6 +113,62 @@ def test_others_are_not(name):
     assert findings(NOT_NORMED[name]) == []
 
 
+def attend(weigh: Callable, self, x):
+    """The features, weighed by a function of queries and keys."""
+    q, k = (nn.Dense(self.width, use_bias=False, name=name)(x) for name in ("query", "key"))
+    return weigh(q, k / self.width) @ x
+
+
+def of_features(q, k):
+    """Positive features, as in linear attention: their products do not cancel."""
+    kv, ones = nn.relu(q) @ nn.relu(k).T, jnp.ones((k.shape[0], 1))
+    return kv / (kv @ ones)
+
+
+NORMED_LOGITS = {
+    "relu": lambda q, k: nn.relu(q @ k.T),
+    "as they are": lambda q, k: q @ k.T,
+    "with unit queries": lambda q, k: q * jax.lax.rsqrt((q**2).mean(-1, keepdims=True)) @ k.T,
+    "masked": lambda q, k: nn.relu(jnp.where(jnp.tri(len(q)) > 0, q @ k.T, -1e9)),
+    "bounded": lambda q, k: jnp.tanh(q @ k.T),
+}
+OTHER_LOGITS = {
+    "softmax": lambda q, k: nn.softmax(q @ k.T),
+    "sigmoid": lambda q, k: nn.sigmoid(q @ k.T),
+    "positive features": of_features,
+    "their own products": lambda q, k: q @ q.T / q.shape[-1],
+    "with the features themselves": lambda q, k: nn.relu(q @ k.T) + jnp.eye(len(q)),
+}
+
+
+def normed(weigh: Callable) -> Callable:
+    return lambda self, x: nn.Dense(6, name="small")(mean_square_norm(attend(weigh, self, x)))
+
+
+def six_of(weigh: Callable) -> Callable:
+    return lambda self, x: mean_square_norm(attend(weigh, self, x))[:, :6]
+
+
+@pytest.mark.parametrize("name", NORMED_LOGITS)
+def test_logits_that_a_norm_divides_are_reported(name):
+    (finding,) = findings(normed(NORMED_LOGITS[name]))
+    assert finding.message.startswith("the product of query/kernel with that of key/kernel,")
+
+
+@pytest.mark.parametrize("name", OTHER_LOGITS)
+def test_other_logits_are_not(name):
+    assert findings(normed(OTHER_LOGITS[name])) == []
+
+
+def test_heads_of_one_size_are_not():
+    def end(self, x):
+        q, k = (nn.Dense(self.width)(x).reshape(len(x), -1, 8) for _ in range(2))
+        logits = jnp.einsum("qhd,khd->hqk", q, k) / 8**0.5
+        return nn.Dense(6)(mean_square_norm(jnp.einsum("hqk,khd->qhd", nn.relu(logits), k).reshape(x.shape)))
+
+    assert findings(end) == []
+
+
 def growth_of_first_step(end: Callable) -> float:
     """Change of the output by one step of Adam, at a width of 1024 over that at 64."""
     x = jax.random.normal(jax.random.key(1), (16, 8))
@@ -131,4 +195,6 @@ def growth_of_first_step(end: Callable) -> float:
 def test_what_is_reported_grows_with_width_and_a_readout_does_not():
     assert growth_of_first_step(NORMED["root mean square"]) > 1.8
     assert growth_of_first_step(NORMED["behind another layer"]) > 1.8
+    positive = growth_of_first_step(six_of(OTHER_LOGITS["positive features"]))
+    assert growth_of_first_step(six_of(NORMED_LOGITS["masked"])) > 1.3 * positive
     assert growth_of_first_step(NOT_NORMED["a readout"]) < 1.2
