@@ -13,9 +13,10 @@ Every side trains the same models in µP with Adam on ready batches of random da
   an environment with the extra `parity` and pandas. See `sweep_torch.py` for its settings.
 
 Each side runs in a process of its own, in turn, `--rounds` times. Trials per second leave out compilation,
-which is given beside them: it is paid once for any number of trials. The ratios are medians over rounds of
-neighbouring runs. A perfect split takes as long as one device, since the cores are the same: its scaling is
-the time of one device over that of eight. It can be above 100 %, where one device leaves cores idle.
+which is given beside them, and what comes before a first trial (imports, reading or building the model): it
+is paid once for any number of trials. The ratios are medians over rounds of neighbouring runs. A perfect
+split takes as long as one device, since the cores are the same: its scaling is the time of one device over
+that of eight. It can be above 100 %, where one device leaves cores idle.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ def run_sweep(case: Case, mode: Any) -> dict[str, Any]:
 
     run = mujax.training_run(_factory(case), _batches(case), steps=case.steps, width=case.width)
     space = {"learning_rate": [2.0**rate for rate in case.log2_lrs]}
+    # Imports, the reading of the model and the sampler are paid once, as on the other sides.
+    mujax.sweep(run, {"learning_rate": space["learning_rate"][:1]}, trials=1, sampler="grid", mode="loop")
     found = mujax.sweep(
         run, space, trials=len(case.log2_lrs), seeds=case.seeds, sampler="grid", mode=mode, rungs=10
     )

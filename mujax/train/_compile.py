@@ -10,9 +10,11 @@ import jax
 from mujax.core.program import ClosedJaxpr, equations
 
 # The bytes that a program moves in all its runs, as XLA counts them before it fuses, over the lines of its
-# text: from here on it pays to optimise its code, and to do so in full where in part was an option. Measured
-# for steps and initialisers of MLPs of 128 to 2048 units and Transformers of 64 to 512 on two cores:
-# unoptimised code takes 60 to 100 ps longer for each byte, optimising it 0.3 to 1.7 ms for each line.
+# text: from here on it pays to optimise its code in part, in full, and in full where in part was an option.
+# Measured for steps and initialisers of MLPs of 64 to 2048 units and Transformers of 64 to 512 on two cores:
+# unoptimised code takes 60 to 100 ps longer for each byte, that of random numbers up to 340; optimising it
+# takes 0.3 to 1.7 ms for each line, in part 0.5 to 1.2.
+_IN_PART: Final = 8e6
 _OPTIMISED: Final = 1.5e7
 _IN_FULL: Final = 2e8
 
@@ -34,7 +36,7 @@ def effort(lowered: jax.stages.Lowered, runs: float, *, in_part: bool = False) -
     moved = costs.get("bytes accessed", 0.0) * runs / max(1, lowered.as_text().count("\n"))
     if moved >= (_IN_FULL if in_part else _OPTIMISED):
         return {}
-    return {"xla_backend_optimization_level": "1" if moved >= _OPTIMISED else "0", **_without_emitters()}
+    return {"xla_backend_optimization_level": "1" if moved >= _IN_PART else "0", **_without_emitters()}
 
 
 @functools.cache
