@@ -98,7 +98,7 @@ SCALE: Final = 2.0**40
 CLEAR: Final = 0.4
 OWN_POWER: Final = re.compile(r"[*/] n\b|sqrt\(n\b|\.(?:sum|mean)\(-1\)|linalg\.norm\(h")
 """A line that changes a scale by a power of the width: a constant, a sum over the width or a norm of it."""
-CONCENTRATED: Final = 1.5
+CONCENTRATED: Final = 0.1
 FAILURES: Final = common.Goal(0, "0")
 NEEDLESS: Final = common.Goal(0.2, "20 %")
 
@@ -187,12 +187,12 @@ def sampled(
     return Evaluator(program)([key, *inputs])
 
 
-def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sizes and changes of the tapped values.
 
     Returns:
         Root mean squares, by seed and tap; changes of the same by seed, parameter (the last is all together)
-        and tap.
+        and tap; the largest share in a softmax of the value, by seed and tap.
     """
     replay = mup.replay
     names = list(program.params)
@@ -218,7 +218,12 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     def rms(a: Any) -> float:
         return float(np.sqrt(np.mean(np.square(np.abs(a), dtype=np.float64))))
 
-    sizes, changes = [], []
+    def largest_share(a: Any) -> float:
+        with np.errstate(over="ignore", invalid="ignore"):
+            shares = np.exp(np.real(a) - np.real(a).max(-1, keepdims=True)) if np.ndim(a) else np.ones(1)
+            return float(np.mean(1 / shares.sum(-1)))
+
+    sizes, changes, peaks = [], [], []
     for seed in range(seeds):
         params = begin([key(100 + seed)])
         # What an argmax chooses stays chosen: a step of finite size flips a few choices, by chance.
@@ -233,8 +238,9 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
             ]
             rows.append([rms(a - b) for a, b in zip(moves.taps(moved, labels, choices), before, strict=True)])
         sizes.append([rms(a) for a in before])
+        peaks.append([largest_share(a) for a in before])
         changes.append(rows)
-    return np.array(sizes), np.array(changes)
+    return np.array(sizes), np.array(changes), np.array(peaks)
 
 
 def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
@@ -254,7 +260,11 @@ def _slope(widths: Sequence[int], values: np.ndarray) -> tuple[float, float]:
 
 
 def judge(
-    program: Program, how: Round, sizes: Sequence[np.ndarray], changes: Sequence[np.ndarray]
+    program: Program,
+    how: Round,
+    sizes: Sequence[np.ndarray],
+    changes: Sequence[np.ndarray],
+    shares: Sequence[np.ndarray],
 ) -> list[Wrong]:
     """The values that scale other than claimed."""
     out: list[Wrong] = []
@@ -296,18 +306,19 @@ def judge(
         for position, what in enumerate([*names, "all"]):
             if what not in tap.params:
                 check(tap, what, change[:, :, position, number], size[:, :, number], -math.inf)
-    return [one for one in out if one.line < _concentrated(program, size)]
+    return [one for one in out if one.line < _concentrated(program, np.stack(shares))]
 
 
-def _concentrated(program: Program, size: np.ndarray) -> float:
+def _concentrated(program: Program, shares: np.ndarray) -> float:
     """The first line with a softmax over the width that a few of its entries dominate at these widths.
 
-    Its sum is what it is in wide models only where these have many more than exp(deviation^2) entries.
+    Its sum is what it is in wide models only where these have many more than exp(deviation^2) entries, and
+    grows for ever where the entries are products of several normal ones.
     """
     names = [tap.name for tap in program.taps]
     for line, text in enumerate(program.body, start=2):
         found = re.search(r"nn\.(?:softmax|logsumexp)\((h\d+), -1", text)
-        if found and found[1] in names and np.mean(size[-1, :, names.index(found[1])]) > CONCENTRATED:
+        if found and found[1] in names and np.mean(shares[-1, :, names.index(found[1])]) > CONCENTRATED:
             return line
     return math.inf
 
@@ -334,12 +345,16 @@ def silent(
 ) -> list[Wrong]:
     """Those of the wrong values that nothing explains.
 
-    A finding explains those at its place and after it. A norm, or a `scale` correction, takes a wrong scale
+    A finding explains those at its place and after it, and changes before it that are too small, since
+    gradients come back through it. A norm, or a `scale` correction, takes a wrong scale
     out: it explains those right before it, if nothing after it is wrong. So does a finding, where the scale
     is a constant of the model's own.
     """
     places = [_place(finding.where, program) for finding in findings]
-    bad = {one.line for one in wrong if one.line < min(places, default=10**6)}
+    first = min(places, default=10**6)
+    if any(one.line >= first for one in wrong):
+        wrong = [one for one in wrong if one.what == "size" or one.slope > one.allowed[1]]
+    bad = {one.line for one in wrong if one.line < first}
     if not bad:
         return []
     repairs = [_line(one.where, program) for one in corrections if one.kind == "scale"]

@@ -180,12 +180,12 @@ def test_a_constant_of_the_width_is_undone_by_another_if_nothing_after_it_is_wro
     assert soundness.silent(program, wrong[1:2], [], []) == wrong[1:2]
 
 
-@pytest.mark.parametrize(("size", "line"), [(1.0, np.inf), (3.0, 3)])
-def test_a_softmax_that_few_entries_dominate_is_not_judged(soundness, size, line):
+@pytest.mark.parametrize(("share", "line"), [(0.02, np.inf), (0.3, 3)])
+def test_a_softmax_that_few_entries_dominate_is_not_judged(soundness, share, line):
     writer = soundness.Writer(random.Random(0))
     h = writer.value("x", "h").name
     writer.line(f"return {writer.value(f'{h} * nn.softmax({h}, -1)', 'h').name}")
-    assert soundness._concentrated(writer.program("softmax"), np.full((2, 1, 2), size)) == line
+    assert soundness._concentrated(writer.program("softmax"), np.full((2, 1, 2), share)) == line
 
 
 def test_a_finding_explains_what_comes_after_it_and_nothing_before(soundness, planted):
@@ -197,3 +197,11 @@ def test_a_finding_explains_what_comes_after_it_and_nothing_before(soundness, pl
 
     assert soundness.silent(planted.program, wrong, [Finding], []) == wrong[:1]
     assert soundness.silent(planted.program, wrong[1:], [Finding], []) == []
+
+    # Its gradients reach what is before it: changes may be too small, and sizes may not.
+    for what, explained in (("w", True), ("size", False)):
+        small = soundness.Wrong(at[3].name, 3, what, -0.5, 0.0, (0.0, 0.0))
+        assert soundness.silent(planted.program, [small, wrong[1]], [Finding], []) == (
+            [] if explained else [small]
+        )
+    assert soundness.silent(planted.program, [small], [Finding], []) == [small]
