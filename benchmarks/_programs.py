@@ -1185,6 +1185,8 @@ def wide_readout(g: Writer, v: Var) -> str:
         # A fixed number of directions, which the readout's weights are random to in the first step.
         g.slower.setdefault(one, -0.5)
     b = g.param("normal(k, n, C) / n ** 0.5")
+    if g.is_narrow:
+        g.after_fall(b)
     return readout(g, f"nn.relu({v.name} @ {a}) @ {b}", v.lo)
 
 
