@@ -155,13 +155,14 @@ class _Program:
         self.seconds = 0.0
         self.flops = 0.0
 
-    def prepare(self, *args: Any, lanes: int = 1, runs: float = math.inf) -> Any:
+    def prepare(self, *args: Any, lanes: int = 1, runs: float = math.inf, beside_others: bool = False) -> Any:
         """The compiled program for these arguments.
 
         Args:
             *args: arguments of the shapes of the later calls.
             lanes: number of lanes that share one body of the program.
             runs: how often a lane runs the body in total.
+            beside_others: whether as many lanes as there are cores call it at the same time.
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
@@ -170,7 +171,8 @@ class _Program:
             options = {} if self._out_shardings is None else {"out_shardings": self._out_shardings(*args)}
             jitted = jax.jit(self._function, donate_argnums=self._donate, **options)
             lowered = jitted.lower(*args)
-            program = lowered.compile(compiler_options=effort(lowered, runs / lanes))
+            options = effort(lowered, runs / lanes, beside_others=beside_others)
+            program = lowered.compile(compiler_options=options)
             self._fits(program)
             self._compiled[shapes] = program
             self.seconds += time.perf_counter() - start
@@ -178,9 +180,12 @@ class _Program:
         return self._compiled[shapes]
 
     def __call__(self, *args: Any, lanes: int = 1, runs: float = math.inf) -> Any:
-        program = self.prepare(*args, lanes=lanes, runs=runs)
+        return self.run(self.prepare(*args, lanes=lanes, runs=runs), *args)
+
+    def run(self, prepared: Any, *args: Any) -> Any:
+        """Runs what `prepare` returned for arguments of the same shapes, which are not compared again."""
         try:
-            return jax.block_until_ready(program(*args))
+            return jax.block_until_ready(prepared(*args))
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise OutOfMemoryError(str(error).partition("\n")[0]) from error
@@ -511,15 +516,20 @@ class _Looped:
         rest = (*self._put([jnp.int32(count) for count in shared]), self._group.data)
         alive = self._put(jnp.bool_(True))
 
-        def call(lane: int) -> Any:
-            return program(self._hparams[lane], *lanes[lane], alive, *rest)
-
         numbers = list(lanes)
         if not numbers:
             return {}
         # Compiled here, so that threads do not each compile their own.
         first = numbers[0]
-        program.prepare(self._hparams[first], *lanes[first], alive, *rest, runs=self._group.runs(name))
+        prepared = program.prepare(
+            *(self._hparams[first], *lanes[first], alive, *rest),
+            runs=self._group.runs(name),
+            beside_others=len(numbers) >= self._threads > 1,
+        )
+
+        def call(lane: int) -> Any:
+            return program.run(prepared, self._hparams[lane], *lanes[lane], alive, *rest)
+
         with concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             return dict(zip(numbers, pool.map(call, numbers), strict=True))
 
