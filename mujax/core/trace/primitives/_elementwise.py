@@ -104,9 +104,11 @@ def _is_noise(value: Value) -> bool:
 def _report_unlike_terms(
     interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]
 ) -> None:
-    """Reports a kernel that is added to something which does not scale as it does."""
+    """Reports a parameter that is added to something which does not scale as it does."""
     views = [view for value in ins for view in value.views]
-    shown = [view for view in views if view.growing > 1 and not view.bent]
+    # Beside a constant or data only a hidden kernel: a bias or a gain may meet what it likes.
+    alone = common(s for v, s in zip(ins, scales, strict=True) if v.kind == "param") is not None
+    shown = [view for view in views if view.growing > alone and not view.bent]
     # A product of parameters is known relative to its prescribed scale only.
     if not interp.scales_are_known or not shown or any(view.inner for view in views):
         return

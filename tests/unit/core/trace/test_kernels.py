@@ -279,6 +279,46 @@ def test_a_readout_through_a_function_of_another_width_is_reported(function):
     assert not mujax.audit(build(64, lambda w: 2.0), build(BASE, lambda w: 2.0), X)
 
 
+UNLIKE = {
+    "divided": lambda k: k / k.shape[0] ** 0.5,
+    "normed": lambda k: (k - k.mean(0)) / (k.std(0) + 1e-5) / k.shape[0] ** 0.5,
+    "times the width": lambda k: k * k.shape[0],
+}
+
+
+JOINED = {
+    "sum": lambda a, b: a + b,
+    "complex number": lambda a, b: (jax.lax.complex(a, b) * (0.6 + 0.8j)).real,
+    "choice": lambda a, b: jnp.where(jnp.eye(*a.shape) > 0, a, b),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("join", JOINED)
+def test_two_readouts_of_unlike_scales_in_one_kernel_are_reported(name, join):
+    combine = JOINED[join]
+
+    def build(width, function):
+        def init(key, x):
+            keys = jax.random.split(key, 3)
+            return {
+                "first": jax.random.normal(keys[0], (7, width)),
+                "a": jax.random.normal(keys[1], (width, 3)),
+                "b": jax.random.normal(keys[2], (width, 3)),
+            }
+
+        def apply(params, x):
+            kernel = combine(function(params["a"]), params["b"])
+            return jax.nn.relu(x @ params["first"]) @ kernel
+
+        return mujax.Functional(init, apply)
+
+    function = UNLIKE[name]
+    found = mujax.audit(build(64, function), build(BASE, function), X)
+    assert "unlike terms" in {finding.kind for finding in found}
+    assert not mujax.audit(build(64, lambda k: 0.5 * k), build(BASE, lambda k: 0.5 * k), X)
+
+
 @pytest.mark.parametrize("name", ["softplus", "absolute value", "shifted"])
 def test_what_is_reported_does_grow(name):
     """The twin: without the finding, this would be a silent fault."""
