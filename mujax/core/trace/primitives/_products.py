@@ -301,9 +301,10 @@ def _multiply(
 def _sign_along(side: _Side) -> Parity:
     """The parity of the terms of the sum.
 
-    Signs that they all share, those of a scalar or of a gain per output, leave a sum of theirs as large.
+    Signs that they all share, those of a scalar, of a gain per output or of the second factor of a low-rank
+    kernel, leave a sum of theirs as large.
     """
-    varying = {v.path for v in side.value.views if v.parameter_axes(side.contract) or v.inner}
+    varying = {v.path for v in side.value.views if v.parameter_axes(side.contract)}
     sign = side.value.sign
     for shared in {v.path for v in side.value.views} - varying:
         sign = sign.without(shared)
