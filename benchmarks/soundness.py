@@ -89,7 +89,7 @@ ROUNDS: Final = (
     Round((64, 128, 256, 512), 8),
     # What falls at the start, a readout or a router's logits, has to be small before its effect is gone: a
     # readout that is larger than its targets, or a sharp choice of experts, still shows at 512.
-    Round((1024, 2048), 6),
+    Round((1024, 2048), 8, tolerance=0.15),
 )
 RATE: Final = 2.0**-9
 EPSILON: Final = 1e-12
