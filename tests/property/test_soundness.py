@@ -2,7 +2,7 @@
 
 The programs and the measurement are those of `benchmarks/soundness.py`, which has the details. Here each
 program is measured at two widths with one seed first, and as there if it looks wrong. Three hundred take
-about a minute and a half of CPU time. Left out, as they take long: images and convolutions, programs of
+about two minutes of CPU time. Left out, as they take long: images and convolutions, programs of
 more than seven parameters, and initialisers with a mean, which are sampled.
 """
 
