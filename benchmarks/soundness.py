@@ -83,13 +83,15 @@ class Round:
 
 SIFT: Final = Round((32, 256), 2, tolerance=0.15, errors=0.0)
 """Two widths only, and a tolerance that is exceeded by noise alone: what passes needs no second look."""
+LAST: Final = Round((1024, 2048), 8, tolerance=0.15)
+"""What falls at the start, a readout or a router's logits, has to be small before its effect is gone: a
+readout that is larger than its targets, or a sharp choice of experts, still shows at 512."""
+HALF: Final = 0.5
 ROUNDS: Final = (
     SIFT,
     Round((32, 64, 128, 256), 3),
     Round((64, 128, 256, 512), 8),
-    # What falls at the start, a readout or a router's logits, has to be small before its effect is gone: a
-    # readout that is larger than its targets, or a sharp choice of experts, still shows at 512.
-    Round((1024, 2048), 8, tolerance=0.15),
+    LAST,
 )
 RATE: Final = 2.0**-9
 EPSILON: Final = 1e-12
@@ -309,6 +311,27 @@ def judge(
     return [one for one in out if one.line < _concentrated(program, np.stack(shares))]
 
 
+def lasting(wrong: Sequence[Wrong], before: Sequence[Wrong], how: Round) -> list[Wrong]:
+    """Those of the wrong values whose slope is not well on its way to what is allowed.
+
+    A power of the width has one slope at all widths. What is left of an effect that falls, such as that of
+    a router's logits on the choice of experts, has half the slope or less at four times the width. Values
+    behind one whose size still settles are not judged.
+
+    Args:
+        wrong: the wrong values.
+        before: those of the round before, at smaller widths.
+        how: how they were measured.
+    """
+    was = {(one.tap, one.what): one.apart for one in before}
+
+    def lasts(one: Wrong) -> bool:
+        return one.apart - how.errors * one.error > HALF * was.get((one.tap, one.what), 0.0)
+
+    settling = min((one.line for one in wrong if one.what == "size" and not lasts(one)), default=math.inf)
+    return [one for one in wrong if lasts(one) and one.line <= settling]
+
+
 def _concentrated(program: Program, shares: np.ndarray) -> float:
     """The first line with a softmax over the width that a few of its entries dominate at these widths.
 
@@ -400,12 +423,15 @@ def run(program: Program, number: int = 0, rounds: Sequence[Round] = ROUNDS) -> 
         corrections: Sequence[Any] = ()
         mups: dict[int, mujax.MupModel] = {}
         for how in rounds:
+            before = wrong
             # The widest first: most programs that are refused are refused there.
             for width in sorted(set(how.widths) - mups.keys(), reverse=True):
                 mups[width] = read(program, width)
             findings, corrections = mups[how.widths[-1]].findings, mups[how.widths[-1]].corrections
             measured = [measure(mups[width], program, how.seeds) for width in how.widths]
             wrong = judge(program, how, *zip(*measured, strict=True))
+            if how is LAST:
+                wrong = lasting(wrong, before, how)
             # A finding is needless or not by the later rounds, unless it is clear.
             unclear = findings and wrong and max(one.apart for one in wrong) < CLEAR
             if not silent(program, wrong, findings, corrections) and not (unclear and how is SIFT):

@@ -180,6 +180,16 @@ def test_a_constant_of_the_width_is_undone_by_another_if_nothing_after_it_is_wro
     assert soundness.silent(program, wrong[1:2], [], []) == wrong[1:2]
 
 
+@pytest.mark.parametrize(("slope", "lasts"), [(0.5, True), (0.45, True), (0.2, False), (0.0, False)])
+def test_a_slope_that_halves_is_no_power_of_the_width(soundness, slope, lasts):
+    before, now = (soundness.Wrong("h", 2, "size", s, 0.02, (0.0, 0.0)) for s in (0.5, slope))
+    assert soundness.lasting([now], [before], soundness.LAST) == ([now] if lasts else [])
+    # What was right before is no better for it; what comes after is not judged.
+    for line, judged in ((2, True), (3, lasts)):
+        new = soundness.Wrong("h", line, "w", 0.3, 0.02, (0.0, 0.0))
+        assert (new in soundness.lasting([now, new], [before], soundness.LAST)) == judged
+
+
 @pytest.mark.parametrize(("share", "line"), [(0.02, np.inf), (0.3, 3)])
 def test_a_softmax_that_few_entries_dominate_is_not_judged(soundness, share, line):
     writer = soundness.Writer(random.Random(0))
