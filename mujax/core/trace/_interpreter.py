@@ -227,11 +227,14 @@ class Interpreter:
         """Notes that these axes of an activation are a batch of a product with a parameter.
 
         Where they are axes of the kernel that the activation comes from, as those of experts are, that kernel
-        is as many matrices as the next one.
+        is as many matrices as the next one. Groups of features that are more in a wider model are its width.
         """
         for pending in value.pending:
-            if pending.product:
-                axes = pending.view.parameter_axes(batch)
+            axes = pending.view.parameter_axes(batch)
+            rest = [axis for axis in range(value.ndim) if axis not in batch]
+            groups = any(factor.grows for axis in batch for factor in pending.view.axes[axis])
+            wide = any(factor.grows for axis in rest for factor in pending.view.axes[axis])
+            if pending.product and (wide or not groups):
                 known = self.record.copies.get(pending.use, frozenset())
                 self.record.copies[pending.use] = known | axes
 

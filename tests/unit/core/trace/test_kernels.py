@@ -734,6 +734,31 @@ def test_experts_are_copies_in_the_first_layer_as_in_the_second():
     assert (param.stack, param.fan_in, param.fan_out) == ((0, 1), (2,), (3,))
 
 
+@pytest.mark.parametrize("shape", [lambda w: (w, 4, w // 4), lambda w: (w, w // 8, 8), lambda w: (w, w)])
+def test_groups_of_features_are_no_copies(shape):
+    """More of them in a wider model: the fan-out of the layer in front of them."""
+
+    def build(width):
+        def init(key, x):
+            keys = jax.random.split(key, 3)
+            return {
+                "first": jax.random.normal(keys[0], (7, width)),
+                "k": jax.random.normal(keys[1], shape(width)) / width**0.5,
+                "groups": jax.random.normal(keys[2], (width // 8, 8, 8)) / 8**0.5,
+            }
+
+        def apply(params, x):
+            h = jax.nn.relu(x @ params["first"]) @ params["k"].reshape(width, width)
+            groups = jax.nn.relu(h).reshape(-1, width // 8, 8)
+            return jnp.einsum("bhi,hio->bho", groups, params["groups"]).reshape(-1, width)[:, :3]
+
+        return mujax.Functional(init, apply)
+
+    mup = mujax.mup_init(build(64), build(BASE), X, strict=True)
+    assert mup.spec["k"].role == "hidden"
+    assert not mup.corrections
+
+
 def test_heads_that_are_summed_are_no_copies():
     def make(k, h, key, step):
         heads = jnp.einsum("bd,dhf->bhf", h, k)
