@@ -615,6 +615,8 @@ def gated(g: Writer, v: Var) -> Var:
     lo = 2 * v.lo
     if way == 0:
         a = g.let(f"{v.name} @ {kernel(g, 'n', '2 * n')}")
+        # Both halves fall where the kernel reads out.
+        lo -= 0.5 * g.is_narrow
         return g.value(f"nn.silu({a}[..., :n]) * {a}[..., n:]", v.kind, lo)
     if way == 1:
         a, b = g.let(f"{v.name} @ {kernel(g, 'n', 'n')}"), g.let(f"{v.name} @ {kernel(g, 'n', 'n')}")
