@@ -369,9 +369,9 @@ def silent(
     """Those of the wrong values that nothing explains.
 
     A finding explains those at its place and after it, and changes before it that are too small, since
-    gradients come back through it. A norm, or a `scale` correction, takes a wrong scale
-    out: it explains those right before it, if nothing after it is wrong. So does a finding, where the scale
-    is a constant of the model's own.
+    gradients come back through it. A norm, or a `scale` correction, takes a wrong scale out: it explains
+    those right before it, if nothing after it is wrong. So does a finding, where the scale is a constant of
+    the model's own.
     """
     places = [_place(finding.where, program) for finding in findings]
     first = min(places, default=10**6)

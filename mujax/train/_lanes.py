@@ -171,8 +171,7 @@ class _Program:
             options = {} if self._out_shardings is None else {"out_shardings": self._out_shardings(*args)}
             jitted = jax.jit(self._function, donate_argnums=self._donate, **options)
             lowered = jitted.lower(*args)
-            options = effort(lowered, runs / lanes, beside_others=beside_others)
-            program = lowered.compile(compiler_options=options)
+            program = lowered.compile(effort(lowered, runs / lanes, beside_others=beside_others))
             self._fits(program)
             self._compiled[shapes] = program
             self.seconds += time.perf_counter() - start

@@ -49,6 +49,7 @@ from mujax.core.program._jax import (
 from mujax.core.program._primitives import (
     IDENTITIES as IDENTITIES,
     LAYOUT as LAYOUT,
+    LINEAR_AT_ZERO as LINEAR_AT_ZERO,
     MEMORY_READS as MEMORY_READS,
     MEMORY_WRITES as MEMORY_WRITES,
     PARTS as PARTS,

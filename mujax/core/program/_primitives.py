@@ -27,6 +27,11 @@ LAYOUT: Final = RESHAPES | PARTS | IDENTITIES | {"rev", "convert_element_type"}
 PRODUCTS: Final = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 """Bilinear in the first two operands, summed over some of their axes."""
 
+LINEAR_AT_ZERO: Final = frozenset(
+    ["asin", "asinh", "atan", "atanh", "erf", "erf_inv", "expm1", "log1p", "sin", "sinh", "tan", "tanh"]
+)
+"""Functions close to their argument near zero."""
+
 MEMORY_READS: Final = frozenset({"get", "masked_load"})
 """Part of the memory that the first operand is."""
 

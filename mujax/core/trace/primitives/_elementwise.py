@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import LAYOUT, EqnPath, shape_of
+from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, EqnPath, shape_of
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._parity import Parity, product_of, sum_of
 from mujax.core.trace._uses import Pair
@@ -531,10 +531,9 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     "sign": Elementwise(_always_one, logits=False, sign=_odd),
     **dict.fromkeys(["is_finite", "atan2"], Elementwise(_always_one, logits=False)),
     **dict.fromkeys(["exp", "exp2"], Elementwise(_exponential, logits=False, bends=True)),
+    **dict.fromkeys(LINEAR_AT_ZERO, _TANGENT),
+    # Also a soft cap of logits.
     "tanh": Elementwise(_tangent, sign=_odd),
-    **dict.fromkeys(
-        ["asin", "asinh", "atan", "atanh", "erf", "erf_inv", "expm1", "log1p", "sin", "sinh", "tan"], _TANGENT
-    ),
     "round": Elementwise(_step, logits=False, sign=_odd),
     **dict.fromkeys(["ceil", "floor"], Elementwise(_step, logits=False)),
     **dict.fromkeys(["cos", "cosh"], Elementwise(logits=False, sign=_even, bends=True)),

@@ -8,10 +8,11 @@ sqrt(width).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import LAYOUT, EqnPath
+from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, PRODUCTS, EqnPath
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import Power, Value
@@ -48,18 +49,25 @@ def power_of_product(
 
 def _has_signs(interp: Interpreter, site: EqnPath | None) -> bool:
     """Whether a value has the signs of a kernel's product, and no function has cut them off."""
-    visit = None if site is None else interp.record.flow.visits.get(site)
-    eqn = None if visit is None else visit.eqn
-    if visit is None or eqn is None:
-        return False
-    name, operands = eqn.primitive.name, [one for one in visit.operands if one.kind == "data"]
-    if name in ("dot_general", "conv_general_dilated"):
-        return True
-    if name in LAYOUT or name in ("neg", "convert_element_type", "add", "sub"):
-        return bool(operands) and all(_has_signs(interp, one.origin) for one in operands)
-    if name == "mul" and len({one.origin for one in operands}) == len(operands):
-        return any(_has_signs(interp, one.origin) for one in operands)
-    return name == "div" and _has_signs(interp, visit.operands[0].origin)
+    visits = interp.record.flow.visits
+
+    # Kept, since values that are used often are reached in many ways.
+    @functools.cache
+    def signs(site: EqnPath | None) -> bool:
+        visit = None if site is None else visits.get(site)
+        eqn = None if visit is None else visit.eqn
+        if visit is None or eqn is None:
+            return False
+        name, operands = eqn.primitive.name, [one for one in visit.operands if one.kind == "data"]
+        if name in PRODUCTS:
+            return True
+        if name in LAYOUT or name in ("neg", "add", "sub"):
+            return bool(operands) and all(signs(one.origin) for one in operands)
+        if name == "mul" and len({one.origin for one in operands}) == len(operands):
+            return any(signs(one.origin) for one in operands)
+        return name == "div" and signs(visit.operands[0].origin)
+
+    return signs(site)
 
 
 def power_of_readout(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Power | None:
@@ -135,7 +143,7 @@ _RULES: Final[Mapping[str, Callable[[Pair, Sequence[Value]], Power | None]]] = {
     **dict.fromkeys(["add", "add_any", "sub"], _sum),
     **dict.fromkeys(["max", "min", "select_n", "clamp"], _terms),
     **dict.fromkeys(
-        ["asin", "asinh", "atan", "atanh", "erf", "erf_inv", "expm1", "log1p", "sin", "sinh", "tan", "tanh"],
+        LINEAR_AT_ZERO,
         lambda pair, ins: power if (power := ins[0].power) and power.exponent > 0 else None,
     ),
     **{

@@ -136,6 +136,8 @@ OTHER_LOGITS = {
     "softmax": lambda q, k: nn.softmax(q @ k.T),
     "sigmoid": lambda q, k: nn.sigmoid(q @ k.T),
     "positive features": of_features,
+    "features that a choice keeps positive": lambda q, k: jnp.where(q > 0, q, 0) @ jnp.where(k > 0, k, 0).T,
+    "squares": lambda q, k: (q * q) @ (k * k).T,
     "their own products": lambda q, k: q @ q.T / q.shape[-1],
     "with the features themselves": lambda q, k: nn.relu(q @ k.T) + jnp.eye(len(q)),
 }
