@@ -100,6 +100,8 @@ SCALE: Final = 2.0**40
 CLEAR: Final = 0.4
 OWN_POWER: Final = re.compile(r"[*/] n\b|sqrt\(n\b|\.(?:sum|mean)\(-1\)|linalg\.norm\(h")
 """A line that changes a scale by a power of the width: a constant, a sum over the width or a norm of it."""
+STARTS: Final = re.compile(r"the growth starts at (\S+:\d+)")
+"""The place that a finding names beside its own."""
 CONCENTRATED: Final = 0.1
 FAILURES: Final = common.Goal(0, "0")
 NEEDLESS: Final = common.Goal(0.2, "20 %")
@@ -374,6 +376,7 @@ def silent(
     the model's own.
     """
     places = [_place(finding.where, program) for finding in findings]
+    places += [_place(where, program) for one in findings for where in STARTS.findall(one.message)]
     first = min(places, default=10**6)
     if any(one.line >= first for one in wrong):
         wrong = [one for one in wrong if one.what == "size" or one.slope > one.allowed[1]]

@@ -56,6 +56,7 @@ from mujax.core.trace._uses import (
     paired_shapes,
 )
 from mujax.core.trace._values import (
+    NORMALISED_READOUT,
     ONE,
     UNKNOWN,
     ZERO,
@@ -343,13 +344,17 @@ class Interpreter:
                 self._fix(site, 1 / scale.total, attention)
             else:
                 eqn = self.record.places[site]
+                # The first of those that it was computed from, in the order of the program.
+                begin = next((s for s in self.record.places if s in scale.through), site)
+                since = source_line(self.record.places[begin])
+                start = "" if since == source_line(eqn) else f" (the growth starts at {since})"
                 self.find(
                     "unscaled sum" if same(constants, 1.0) else "unknown scale",
                     site,
                     eqn,
                     f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {scale.total:.4g} "
                     "times from base to target where it is used at "
-                    f"{source_line(place) if place else 'the end'}, and its factor fits no known pattern "
+                    f"{source_line(place) if place else 'the end'}{start}, and its factor fits no known pattern "
                     "(a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with "
                     "width (for attention logits with_multipliers(attention_mult=...) will do)",
                 )
@@ -642,7 +647,10 @@ class Interpreter:
                     if value.kind == "data":
                         self.becomes_data(pair, out)
                 return [*joined, *outs[carry:]]
+            # What is said of a readout's norm holds in the first step, whatever later ones add to the carry.
+            first = {key: one for key, one in self.record.findings.items() if key[0] == NORMALISED_READOUT}
             self.record = before
+            self.record.findings.update(first)
             for entering, after in zip(entered, joined, strict=True):
                 if after.kind == "data":
                     self.becomes_data(pair, entering)

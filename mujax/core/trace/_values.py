@@ -174,12 +174,16 @@ class Scale:
             return self
         apart = [scale for scale in operands if not scale.is_one]
         origins = apart[0].origins if len(apart) == 1 and apart[0].origins else frozenset({site})
-        return dataclasses.replace(self, origins=origins, through=frozenset())
+        return dataclasses.replace(self, origins=origins, through=self.through - origins)
 
 
 ONE: Final = Scale()
 ZERO: Final = Scale(0.0)
 UNKNOWN: Final = Scale(None)
+
+
+NORMALISED_READOUT: Final = "normalised readout"
+"""The kind of the finding on a norm of what is a `Power`."""
 
 
 class Power(NamedTuple):
@@ -328,7 +332,8 @@ def common(scales: Iterable[Scale]) -> Scale | None:
         elif out.total is None or not same(out.total, scale.total):
             return None
         else:
-            out = dataclasses.replace(out, origins=out.origins | scale.origins)
+            origins, through = out.origins | scale.origins, out.through | scale.through
+            out = dataclasses.replace(out, origins=origins, through=through - origins)
     return out
 
 

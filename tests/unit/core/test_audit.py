@@ -101,6 +101,12 @@ def _squared_sum(self, w, x):
     return _readout(x * jnp.tanh(x.sum(-1, keepdims=True) ** 2 / w))  # squared
 
 
+def _averaged(self, w, x):
+    q, k, v = _qkv(w, x)
+    x = nn.Dense(w, use_bias=False, name="last")(q @ k.T @ v)  # sums
+    return x.mean(-1)  # averaged
+
+
 def _disputed(self, w, x):
     """One product, used at the size that it has and in a sum over it."""
     x = nn.Dense(w, name="first")(x) / jnp.sqrt(w)  # disputed
@@ -169,6 +175,14 @@ def test_what_can_not_be_put_right_is_found(name):
     assert finding.kind == kind
     assert finding.where.endswith(line(place))
     assert re.search(text, finding.message)
+
+
+def test_the_place_where_a_growth_starts_is_named():
+    (finding,) = audit(_averaged)
+    assert finding.where.endswith(line("averaged"))
+    assert re.search(rf"\(the growth starts at \S+{line('sums')}\), and its", finding.message)
+    (finding,) = audit(_unscaled)
+    assert "starts" not in finding.message
 
 
 @pytest.mark.parametrize("name", FINDINGS)

@@ -15,7 +15,7 @@ from typing import Final
 from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, PRODUCTS, EqnPath
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Pair
-from mujax.core.trace._values import Power, Value
+from mujax.core.trace._values import NORMALISED_READOUT, Power, Value
 
 # The largest number that counts as a norm's epsilon.
 _EPSILON: Final = 0.01
@@ -88,7 +88,7 @@ def power_of_readout(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> P
 def _report(interp: Interpreter, pair: Pair, product: str) -> None:
     if interp.scales_are_known:
         interp.find(
-            "normalised readout",
+            NORMALISED_READOUT,
             pair.site,
             pair.place,
             f"{product} is divided here by a norm of its own or of a layer on it: it starts at a size of "

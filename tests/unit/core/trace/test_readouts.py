@@ -41,6 +41,14 @@ def two_norms(self, x):
     return nn.LayerNorm()(z) @ nn.LayerNorm()(y).T
 
 
+def pre_norm_layers(self, h):
+    """Three layers of one size in a scan, each with a norm in front and a bias that is no zero."""
+    kernels = self.param("kernels", nn.initializers.lecun_normal(batch_axis=0), (3, 6, 6))
+    biases = self.param("biases", nn.initializers.normal(0.3), (3, 6))
+    layer = lambda h, p: (h + mean_square_norm(h) @ p[0] + p[1], None)
+    return jax.lax.scan(layer, h, (kernels, biases))[0]
+
+
 NORMED = {
     "layer norm": lambda self, x: nn.LayerNorm()(small(x)),
     "after a gain": lambda self, x: nn.LayerNorm()(2.0 * small(x, use_bias=False)),
@@ -68,6 +76,7 @@ NORMED = {
         nn.Dense(self.width)(nn.relu(nn.Dense(self.width)(small(x))))
     ),
     "in a checkpoint": lambda self, x: nn.remat(nn.LayerNorm)()(small(x)),
+    "in the first step of a loop": lambda self, x: pre_norm_layers(self, small(x)),
 }
 NOT_NORMED = {
     "a readout": lambda self, x: small(x),
@@ -85,6 +94,7 @@ NOT_NORMED = {
     "a function that is one at zero": lambda self, x: nn.LayerNorm()(nn.Dense(5)(1 + nn.elu(small(x)))),
     "a square": lambda self, x: small(x) ** 2,
     "divided by another's norm": lambda self, x: small(x) / (1 + jnp.linalg.norm(x[:, :3], axis=-1)[:, None]),
+    "in the later steps of a loop": lambda self, x: pre_norm_layers(self, small(x) + jnp.sin(x[:, :6])),
     "divided by a stored size": lambda self, x: small(x) / self.variable("s", "s", jnp.ones, ()).value,
 }
 

@@ -52,6 +52,7 @@ def applied(case: Case):
 
 
 @pytest.mark.abstract
+@pytest.mark.samples
 @pytest.mark.parametrize("name", CASES)
 def test_the_corrected_model_runs(name):
     """Same variables and outputs in shape and type as the user's model."""
