@@ -48,7 +48,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from unittest import mock
 
@@ -100,6 +100,8 @@ SCALE: Final = 2.0**40
 CLEAR: Final = 0.4
 OWN_POWER: Final = re.compile(r"[*/] n\b|sqrt\(n\b|\.(?:sum|mean)\(-1\)|linalg\.norm\(h")
 """A line that changes a scale by a power of the width: a constant, a sum over the width or a norm of it."""
+ROUTER: Final = re.compile(r"nn\.softmax\(s\d+, -1\)")
+"""The line of a router's weights."""
 STARTS: Final = re.compile(r"the growth starts at (\S+:\d+)")
 """The place that a finding names beside its own."""
 CONCENTRATED: Final = 0.1
@@ -191,8 +193,16 @@ def sampled(
     return Evaluator(program)([key, *inputs])
 
 
-def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def measure(
+    mup: mujax.MupModel, program: Program, seeds: int, zero: Sequence[str] = ()
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sizes and changes of the tapped values.
+
+    Args:
+        mup: the model in µP.
+        program: the program that it is.
+        seeds: the number of initial values.
+        zero: the parameters that start at zero instead.
 
     Returns:
         Root mean squares, by seed and tap; changes of the same by seed, parameter (the last is all together)
@@ -230,6 +240,7 @@ def measure(mup: mujax.MupModel, program: Program, seeds: int) -> tuple[np.ndarr
     sizes, changes, peaks = [], [], []
     for seed in range(seeds):
         params = begin([key(100 + seed)])
+        params = [0 * a if name in zero else a for name, a in zip(order, params, strict=True)]
         # What an argmax chooses stays chosen: a step of finite size flips a few choices, by chance.
         choices: Choices = {}
         moves.start()
@@ -334,6 +345,23 @@ def lasting(wrong: Sequence[Wrong], before: Sequence[Wrong], how: Round) -> list
     return [one for one in wrong if lasts(one) and one.line <= settling]
 
 
+def _without_routers(
+    program: Program, mups: Mapping[int, mujax.MupModel], how: Round, wrong: Sequence[Wrong]
+) -> list[Wrong]:
+    """Those of the wrong values that are wrong too where the routers have no preference.
+
+    A router's logits fall as 1/sqrt(n), so that the weights of its experts become equal; until they are,
+    what is computed with them falls as well, and powers of it by more. In the limit they are zero.
+    """
+    routers = [line for line, text in enumerate(program.body, start=2) if ROUTER.search(text)]
+    zero = [name for name in program.params if name.startswith("r")]
+    if not routers or all(one.line < routers[0] for one in wrong):
+        return list(wrong)
+    measured = [measure(mups[width], program, how.seeds, zero) for width in how.widths]
+    limit = {(one.tap, one.what) for one in judge(program, how, *zip(*measured, strict=True))}
+    return [one for one in wrong if one.line < routers[0] or (one.tap, one.what) in limit]
+
+
 def _concentrated(program: Program, shares: np.ndarray) -> float:
     """The first line with a softmax over the width that a few of its entries dominate at these widths.
 
@@ -435,6 +463,8 @@ def run(program: Program, number: int = 0, rounds: Sequence[Round] = ROUNDS) -> 
             wrong = judge(program, how, *zip(*measured, strict=True))
             if how is LAST:
                 wrong = lasting(wrong, before, how)
+                if silent(program, wrong, findings, corrections):
+                    wrong = _without_routers(program, mups, how, wrong)
             # A finding is needless or not by the later rounds, unless it is clear.
             unclear = findings and wrong and max(one.apart for one in wrong) < CLEAR
             if not silent(program, wrong, findings, corrections) and not (unclear and how is SIFT):

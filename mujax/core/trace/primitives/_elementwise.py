@@ -106,8 +106,9 @@ def _report_unlike_terms(
 ) -> None:
     """Reports a parameter that is added to something which does not scale as it does."""
     views = [view for value in ins for view in value.views]
-    # Beside a constant or data only a hidden kernel: a bias or a gain may meet what it likes.
-    alone = common(s for v, s in zip(ins, scales, strict=True) if v.kind == "param") is not None
+    # Beside a constant or data not a vector of order one: a bias or a gain may meet what it likes.
+    own = common(s for v, s in zip(ins, scales, strict=True) if v.kind == "param")
+    alone = own is not None and own.is_one
     shown = [view for view in views if view.growing > alone and not view.bent]
     # A product of parameters is known relative to its prescribed scale only.
     if not interp.scales_are_known or not shown or any(view.inner for view in views):

@@ -211,7 +211,8 @@ def _multiply(
         bent = _bent_kernels(side)
         # A low-rank product that is added to a kernel gets its factor for itself.
         term = _leaves_width(side.value, side.gone) and any(
-            _contracts_width(view, side.contract) and not view.inner for view in side.value.views
+            _contracts_width(view, side.contract) and not (view.inner or _is_gain(view, side))
+            for view in side.value.views
         )
         for view in side.value.views:
             if view.path in bent or _is_gain(view, side):
@@ -314,13 +315,18 @@ def _sign_along(side: _Side) -> Parity:
 def _is_gain(view: View, side: _Side) -> bool:
     """Whether a vector scales the entries of a kernel along its fan-in, as `(g[:, None] * kernel)` does.
 
-    What multiplies a kernel and has fewer axes that grow is a gain of it, whichever axes these are.
+    What multiplies a kernel and has fewer axes that grow is a gain of it, whichever axes these are. The
+    factors of a product of parameters are one kernel.
     """
-    kernels = [v for v in side.value.views if v.growing > view.growing]
-    return (
-        not view.inner
-        and any(_contracts_width(kernel, side.contract) for kernel in kernels)
-        and _sign_along(side).without(view.path).is_centred
+    if view.inner:
+        return False
+    kernels: dict[EqnPath | str | None, list[View]] = {}
+    for v in side.value.views:
+        kernels.setdefault(v.made if v.inner else v.path, []).append(v)
+    return _sign_along(side).without(view.path).is_centred and any(
+        sum(v.growing for v in factors) > view.growing
+        and any(_contracts_width(v, side.contract) for v in factors)
+        for factors in kernels.values()
     )
 
 

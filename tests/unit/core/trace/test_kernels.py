@@ -395,6 +395,53 @@ def test_a_vector_that_multiplies_a_kernel_is_a_gain(name):
     assert (spec["g"].role, spec["k"].role, spec["k"].fan_in) == ("input", "hidden", (0,))
 
 
+LOW_RANK_GAINS = {
+    "of its inputs": lambda p, h: h @ (p["g"][:, None] * (p["u"] @ p["v"])),
+    "of its outputs": lambda p, h: h @ (p["u"] @ p["v"] * p["g"]),
+    "about one": lambda p, h: h @ (p["u"] @ p["v"] * (1 + p["g"])[:, None]),
+    "through a function": lambda p, h: h @ (jnp.exp(p["g"])[:, None] * (p["u"] @ p["v"])),
+    "of a sum with it": lambda p, h: h @ (p["g"][:, None] * (p["k"] + p["u"] @ p["v"])),
+    "of a kernel that is laid out again": lambda p, h: h @ ((p["u"] @ p["v"])[::-1] * p["g"][:, None]),
+}
+
+
+def with_low_rank(make: Callable):
+    """A layer of the kernel `k`, and one of the low-rank kernel `u @ v` that `g` multiplies."""
+
+    def build(width):
+        def init(key, x):
+            keys = jax.random.split(key, 4)
+            return {
+                "first": jax.random.normal(keys[0], (7, width)),
+                "k": jax.random.normal(keys[1], (width, width)) / width**0.5,
+                "u": jax.random.normal(keys[2], (width, 3)) / width**0.5,
+                "v": jax.random.normal(keys[3], (3, width)),
+                "g": jnp.ones(width),
+            }
+
+        def apply(params, x):
+            return make(params, jax.nn.relu(jax.nn.relu(x @ params["first"]) @ params["k"]))
+
+        return mujax.Functional(init, apply)
+
+    return build
+
+
+@pytest.mark.parametrize("name", LOW_RANK_GAINS)
+def test_a_vector_that_multiplies_a_low_rank_kernel_is_a_gain(name):
+    build = with_low_rank(LOW_RANK_GAINS[name])
+    mup = mujax.mup_init(build(64), build(BASE), X)
+    assert (mup.spec["g"].role, mup.spec["u"].role, mup.spec["v"].role) == ("input", "output", "input")
+    # One factor for the product, and not one for each of the parameters that its sum shows.
+    assert [(one.kind, one.path) for one in mup.corrections] == [("readout", "u")]
+
+
+def test_a_vector_that_is_added_to_a_low_rank_kernel_is_no_gain():
+    build = with_low_rank(lambda p, h: h @ (p["u"] @ p["v"] + p["g"][:, None]))
+    mup = mujax.mup_init(build(64), build(BASE), X)
+    assert {one.path for one in mup.corrections} == {"u", "g"}
+
+
 def test_a_vector_that_is_added_to_a_kernel_is_no_gain():
     """It is a readout of its own: the sum over the fan-in is coherent."""
     build = with_gain(lambda k, g, h: h @ (k + g[:, None]), lambda w: (w,), 0.0)
@@ -549,6 +596,37 @@ def test_a_number_added_to_a_kernel_that_shrinks_is_reported():
         mup = mujax.mup_init(build(64), build(BASE), X)
     assert [finding.kind for finding in mup.findings] == ["unlike terms"]
     assert mup.corrections == ()
+
+
+SOFT_SIGN = {
+    "of its size": lambda k: k / (1 + jnp.abs(k)),
+    "of its square": lambda k: k / jnp.sqrt(1 + k**2),
+    "of a small shift": lambda k: k * (0.1 - k),
+}
+NORMED_READOUT = {
+    "by its deviation": lambda k: (k - k.mean(0)) / (k.std(0) + 1e-5) / k.shape[0] ** 0.5,
+    "by its norm": lambda k: k / jnp.linalg.norm(k, axis=0, keepdims=True),
+}
+
+
+def of_readout(make: Callable):
+    return with_gain(lambda k, g, h: h @ make(g), lambda w: (w, 3), with_signs)
+
+
+@pytest.mark.parametrize("function", SOFT_SIGN)
+@pytest.mark.parametrize("norm", NORMED_READOUT)
+def test_a_number_added_to_a_readout_that_its_norm_shrinks_is_reported(norm, function):
+    build = of_readout(lambda k: SOFT_SIGN[function](NORMED_READOUT[norm](k)))
+    found = mujax.audit(build(64), build(BASE), X)
+    assert "unlike terms" in {finding.kind for finding in found}
+
+
+@pytest.mark.parametrize("norm", NORMED_READOUT)
+def test_a_readout_that_is_normed_or_through_a_function_alone_is_not(norm):
+    for make in (NORMED_READOUT[norm], SOFT_SIGN["of its size"], SOFT_SIGN["of its square"]):
+        build = of_readout(make)
+        found = mujax.audit(build(64), build(BASE), X)
+        assert {finding.kind for finding in found} == {"unused parameter"}
 
 
 # ---- kernels of several parameters ------------------------------------------------------------------------
