@@ -410,13 +410,14 @@ def stored(g: Writer, rows: str, cols: str) -> str:
 def _constant(g: Writer, rows: str, cols: str) -> str:
     """An array that is no parameter, of the kernel's size or less, with entries of order one."""
     mask = f"jnp.asarray(np.random.default_rng(1).random(({rows}, {cols})) > 0.5, jnp.float32)"
+    # Of one density at every width, whichever side grows, and in both halves of a kernel.
+    triangle = f"jnp.tri({rows}, {cols}, ({cols}) // 2)" if rows != "F" else f"(jnp.arange({cols}) % 2.0)"
     return g.pick(
         mask,
         f"normal(key, {rows}, {cols})",
         f"jax.random.bernoulli(key, 0.5, ({rows}, {cols}))",
         "t",
-        # Of one density at every width, whichever side grows.
-        f"jnp.tri({rows}, {cols}, ({cols}) // 2)",
+        triangle,
         f"jax.random.bernoulli(key, 0.5, ({rows}, 1))",
         "(1 + x[0, 0] ** 2)",
     )
@@ -713,8 +714,11 @@ def attention(g: Writer, v: Var) -> Var:
     if g.chance(0.15):
         out = g.let(f"jax.nn.dot_product_attention({q}, {k}, {u})")
         if of_values:
-            # A gain of the queries' or keys' kernel changes the logits by as much as they are.
+            # A gain of the queries' or keys' kernel changes the logits by as much as they are, and the first
+            # factor of one of low rank in a few directions, which the other operand is random to.
             g.gains_after_fall()
+            for one in g.low_rank():
+                g.slower.setdefault(one, -0.5)
         g.belong(of_values)
     else:
         way = g.rng.randrange(8)

@@ -354,9 +354,9 @@ class Interpreter:
                     eqn,
                     f"the result of {eqn.params.get('name') or eqn.primitive.name} grows {scale.total:.4g} "
                     "times from base to target where it is used at "
-                    f"{source_line(place) if place else 'the end'}{start}, and its factor fits no known pattern "
-                    "(a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow with "
-                    "width (for attention logits with_multipliers(attention_mult=...) will do)",
+                    f"{source_line(place) if place else 'the end'}{start}, and its factor fits no known "
+                    "pattern (a mean, 1/sqrt(d), 1/d); write a factor in the model, so that it does not grow "
+                    "with width (for attention logits with_multipliers(attention_mult=...) will do)",
                 )
         return ONE
 

@@ -222,9 +222,23 @@ def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: S
 
 def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     """Zeros and ones. Their shares are the same at every width if the scale of the entries is."""
-    if interp.exact and not all(scale.is_one for scale in scales):
-        return UNKNOWN
+    if interp.exact:
+        return ONE if all(scale.is_one for scale in scales) else UNKNOWN
+    if _has_bound(ins):
+        return order_one(interp, pair, ins, scales)
     return ONE
+
+
+def _bounded(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
+    """What is cut off at a number is of that number's order."""
+    if not interp.exact and _has_bound(ins) and any(value.kind == "data" for value in ins):
+        return order_one(interp, pair, ins, scales)
+    return common_scale(interp, pair, ins, scales)
+
+
+def _has_bound(ins: Sequence[Value]) -> bool:
+    """Whether an operand is a number that is neither an epsilon nor larger than any entry."""
+    return any(value.const and 1e-3 < abs(value.const[1]) < 1e3 for value in ins)
 
 
 def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
@@ -512,8 +526,8 @@ ELEMENTWISE: Final[Mapping[str, Elementwise]] = {
     "div": Elementwise(_quotient, linear=(0,), sign=_sign_of_product),
     **dict.fromkeys(["add", "add_any", "sub"], Elementwise(common_scale, terms=(0, 1), sign=_sign_of_sum)),
     "complex": Elementwise(common_scale, linear=(0, 1), sign=_sign_of_sum),
-    "clamp": Elementwise(common_scale, sign=_sign_of_clamp),
-    **dict.fromkeys(["max", "min", "rem"], Elementwise(common_scale, logits=False)),
+    "clamp": Elementwise(_bounded, sign=_sign_of_clamp),
+    **dict.fromkeys(["max", "min", "rem"], Elementwise(_bounded, logits=False)),
     "nextafter": Elementwise(common_scale, logits=False, sign=_odd),
     "select_n": Elementwise(_chosen, terms=tuple(range(1, 256)), sign=_sign_of_choice),
     "abs": Elementwise(common_scale, logits=False, sign=_even),

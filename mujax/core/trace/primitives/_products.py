@@ -142,6 +142,8 @@ def _scale_of_product(
     kinds = {left.kind, right.kind}
     if not all(_is_kernel_of_mean_zero(value) for value in (left, right)) and grows != 1.0:
         # A coherent sum, or one that is reported.
+        for value in (left, right):
+            interp.require_order_one(pair.place, value)
         return UNKNOWN
     if kinds == {"param"}:
         # Of the prescribed scale if both are.
@@ -320,13 +322,13 @@ def _is_gain(view: View, side: _Side) -> bool:
     """
     if view.inner:
         return False
-    kernels: dict[EqnPath | str | None, list[View]] = {}
-    for v in side.value.views:
-        kernels.setdefault(v.made if v.inner else v.path, []).append(v)
+    kernels = [[v] for v in side.value.views if not v.inner]
+    inner = [v for v in side.value.views if v.inner]
+    kernels += [[v for v in inner if v.made == made] for made in {v.made for v in inner}]
     return _sign_along(side).without(view.path).is_centred and any(
         sum(v.growing for v in factors) > view.growing
         and any(_contracts_width(v, side.contract) for v in factors)
-        for factors in kernels.values()
+        for factors in kernels
     )
 
 

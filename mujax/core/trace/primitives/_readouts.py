@@ -8,14 +8,17 @@ sqrt(width).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, PRODUCTS, EqnPath
+from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, PRODUCTS, Atom, EqnPath, JaxprEqn, shape_of
 from mujax.core.trace._interpreter import Interpreter
 from mujax.core.trace._uses import Pair
 from mujax.core.trace._values import NORMALISED_READOUT, Power, Value
+
+_Ranges = tuple[tuple[int, int], ...]
 
 # The largest number that counts as a norm's epsilon.
 _EPSILON: Final = 0.01
@@ -40,34 +43,96 @@ def power_of_product(
     """
     if left.power is not None or right.power is not None:
         return _product(1)(pair, (left, right))
-    apart = left.linear_in and right.linear_in and not left.linear_in & right.linear_in
-    if wide and apart and all(_has_signs(interp, value.origin) for value in (left, right)):
-        both = f"the product of {min(left.linear_in)} with that of {min(right.linear_in)}"
-        return Power(f"{both}, which sums over an axis that grows,", 1.0)
-    return None
+    if not (wide and left.linear_in and right.linear_in):
+        return None
+    operands = zip((left, right), pair.target.invars[:2], strict=True)
+    ours, theirs = (_signed_parts(interp, value.origin, var) for value, var in operands)
+    if ours is None or theirs is None:
+        return None
+    if left.linear_in & right.linear_in and not all(a.is_apart(b) for a in ours for b in theirs):
+        return None
+    one, other = min(left.linear_in), min(right.linear_in)
+    both = f"the product of {one} with {'another part of it' if one == other else f'that of {other}'}"
+    return Power(f"{both}, which sums over an axis that grows,", 1.0)
 
 
-def _has_signs(interp: Interpreter, site: EqnPath | None) -> bool:
-    """Whether a value has the signs of a kernel's product, and no function has cut them off."""
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Part of a layer's product.
+
+    Attributes:
+        site: the product.
+        paths: its kernels.
+        cuts: what was taken of it: the value that was cut, and the range that is left of each axis.
+    """
+
+    site: EqnPath
+    paths: frozenset[str]
+    cuts: frozenset[tuple[EqnPath | None, _Ranges]] = frozenset()
+
+    def is_apart(self, other: _Part) -> bool:
+        """Whether they are of different kernels, or no entry of the product is in both: fused projections."""
+        if self.site != other.site:
+            return not self.paths & other.paths
+        return any(
+            origin == other_origin
+            and any(b <= c or d <= a for (a, b), (c, d) in zip(mine, theirs, strict=True))
+            for origin, mine in self.cuts
+            for other_origin, theirs in other.cuts
+        )
+
+
+def _signed_parts(interp: Interpreter, site: EqnPath | None, var: Atom) -> frozenset[_Part] | None:
+    """The products that a value has its signs from; None where it has none or a function cuts them off."""
     visits = interp.record.flow.visits
 
     # Kept, since values that are used often are reached in many ways.
     @functools.cache
-    def signs(site: EqnPath | None) -> bool:
+    def parts(site: EqnPath | None, var: Atom) -> frozenset[_Part] | None:
         visit = None if site is None else visits.get(site)
         eqn = None if visit is None else visit.eqn
-        if visit is None or eqn is None:
-            return False
-        name, operands = eqn.primitive.name, [one for one in visit.operands if one.kind == "data"]
+        if site is None or visit is None or eqn is None:
+            return None
+        name = eqn.primitive.name
         if name in PRODUCTS:
-            return True
-        if name in LAYOUT or name in ("neg", "add", "sub"):
-            return bool(operands) and all(signs(one.origin) for one in operands)
-        if name == "mul" and len({one.origin for one in operands}) == len(operands):
-            return any(signs(one.origin) for one in operands)
-        return name == "div" and signs(visit.operands[0].origin)
+            return frozenset({_Part(site, frozenset(use.path for use in visit.uses))})
+        operands = [
+            (one.origin, atom)
+            for one, atom in zip(visit.operands, eqn.invars, strict=True)
+            if one.kind == "data"
+        ]
+        if name == "div":
+            return parts(visit.operands[0].origin, eqn.invars[0])
+        found = [parts(*operand) for operand in operands]
+        if name == "mul" and len({origin for origin, _ in operands}) == len(operands):
+            # Signs times a size, or times other signs.
+            found = [one for one in found if one is not None]
+        elif name not in LAYOUT and name not in ("neg", "add", "sub"):
+            return None
+        if not found or None in found:
+            return None
+        out = frozenset[_Part]().union(*(one for one in found if one is not None))
+        cut = _ranges_left(eqn, var)
+        if cut is None:
+            return out
+        taken = {(visit.operands[0].origin, cut)}
+        return frozenset(dataclasses.replace(part, cuts=part.cuts | taken) for part in out)
 
-    return signs(site)
+    return parts(site, var)
+
+
+def _ranges_left(eqn: JaxprEqn, var: Atom) -> _Ranges | None:
+    """The range that an output has of each axis of the operand, where the equation takes a part."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "slice":
+        return tuple(zip(params["start_indices"], params["limit_indices"], strict=True))
+    if name not in ("split", "unstack") or var not in eqn.outvars:
+        return None
+    number, axis = eqn.outvars.index(var), params["axis"]
+    sizes = params["sizes"] if name == "split" else [1] * len(eqn.outvars)
+    whole = [(0, size) for size in shape_of(eqn.invars[0])]
+    whole[axis] = (sum(sizes[:number]), sum(sizes[: number + 1]))
+    return tuple(whole)
 
 
 def power_of_readout(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> Power | None:

@@ -530,6 +530,17 @@ def test_a_mean_of_the_first_factor_of_a_low_rank_kernel_adds_up(left, right):
     assert list(mujax.mup_init(build(64), build(BASE), X).init_shifts) == (["left"] if left else [])
 
 
+@pytest.mark.parametrize("function", [jax.nn.gelu, jnp.abs, lambda k: k + 0.1])
+def test_what_meets_a_kernel_with_a_mean_is_brought_to_order_one(function):
+    """Nothing is known of the product, but its other operand is right, and so is what else reads it."""
+    build = with_gain(lambda k, g, h: (h * h.shape[-1] ** 0.5) @ function(k) * g, lambda w: (), 1.0)
+    with pytest.warns(mujax.MujaxWarning):
+        mup = mujax.mup_init(build(64), build(BASE), X)
+    assert [(one.kind, one.factor) for one in mup.corrections] == [
+        ("scale", pytest.approx((BASE / 64) ** 0.5))
+    ]
+
+
 MODULATED = {
     "as it is": lambda k: k,
     "through a function": jnp.sin,

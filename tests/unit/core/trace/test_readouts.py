@@ -45,7 +45,10 @@ def pre_norm_layers(self, h):
     """Three layers of one size in a scan, each with a norm in front and a bias that is no zero."""
     kernels = self.param("kernels", nn.initializers.lecun_normal(batch_axis=0), (3, 6, 6))
     biases = self.param("biases", nn.initializers.normal(0.3), (3, 6))
-    layer = lambda h, p: (h + mean_square_norm(h) @ p[0] + p[1], None)
+
+    def layer(h, p):
+        return h + mean_square_norm(h) @ p[0] + p[1], None
+
     return jax.lax.scan(layer, h, (kernels, biases))[0]
 
 
@@ -170,6 +173,44 @@ def test_logits_that_a_norm_divides_are_reported(name):
 @pytest.mark.parametrize("name", OTHER_LOGITS)
 def test_other_logits_are_not(name):
     assert findings(normed(OTHER_LOGITS[name])) == []
+
+
+def fused(split: Callable) -> Callable:
+    """Logits of queries and keys that one kernel makes, without a softmax, in front of a norm."""
+
+    def end(self, x):
+        both = nn.Dense(2 * self.width, use_bias=False, name="both")(x)
+        q, k = split(both, self.width)
+        return nn.Dense(6, name="small")(mean_square_norm(nn.relu(q @ k.T / self.width) @ x))
+
+    return end
+
+
+FUSED = {
+    "split": lambda both, n: jnp.split(both, 2, axis=-1),
+    "sliced": lambda both, n: (both[:, :n], both[:, n:]),
+    "by an axis of its own": lambda both, n: jnp.unstack(both.reshape(-1, 2, n), axis=1),
+    "by an index": lambda both, n: ((z := both.reshape(-1, n, 2))[..., 0], z[..., 1]),
+    "split, and of unit length": lambda both, n: (mean_square_norm(h) for h in jnp.split(both, 2, axis=-1)),
+    "in a jitted function": lambda both, n: jax.jit(lambda h: (h[:, :n], h[:, n:]))(both),
+}
+ONE_PART = {
+    "the same slice": lambda both, n: (both[:, :n], both[:, :n]),
+    "slices that overlap": lambda both, n: (both[:, :n], both[:, n // 2 : n // 2 + n]),
+    "the same part of a split": lambda both, n: [jnp.split(both, 2, axis=-1)[1]] * 2,
+    "all of it": lambda both, n: (both, both),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_logits_of_a_fused_projection_are_as_those_of_two(name):
+    (finding,) = findings(fused(FUSED[name]))
+    assert finding.message.startswith("the product of both/kernel with another part of it,")
+
+
+@pytest.mark.parametrize("name", ONE_PART)
+def test_logits_of_one_part_of_a_projection_are_not(name):
+    assert findings(fused(ONE_PART[name])) == []
 
 
 def test_heads_of_one_size_are_not():
