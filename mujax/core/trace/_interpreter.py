@@ -313,7 +313,7 @@ class Interpreter:
 
         Constants that scale with width are held at the base's value. A coherent sum that is divided by
         the root of its length (attention logits) is divided by its length; a value that was divided by a
-        norm gets back its scale. Anything else is reported.
+        norm gets back its scale. Anything else is reported, and so is a sum with a layer before the division.
 
         Args:
             place: the equation that consumes it; None at the end of a program without equations.
@@ -334,7 +334,11 @@ class Interpreter:
         constants = scale.total / scale.summed
         attention = abs(scale.degree - 1) < _TOLERANCE
         if attention:
-            known = scale.summed != 1 and -0.98 < math.log(constants) / math.log(scale.summed) < -0.02
+            known = (
+                scale.summed != 1
+                and not scale.behind
+                and -0.98 < math.log(constants) / math.log(scale.summed) < -0.02
+            )
         else:
             known = abs(scale.degree) < _TOLERANCE or scale.normalised
         if not (known or report):

@@ -116,6 +116,7 @@ class Scale:
         degree: how many such sums are in it: 1 for a sum, -1/2 for a division by a norm.
         origins: the equations where the scale left 1; a factor there is a factor here.
         through: equations with a scale of their own that it was computed from, and that are not its origins.
+        behind: whether a layer came after the scale left 1: constants that follow do not belong to its sums.
     """
 
     total: float | None = 1.0
@@ -123,6 +124,7 @@ class Scale:
     degree: float = 0.0
     origins: frozenset[tuple[int | str, ...]] = frozenset()
     through: frozenset[tuple[int | str, ...]] = frozenset()
+    behind: bool = False
 
     @property
     def is_one(self) -> bool:
@@ -146,7 +148,8 @@ class Scale:
         if not self.total:
             return self if exponent > 0 else UNKNOWN
         through = self.origins | self.through
-        return Scale(self.total**exponent, self.summed**exponent, self.degree * exponent, through=through)
+        total, summed = self.total**exponent, self.summed**exponent
+        return Scale(total, summed, self.degree * exponent, through=through, behind=self.behind)
 
     def scaled(self, factor: float | None) -> Scale:
         """The scale after multiplication with a constant that scales by `factor`."""
@@ -299,16 +302,17 @@ def product(scales: Iterable[Scale]) -> Scale:
     """Scale of a product."""
     total, summed, degree = 1.0, 1.0, 0.0
     through: frozenset[tuple[int | str, ...]] = frozenset()
-    unknown = False
+    unknown = behind = False
     for scale in scales:
         if scale.total == 0:
             return ZERO
         unknown |= scale.total is None
+        behind |= scale.behind
         total *= scale.total or 1.0
         summed *= scale.summed
         degree += scale.degree
         through |= scale.origins | scale.through
-    return UNKNOWN if unknown else Scale(total, summed, degree, through=through)
+    return UNKNOWN if unknown else Scale(total, summed, degree, through=through, behind=behind)
 
 
 def same(a: float, b: float) -> bool:
@@ -333,7 +337,8 @@ def common(scales: Iterable[Scale]) -> Scale | None:
             return None
         else:
             origins, through = out.origins | scale.origins, out.through | scale.through
-            out = dataclasses.replace(out, origins=origins, through=through - origins)
+            behind = out.behind or scale.behind
+            out = dataclasses.replace(out, origins=origins, through=through - origins, behind=behind)
     return out
 
 

@@ -107,6 +107,16 @@ def _averaged(self, w, x):
     return x.mean(-1)  # averaged
 
 
+def _divided_behind_a_layer(self, w, x):
+    q, k, v = _qkv(w, x)
+    return nn.Dense(w, use_bias=False, name="last")(q @ k.T @ v) / w**0.5  # behind
+
+
+def _divided_in_front_of_it(self, w, x):
+    q, k, v = _qkv(w, x)
+    return nn.Dense(w, use_bias=False, name="last")(q @ k.T / w**0.5 @ v)
+
+
 def _disputed(self, w, x):
     """One product, used at the size that it has and in a sum over it."""
     x = nn.Dense(w, name="first")(x) / jnp.sqrt(w)  # disputed
@@ -183,6 +193,12 @@ def test_the_place_where_a_growth_starts_is_named():
     assert re.search(rf"\(the growth starts at \S+{line('sums')}\), and its", finding.message)
     (finding,) = audit(_unscaled)
     assert "starts" not in finding.message
+
+
+def test_a_root_behind_a_layer_is_not_that_of_the_logits_in_front_of_it():
+    (finding,) = audit(_divided_behind_a_layer)
+    assert (finding.kind, finding.where.split("/")[-1]) == ("unknown scale", line("behind"))
+    assert audit(_divided_in_front_of_it) == ()
 
 
 @pytest.mark.parametrize("name", FINDINGS)

@@ -237,8 +237,9 @@ def _bounded(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequ
 
 
 def _has_bound(ins: Sequence[Value]) -> bool:
-    """Whether an operand is a number that is neither an epsilon nor larger than any entry."""
-    return any(value.const and 1e-3 < abs(value.const[1]) < 1e3 for value in ins)
+    """Whether an operand is one number at every width, neither an epsilon nor larger than any entry."""
+    numbers = [value.const for value in ins if value.const]
+    return any(base == target and 1e-3 < abs(target) < 1e3 for base, target in numbers)
 
 
 def _chosen(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:

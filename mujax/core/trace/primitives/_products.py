@@ -156,7 +156,10 @@ def _scale_of_product(
             interp.require_order_one(pair.place, value, report=False) if value.kind == "data" else scale
             for value, scale in zip((left, right), scales, strict=True)
         ]
-        return interp.scale_at(pair, product(settled), *settled)
+        scale = product(settled)
+        if grows != 1.0:
+            scale = dataclasses.replace(scale, behind=not scale.is_one)
+        return interp.scale_at(pair, scale, *settled)
     if grows == 1.0:
         return interp.scale_at(pair, product(scales), *scales)
     if interp.exact:

@@ -32,6 +32,7 @@ NOT_BOUNDED = {
     "a choice by the sign": lambda h: jnp.where(h > 0, h, 0.1 * h),
     "an epsilon": lambda h: jnp.maximum(jnp.abs(h), 1e-6),
     "a mask's number": lambda h: jnp.maximum(h, -1e9),
+    "bounds that scale as it does": lambda h: jnp.clip(h, -(h.shape[-1] ** 0.5), h.shape[-1] ** 0.5),
     "its own mean": lambda h: jnp.where(h > h.mean(-1, keepdims=True), h, 0),
 }
 
