@@ -84,6 +84,8 @@ def reduce_sum_rule(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> li
         out.linear_in = kernels
         if pair.site in interp.known_sums:
             # Over the parameter's own axes: of order one by its rule, as any product with it.
+            scale = _into_layer(interp, pair, value, ratio(base_size, size))
+            value = dataclasses.replace(value, scale=scale)
             base_size, size = value.sizes(axis for axis in gone if not _shows_parameter(value, axis))
     return [out.replace(scale=interp.scale_at(pair, value.scale.over(ratio(base_size, size)), value.scale))]
 
@@ -151,15 +153,11 @@ def _scale_of_product(
     if "param" in kinds:
         if left.state or right.state:
             return UNKNOWN
-        # Corrected before the product where possible, so that each layer's own entries keep their scale.
         settled = [
-            interp.require_order_one(pair.place, value, report=False) if value.kind == "data" else scale
+            _into_layer(interp, pair, value, grows) if value.kind == "data" else scale
             for value, scale in zip((left, right), scales, strict=True)
         ]
-        scale = product(settled)
-        if grows != 1.0:
-            scale = dataclasses.replace(scale, behind=not scale.is_one)
-        return interp.scale_at(pair, scale, *settled)
+        return interp.scale_at(pair, product(settled), *settled)
     if grows == 1.0:
         return interp.scale_at(pair, product(scales), *scales)
     if interp.exact:
@@ -169,6 +167,15 @@ def _scale_of_product(
     if fixed:
         return interp.scale_at(pair, product(scales), *scales)
     return interp.scale_at(pair, product(scales).over(grows))
+
+
+def _into_layer(interp: Interpreter, pair: Pair, value: Value, grows: float | None) -> Scale:
+    """The scale that activations bring into a layer whose fan-in grows so.
+
+    They are corrected before the product where possible, so that each layer's own entries keep their scale.
+    """
+    scale = interp.require_order_one(pair.place, value, report=False)
+    return dataclasses.replace(scale, behind=scale.behind or (grows != 1.0 and not scale.is_one))
 
 
 def _is_kernel_of_mean_zero(value: Value) -> bool:

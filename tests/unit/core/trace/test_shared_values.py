@@ -143,3 +143,26 @@ def test_what_two_uses_can_not_share_is_said() -> None:
         mup = mujax.mup_init(model(program, WIDTH), model(program, BASE), X)
     assert [(c.kind, c.factor) for c in mup.corrections] == [("scale", pytest.approx(R**0.5))]
     assert [finding.kind for finding in mup.findings] == ["unscaled sum"]
+
+
+READOUTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "a product": lambda h, w: h @ w,
+    "an einsum": lambda h, w: jnp.einsum("bqd,d->bq", h, w),
+    "a sum of entries": lambda h, w: (h * w).sum(-1),
+    "a sum of entries, laid out": lambda h, w: (w * h).reshape(10, -1).sum(1),
+    "a mean of entries": lambda h, w: (h * w).mean(-1) * h.shape[-1],
+}
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_a_vector_of_unit_norm_gets_its_scale_back_in_front_of_any_readout(name: str) -> None:
+    def build(width: int) -> mujax.Functional:
+        def init(key: jax.Array, x: jax.Array) -> Params:
+            first, last = jax.random.split(key)
+            return {"a": jax.random.normal(first, (4, width)), "w": jax.random.normal(last, (width,))}
+
+        return mujax.Functional(init, lambda p, x: READOUTS[name](unit(x @ p["a"]), p["w"]))
+
+    mup = mujax.mup_init(build(WIDTH), build(BASE), X)
+    factors = {one.kind: one.factor for one in mup.corrections}
+    assert factors == {"scale": pytest.approx(R**0.5), "readout": pytest.approx(1 / R)}
