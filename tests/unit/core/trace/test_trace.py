@@ -313,7 +313,7 @@ CASES: dict[str, Case] = {
         lambda w: (3, w, w), lambda k, h, w: lax.fori_loop(0, 3, lambda i, h: h @ k[i], h), STACK_IN_OUT
     ),
     "while": Case(
-        square, lambda k, h, w: lax.while_loop(lambda h: h.sum() < 1, lambda h: jnp.tanh(h @ k), h), IN_OUT
+        square, lambda k, h, w: lax.while_loop(lambda h: h.mean() < 1, lambda h: jnp.tanh(h @ k), h), IN_OUT
     ),
     "cond": Case(square, lambda k, h, w: lax.cond(h.sum() > 0, lambda: h @ k, lambda: h), IN_OUT),
     "switch": Case(
