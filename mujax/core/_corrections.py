@@ -11,7 +11,15 @@ from mujax import rules
 from mujax.core._moves import Moves, move_out
 from mujax.core.depth import Branches, Depth, find_branches, power_of_fix
 from mujax.core.frontends import Call
-from mujax.core.program import ClosedJaxpr, EqnPath, blocked, loses_derivative
+from mujax.core.program import (
+    Boundary,
+    ClosedJaxpr,
+    EqnPath,
+    blocked,
+    equation_at,
+    loses_derivative,
+    source_line,
+)
 from mujax.core.trace import Analysis, Finding, Use, analyse, axes_of_use, informative_uses
 from mujax.errors import DepthError, MujaxError, RoleError
 from mujax.spec import MupSpec, Parametrization, ParamSpec
@@ -33,12 +41,15 @@ class Correction:
         factor: the constant by which the result (the operand, for `"residual"` and noise) is multiplied.
         where: `file:line` in the user's code.
         path: the parameter of the product; None for a value that is not a product with a parameter.
+        applied: in words, what is multiplied instead: an operand or a result of the function with a
+            derivative of its own, or of the kernel, that `where` is inside of. Empty for most.
     """
 
     kind: Kind
     factor: float
     where: str
     path: str | None = None
+    applied: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +194,27 @@ def plan_call(
                     inside[0].where,
                 )
             )
-        left = tuple(one for one in corrections if block is None or one not in inside)
+        left = tuple(
+            dataclasses.replace(one, applied=_in_words(program, moves[site, one.kind].boundary))
+            if (site, one.kind) in moves
+            else one
+            for one in corrections
+            if block is None or one not in inside
+        )
         if left:
             out[site] = left
     return Plan(out, _multiplier_sites(spec, analysis), tuple(findings), analysis, operands, moves)
+
+
+def _in_words(program: ClosedJaxpr, at: Boundary) -> str:
+    """What a factor at a boundary multiplies."""
+    parts = [("operand", *one) for one in at.operands] + [("result", *one) for one in at.outputs]
+    eqn = equation_at(program, at.site)
+    what = " and ".join(
+        f"{part} {number}" + ("" if exponent == 1 else f" (to the power of {exponent:.4g})")
+        for part, number, exponent in parts
+    )
+    return f"{what} of {eqn.primitive.name} at {source_line(eqn)}"
 
 
 def _known_branches(spec: MupSpec, branches: Branches) -> Branches:

@@ -97,6 +97,7 @@ def explain(
     lines += [
         f"  x {c.factor:.4g}  {c.kind}{f' of {c.path}' if c.path else ''} at {c.where}"
         + (f" ({n} times)" if n > 1 else "")
+        + (f", applied to {c.applied}" if c.applied else "")
         for c, n in collections.Counter(corrections).items()
     ] or ["  none"]
     lines += ["", "Found, and not corrected:"]

@@ -313,6 +313,12 @@ def test_value_and_gradient_are_those_of_mup_by_hand(name):
         }
         (move,) = set(mup._plan.moves.values())
         assert (dict(move.boundary.operands), move.boundary.outputs) == (case.operands, ())
+        (applied,) = {c.applied for c in mup.corrections if c.kind == "attention"}
+        powers = [(n, "" if p == 1 else f" (to the power of {p:.4g})") for n, p in case.operands.items()]
+        assert applied.startswith(" and ".join(f"operand {n}{power}" for n, power in powers) + " of ")
+        assert f", applied to {applied}\n" in mup.explain()
+        # The twin: the readout's factor is where the product is.
+        assert {c.applied for c in mup.corrections if c.kind == "readout"} == {""}
         hand = attending(functools.partial(case.by_hand, a=a), WIDTH, 1 / R)
         tuned = attending(functools.partial(case.by_hand, a=3 * a), WIDTH, 1 / R)
         params = mup.init(jax.random.key(1), x)
