@@ -231,7 +231,7 @@ def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: S
 
 def _bounded(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     """What is cut off at a number is of that number's order."""
-    if not interp.exact and _has_bound(ins) and any(value.kind == "data" for value in ins):
+    if not interp.exact and _has_bound(ins) and not any(value.kind == "param" for value in ins):
         return order_one(interp, pair, ins, scales)
     return common_scale(interp, pair, ins, scales)
 

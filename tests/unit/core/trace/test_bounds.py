@@ -71,6 +71,31 @@ def test_what_a_norm_takes_out_stays(name):
     assert scales(NOT_BOUNDED[name]) == []
 
 
+CONSTANTS = {
+    "a remainder": lambda n: jnp.arange(n) % 2.0,
+    "a clip": lambda n: jnp.clip(jnp.arange(n) - n / 2, -1.0, 1.0),
+    "a comparison": lambda n: jnp.arange(n) > 2,
+    "a share": lambda n: jnp.arange(n) / n,
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_kernel_times_numbers_of_order_one_keeps_its_scale(name):
+    """So that what scales in front of it is seen behind it."""
+
+    def build(width):
+        plain = net(nn.relu)(width)
+
+        def apply(params, x):
+            return jnp.abs(x @ (params["first"] * CONSTANTS[name](width)) / width) @ params["last"]
+
+        return mujax.Functional(plain.init, apply)
+
+    mup = mujax.mup_init(build(WIDTH), build(BASE), X)
+    factors = {one.kind: one.factor for one in mup.corrections}
+    assert factors == {"scale": pytest.approx(WIDTH / BASE), "readout": pytest.approx(BASE / WIDTH)}
+
+
 def test_a_sum_that_nothing_divides_is_reported():
     def running(h):
         return jnp.clip(jnp.cumsum(nn.relu(h) / h.shape[-1] ** 0.5, -1), -1, 1)
