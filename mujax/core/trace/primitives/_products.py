@@ -392,6 +392,18 @@ def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
             "product grows in proportion to its fan-in; subtract the mean over the fan-in, or divide the "
             "product by its fan-in in the model",
         )
+    elif (
+        own
+        and side.value.scale.total is None
+        and not any(one.message.startswith(own[0]) for one in interp.record.findings.values())
+    ):
+        interp.find(
+            "computed kernel",
+            pair.site,
+            pair.place,
+            f"{own[0]} is combined with values of which the scale is not known before it is a kernel here; "
+            "check its size by hand at two widths",
+        )
 
 
 def _contracts_width(view: View, contract: Sequence[int]) -> bool:

@@ -541,6 +541,17 @@ def test_what_meets_a_kernel_with_a_mean_is_brought_to_order_one(function):
     ]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_kernel_times_numbers_of_unknown_scale_is_reported(known):
+    def make(k, g, h):
+        ramp = jnp.arange(k.shape[0])[:, None]
+        return h @ (k * (ramp if known else ramp + ramp**2)) * g
+
+    build = with_gain(make, lambda w: (), 1.0)
+    found = mujax.audit(build(64), build(BASE), X)
+    assert [finding.kind for finding in found] == ["computed kernel"] * (not known)
+
+
 MODULATED = {
     "as it is": lambda k: k,
     "through a function": jnp.sin,
