@@ -61,9 +61,9 @@ def child(
     for each in (life, said, errors):
         os.set_inheritable(each, False)
     threading.Thread(target=_end_with, args=(life,), daemon=True).start()
-    # What libraries say when they fail, Orbax's threads do, goes with what JAX says.
-    logging.lastResort = logging.StreamHandler(sys.__stderr__)
-    logging.lastResort.setLevel(logging.WARNING)
+    # What libraries say when they fail, Orbax's threads do, goes with what JAX says. Absl would add a handler
+    # for stderr as it is by then.
+    logging.basicConfig(stream=sys.__stderr__, format="%(message)s")
     threading.excepthook = _on_stderr
     sys.stderr = os.fdopen(errors, "w", buffering=1, errors="backslashreplace")
     try:

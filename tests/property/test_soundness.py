@@ -204,8 +204,13 @@ def test_a_finding_explains_what_comes_after_it_and_nothing_before(soundness, pl
 
     class Finding:
         where = f"{planted.program.file}:5"
+        message = "it grows"
+
+    class WithStart(Finding):
+        message = f"it grows (the growth starts at {planted.program.file}:3), and so on"
 
     assert soundness.silent(planted.program, wrong, [Finding], []) == wrong[:1]
+    assert soundness.silent(planted.program, wrong, [WithStart], []) == []
     assert soundness.silent(planted.program, wrong[1:], [Finding], []) == []
 
     # Its gradients reach what is before it: changes may be too small, and sizes may not.

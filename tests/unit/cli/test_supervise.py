@@ -40,6 +40,29 @@ def test_what_the_child_says_counts_and_its_warnings_are_passed_on(becomes, capf
     assert capfd.readouterr().err == "progress"
 
 
+LOGGING = """
+sys.path[:] = _
+import logging
+from mujax.cli import _supervise
+
+def main(words):
+    print("mujax: a sentence", file=sys.stderr)
+    logging.error("a thread has failed")
+    return len(words)
+
+_supervise.child(main, life, said, errors, words)
+"""
+
+
+def test_what_libraries_log_goes_with_what_jax_says(becomes, capfd):
+    becomes(LOGGING)
+    # Nothing but the sentence.
+    assert supervise(["a", "b"], None) == 2
+    assert capfd.readouterr().err == "mujax: a sentence\n"
+    assert supervise(["a"], None) == 1
+    assert capfd.readouterr().err == "mujax: a sentence\na thread has failed\n"
+
+
 def test_jaxs_fatal_end_is_a_sentence(becomes, capfd):
     becomes(f"os.write(2, b'{FATAL}'); os.abort()")
     with pytest.raises(ProcessError, match=r"another one that has ended.*start all of them again\.$"):
