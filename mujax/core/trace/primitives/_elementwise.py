@@ -222,11 +222,7 @@ def _always_one(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: S
 
 def _comparison(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
     """Zeros and ones. Their shares are the same at every width if the scale of the entries is."""
-    if interp.exact:
-        return ONE if all(scale.is_one for scale in scales) else UNKNOWN
-    if _has_bound(ins):
-        return order_one(interp, pair, ins, scales)
-    return ONE
+    return order_one(interp, pair, ins, scales) if interp.exact or _has_bound(ins) else ONE
 
 
 def _bounded(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:

@@ -221,13 +221,14 @@ def _multiply(
         mixes = other.value.kind == "data" and not other.value.state
         pending: list[Pending] = []
         bent = _bent_kernels(side)
+        gains = {view for view in side.value.views if _is_gain(view, side)}
         # A low-rank product that is added to a kernel gets its factor for itself.
         term = _leaves_width(side.value, side.gone) and any(
-            _contracts_width(view, side.contract) and not (view.inner or _is_gain(view, side))
+            _contracts_width(view, side.contract) and not (view.inner or view in gains)
             for view in side.value.views
         )
         for view in side.value.views:
-            if view.path in bent or _is_gain(view, side):
+            if view.path in bent or view in gains:
                 interp.becomes_data(pair, dataclasses.replace(side.value, views=(view,)))
                 continue
             mixture = mixes and _mixes(view, side.contract)
@@ -395,7 +396,7 @@ def _report_kernel(interp: Interpreter, pair: Pair, side: _Side) -> None:
     elif (
         own
         and side.value.scale.total is None
-        and not any(one.message.startswith(own[0]) for one in interp.record.findings.values())
+        and not any(one.message.startswith(f"{own[0]} ") for one in interp.record.findings.values())
     ):
         interp.find(
             "computed kernel",

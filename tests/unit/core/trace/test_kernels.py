@@ -552,6 +552,31 @@ def test_a_kernel_times_numbers_of_unknown_scale_is_reported(known):
     assert [finding.kind for finding in found] == ["computed kernel"] * (not known)
 
 
+def test_a_finding_on_another_parameter_whose_name_starts_alike_hides_none():
+    def build(width):
+        def init(key, x):
+            keys = jax.random.split(key, 3)
+            shapes = {"first": (7, width), "w": (width, width), "w2": (width, width)}
+            return {
+                name: jax.random.normal(k, s) / s[0] ** 0.5
+                for k, (name, s) in zip(keys, shapes.items(), strict=True)
+            }
+
+        def apply(params, x):
+            ramp = jnp.arange(width)[:, None]
+            h = jax.nn.relu(x @ params["first"])
+            h = jnp.tanh(h @ (1 + params["w2"]) / width)
+            return h @ (params["w"] * (ramp + ramp**2))
+
+        return mujax.Functional(init, apply)
+
+    found = mujax.audit(build(64), build(BASE), X)
+    assert [(one.kind, one.message.split()[0]) for one in found if one.kind != "kernel with a mean"] == [
+        ("unlike terms", "w2"),
+        ("computed kernel", "w"),
+    ]
+
+
 MODULATED = {
     "as it is": lambda k: k,
     "through a function": jnp.sin,
