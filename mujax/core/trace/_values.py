@@ -194,10 +194,12 @@ class Power(NamedTuple):
 
     Attributes:
         product: it in words.
+        remedy: what can be done where a norm divides it.
         exponent: the exponent.
     """
 
     product: str
+    remedy: str
     exponent: float
 
 

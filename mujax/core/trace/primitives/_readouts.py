@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Final
 
-from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, PRODUCTS, Atom, EqnPath, JaxprEqn, shape_of
+from mujax.core.program import LAYOUT, LINEAR_AT_ZERO, PRODUCTS, RESHAPES, Atom, EqnPath, JaxprEqn, shape_of
 from mujax.core.trace._interpreter import Interpreter
-from mujax.core.trace._uses import Pair
+from mujax.core.trace._uses import Pair, Visit
 from mujax.core.trace._values import NORMALISED_READOUT, Power, Value
 
-_Ranges = tuple[tuple[int, int], ...]
+# Of each axis, the indices that are taken.
+_Ranges = tuple[range, ...]
 
 # The largest number that counts as a norm's epsilon.
 _EPSILON: Final = 0.01
@@ -26,7 +28,11 @@ _EPSILON: Final = 0.01
 
 def readout(path: str) -> Power:
     """The product of a readout."""
-    return Power(f"the product of {path}, which sums over an axis that grows and leaves none that does,", 1.0)
+    return Power(
+        f"the product of {path}, which sums over an axis that grows and leaves none that does,",
+        "put the norm in front of the layer or leave it out, or let the layer's outputs grow with width",
+        1.0,
+    )
 
 
 def power_of_product(
@@ -53,7 +59,11 @@ def power_of_product(
         return None
     one, other = min(left.linear_in), min(right.linear_in)
     both = f"the product of {one} with {'another part of it' if one == other else f'that of {other}'}"
-    return Power(f"{both}, which sums over an axis that grows,", 1.0)
+    return Power(
+        f"{both}, which sums over an axis that grows,",
+        "take a softmax of the products, or leave the norm out",
+        1.0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +73,40 @@ class _Part:
     Attributes:
         site: the product.
         paths: its kernels.
-        cuts: what was taken of it: the value that was cut, and the range that is left of each axis.
+        cuts: what was taken of it: the value that was cut (`_identity`), and what is left of each axis.
     """
 
     site: EqnPath
     paths: frozenset[str]
-    cuts: frozenset[tuple[EqnPath | None, _Ranges]] = frozenset()
+    cuts: frozenset[tuple[Hashable, _Ranges]] = frozenset()
 
     def is_apart(self, other: _Part) -> bool:
         """Whether they are of different kernels, or no entry of the product is in both: fused projections."""
         if self.site != other.site:
             return not self.paths & other.paths
         return any(
-            origin == other_origin
-            and any(b <= c or d <= a for (a, b), (c, d) in zip(mine, theirs, strict=True))
-            for origin, mine in self.cuts
-            for other_origin, theirs in other.cuts
+            whole == other_whole and any(map(_are_disjoint, mine, theirs))
+            for whole, mine in self.cuts
+            for other_whole, theirs in other.cuts
         )
+
+
+def _are_disjoint(one: range, other: range) -> bool:
+    """Whether two ranges of positive steps are seen to have nothing in common."""
+    return (
+        one.stop <= other.start
+        or other.stop <= one.start
+        or (one.start - other.start) % math.gcd(one.step, other.step) != 0
+    )
+
+
+def _identity(visits: Mapping[EqnPath, Visit], site: EqnPath | None) -> Hashable:
+    """What is equal for equal values: a value's place, but for a reshape what is reshaped, and how."""
+    visit = None if site is None else visits.get(site)
+    eqn = None if visit is None else visit.eqn
+    if visit is None or eqn is None or eqn.primitive.name not in RESHAPES:
+        return site
+    return eqn.primitive.name, str(eqn.params), _identity(visits, visit.operands[0].origin)
 
 
 def _signed_parts(interp: Interpreter, site: EqnPath | None, var: Atom) -> frozenset[_Part] | None:
@@ -115,23 +142,24 @@ def _signed_parts(interp: Interpreter, site: EqnPath | None, var: Atom) -> froze
         cut = _ranges_left(eqn, var)
         if cut is None:
             return out
-        taken = {(visit.operands[0].origin, cut)}
+        taken = {(_identity(visits, visit.operands[0].origin), cut)}
         return frozenset(dataclasses.replace(part, cuts=part.cuts | taken) for part in out)
 
     return parts(site, var)
 
 
 def _ranges_left(eqn: JaxprEqn, var: Atom) -> _Ranges | None:
-    """The range that an output has of each axis of the operand, where the equation takes a part."""
+    """What an output has of each axis of the operand, where the equation takes a part."""
     name, params = eqn.primitive.name, eqn.params
     if name == "slice":
-        return tuple(zip(params["start_indices"], params["limit_indices"], strict=True))
+        starts, stops = params["start_indices"], params["limit_indices"]
+        return tuple(map(range, starts, stops, params["strides"] or [1] * len(starts)))
     if name not in ("split", "unstack") or var not in eqn.outvars:
         return None
     number, axis = eqn.outvars.index(var), params["axis"]
     sizes = params["sizes"] if name == "split" else [1] * len(eqn.outvars)
-    whole = [(0, size) for size in shape_of(eqn.invars[0])]
-    whole[axis] = (sum(sizes[:number]), sum(sizes[: number + 1]))
+    whole = [range(size) for size in shape_of(eqn.invars[0])]
+    whole[axis] = range(sum(sizes[:number]), sum(sizes[: number + 1]))
     return tuple(whole)
 
 
@@ -145,21 +173,20 @@ def power_of_readout(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> P
     rule = _RULES.get(pair.name)
     out = rule(pair, ins) if rule else None
     if out is not None and out.exponent == 0:
-        _report(interp, pair, out.product)
+        _report(interp, pair, out)
         return None
     return out
 
 
-def _report(interp: Interpreter, pair: Pair, product: str) -> None:
+def _report(interp: Interpreter, pair: Pair, power: Power) -> None:
     if interp.scales_are_known:
         interp.find(
             NORMALISED_READOUT,
             pair.site,
             pair.place,
-            f"{product} is divided here by a norm of its own or of a layer on it: it starts at a size of "
-            "1/sqrt(width) and learns one of order one, so the first steps change the normed value in "
-            "proportion to sqrt(width); put the norm in front of the layer or leave it out, or let the "
-            "layer's outputs grow with width",
+            f"{power.product} is divided here by a norm of its own or of a layer on it: it starts at a size "
+            "of 1/sqrt(width) and learns one of order one, so the first steps change the normed value in "
+            f"proportion to sqrt(width); {power.remedy}",
         )
 
 

@@ -192,12 +192,16 @@ FUSED = {
     "by an axis of its own": lambda both, n: jnp.unstack(both.reshape(-1, 2, n), axis=1),
     "by an index": lambda both, n: ((z := both.reshape(-1, n, 2))[..., 0], z[..., 1]),
     "split, and of unit length": lambda both, n: (mean_square_norm(h) for h in jnp.split(both, 2, axis=-1)),
+    "by a stride": lambda both, n: (both[:, ::2], both[:, 1::2]),
+    "by two reshapes": lambda both, n: (both.reshape(-1, 2, n)[:, 0], both.reshape(-1, 2, n)[:, 1]),
     "in a jitted function": lambda both, n: jax.jit(lambda h: (h[:, :n], h[:, n:]))(both),
 }
 ONE_PART = {
     "the same slice": lambda both, n: (both[:, :n], both[:, :n]),
     "slices that overlap": lambda both, n: (both[:, :n], both[:, n // 2 : n // 2 + n]),
     "the same part of a split": lambda both, n: [jnp.split(both, 2, axis=-1)[1]] * 2,
+    "the same part of two reshapes": lambda both, n: [both.reshape(-1, 2, n)[:, 1] for _ in range(2)],
+    "strides that meet": lambda both, n: (both[:, ::2], both[:, :n]),
     "all of it": lambda both, n: (both, both),
 }
 
@@ -206,6 +210,7 @@ ONE_PART = {
 def test_logits_of_a_fused_projection_are_as_those_of_two(name):
     (finding,) = findings(fused(FUSED[name]))
     assert finding.message.startswith("the product of both/kernel with another part of it,")
+    assert finding.message.endswith("take a softmax of the products, or leave the norm out")
 
 
 @pytest.mark.parametrize("name", ONE_PART)
