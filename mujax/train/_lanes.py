@@ -11,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from mujax.errors import ConfigError, MujaxError
 from mujax.train._compile import effort
@@ -36,6 +37,10 @@ _AXIS: Final = "lanes"
 
 # The share of the free memory that a program may use.
 _SHARE: Final = 0.7
+
+# Several rungs are passed in one call where that takes at most so many seconds: what a call costs besides its
+# steps counts where they are few, and progress is shown after each call.
+_CALL_SECONDS: Final = 1.0
 
 # Another mode is tried if the remaining steps take this many times as long as compiling it.
 _WORTH: Final = 10.0
@@ -220,6 +225,9 @@ class CompiledRuns:
         static: the hyperparameters that the shapes depend on.
         mode: how to run lanes; None measures which is fastest.
         devices: None for all local devices.
+        lost: (metrics at a rung) -> whether the run ends there, as a pure function. Where it is given, runs
+            that take under a second go on from the second rung before they are looked at; else each rung is
+            looked at.
 
     Attributes:
         mesh: the mesh that the single lane of a job is split over, as `Training.on` returns it; None where
@@ -233,8 +241,9 @@ class CompiledRuns:
         *,
         mode: Mode | None = None,
         devices: Sequence[Any] | None = None,
+        lost: Callable[[Metrics], Bool[Array, ""]] | None = None,
     ) -> None:
-        self.job, self.static = job, dict(static)
+        self.job, self.static, self.lost = job, dict(static), lost
         self.mesh: Mesh | None = getattr(job, "mesh", None)
         self._mode: Mode | None = mode if self.mesh is None else "loop"
         mine = None if self.mesh is None else list(self.mesh.local_devices)
@@ -340,7 +349,7 @@ class CompiledRuns:
             return everywhere
         out = jax.eval_shape(function, *args)
         state = job.shardings(self.static, out if name == "init" else out[0])
-        return state if name == "init" else (state, everywhere)
+        return state if name == "init" else (state, everywhere, everywhere)
 
     def abstract_state(self, traced: Mapping[str, Any], key: Key[Array, ""]) -> PyTree:
         """The state of a lane as shapes, with its shardings on a mesh: what a checkpoint is restored to."""
@@ -365,12 +374,22 @@ class CompiledRuns:
         return self._many(mode, one)
 
     def _advance(self, mode: Mode) -> Callable[..., Any]:
-        def one(traced: Mapping[str, Any], state: Any, alive: Any, steps: Any, data: PyTree) -> Any:
-            def go(state: Any) -> Any:
-                # One step at a time is not a loop, even over many lanes.
-                count = steps if self.job.in_loop else None
+        """From rung to rung: `counts` has the steps up to each, then zeros.
+
+        Returns the state, the metrics with a leading axis of rungs, and how many of these were reached.
+        """
+
+        def one(traced: Mapping[str, Any], state: Any, alive: Any, counts: Any, data: PyTree) -> Any:
+            def to_rung(state: Any, count: Any) -> Any:
                 state, metrics = self.job.advance({**self.static, **traced}, state, count, data)
                 return state, dict(metrics)
+
+            def go(state: Any) -> Any:
+                if len(counts) > 1 and self.lost is not None:
+                    return _rung_by_rung(to_rung, self.lost, state, counts)
+                # One step at a time is not a loop, even over many lanes.
+                state, metrics = to_rung(state, counts[0] if self.job.in_loop else None)
+                return state, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], metrics), jnp.int32(1)
 
             return self._if_alive(mode, alive, go, state)
 
@@ -423,6 +442,31 @@ class CompiledRuns:
         return split
 
 
+def _rung_by_rung(
+    to_rung: Callable[[Any, Any], tuple[Any, Any]],
+    lost: Callable[[Metrics], Bool[Array, ""]],
+    state: PyTree,
+    counts: Int[Array, " rungs"],
+) -> tuple[PyTree, PyTree, Int[Array, ""]]:
+    """Up to the last rung whose count is not zero, or to the one at which the run is lost."""
+    shapes = jax.eval_shape(to_rung, state, counts[0])[1]
+    blank = jax.tree.map(lambda leaf: jnp.zeros((len(counts), *leaf.shape), leaf.dtype), shapes)
+
+    def goes_on(carry: Any) -> Any:
+        place, is_lost, *_ = carry
+        return (place < (counts > 0).sum()) & ~is_lost
+
+    def body(carry: Any) -> Any:
+        place, _, state, found = carry
+        state, metrics = to_rung(state, counts[place])
+        found = jax.tree.map(lambda rungs, leaf: rungs.at[place].set(leaf), found, metrics)
+        return place + 1, lost(metrics), state, found
+
+    carry = jnp.int32(0), jnp.bool_(False), state, blank
+    reached, _, state, found = jax.lax.while_loop(goes_on, body, carry)
+    return state, found, reached
+
+
 def _check_fits(program: Any, device: Any, at_once: int) -> None:
     free, found = free_memory(device), program.memory_analysis()
     if free is None or found is None:
@@ -444,8 +488,15 @@ class Lanes(Protocol):
         """The mode."""
         ...
 
-    def advance(self, steps: int) -> dict[int, Metrics]:
-        """Advances all remaining runs by some steps."""
+    def advance(self, counts: Sequence[int]) -> list[dict[int, Metrics]]:
+        """Advances all remaining runs from rung to rung.
+
+        Args:
+            counts: the steps up to each rung, then zeros for none: one program serves any number of rungs.
+
+        Returns:
+            The metrics at each rung, of the runs that reached it.
+        """
         ...
 
     def finish(self) -> dict[int, Metrics]:
@@ -455,6 +506,15 @@ class Lanes(Protocol):
     def drop(self, numbers: Iterable[int]) -> None:
         """Stops some runs."""
         ...
+
+
+def _by_rung(metrics: PyTree, reached: Any) -> list[Metrics]:
+    return [jax.tree.map(operator.itemgetter(rung), metrics) for rung in range(int(reached))]
+
+
+def _rungs(lanes: Mapping[int, Sequence[Metrics]]) -> list[dict[int, Metrics]]:
+    most = max(map(len, lanes.values()), default=0)
+    return [{lane: found[rung] for lane, found in lanes.items() if rung < len(found)} for rung in range(most)]
 
 
 class _Looped:
@@ -482,15 +542,14 @@ class _Looped:
             "init", {lane: (self._put(key),) for lane, key in enumerate(keys)}
         )
 
-    def advance(self, steps: int) -> dict[int, Metrics]:
-        """Advances all remaining runs by some steps."""
-        in_loop = self._group.job.in_loop
-        out: dict[int, Metrics] = {}
-        for _ in range(1 if in_loop else steps):
-            done = self._each("advance", {lane: (state,) for lane, state in self._states.items()}, steps)
-            self._states = {lane: state for lane, (state, _) in done.items()}
-            out = {lane: metrics for lane, (_, metrics) in done.items()}
-        return {lane: jax.tree.map(np.asarray, metrics) for lane, metrics in out.items()}
+    def advance(self, counts: Sequence[int]) -> list[dict[int, Metrics]]:
+        """Advances all remaining runs from rung to rung."""
+        found: dict[int, Any] = {}
+        for _ in range(1 if self._group.job.in_loop else sum(counts)):
+            done = self._each("advance", {lane: (state,) for lane, state in self._states.items()}, counts)
+            self._states = {lane: state for lane, (state, *_) in done.items()}
+            found = {lane: rest for lane, (_, *rest) in done.items()}
+        return _rungs({lane: _by_rung(*jax.tree.map(np.asarray, rest)) for lane, rest in found.items()})
 
     def finish(self) -> dict[int, Metrics]:
         """The final metrics."""
@@ -510,9 +569,9 @@ class _Looped:
         # On a mesh of several processes each argument has to be an array of all of them.
         return tree if self._group.mesh is None else self._group.put(tree)
 
-    def _each(self, name: str, lanes: Mapping[int, tuple[Any]], *shared: Any) -> dict[int, Any]:
+    def _each(self, name: str, lanes: Mapping[int, tuple[Any]], *shared: Sequence[int]) -> dict[int, Any]:
         program = self._group.program("loop", name)
-        rest = (*self._put([jnp.int32(count) for count in shared]), self._group.data)
+        rest = (*self._put([jnp.array(counts, jnp.int32) for counts in shared]), self._group.data)
         alive = self._put(jnp.bool_(True))
 
         numbers = list(lanes)
@@ -549,12 +608,12 @@ class _Stacked:
         }
         self._state = self._call("init", self._put(keys[order]))
 
-    def advance(self, steps: int) -> dict[int, Metrics]:
-        """Advances all remaining runs by some steps."""
-        metrics: Any = {}
-        for _ in range(1 if self._group.job.in_loop else steps):
-            self._state, metrics = self._call("advance", self._state, jnp.int32(steps))
-        return self._by_lane(metrics)
+    def advance(self, counts: Sequence[int]) -> list[dict[int, Metrics]]:
+        """Advances all remaining runs from rung to rung."""
+        found: Any = ()
+        for _ in range(1 if self._group.job.in_loop else sum(counts)):
+            self._state, *found = self._call("advance", self._state, jnp.array(counts, jnp.int32))
+        return _rungs({lane: _by_rung(*rest) for lane, rest in self._by_lane(found).items()})
 
     def finish(self) -> dict[int, Metrics]:
         """The final metrics."""
@@ -593,8 +652,8 @@ class _Stacked:
         runs = self._group.runs(name)
         return program(self._hparams, lanes, alive, *shared, self._group.data, lanes=in_one_body, runs=runs)
 
-    def _by_lane(self, metrics: Any) -> dict[int, Metrics]:
-        found = jax.tree.map(np.asarray, metrics)
+    def _by_lane(self, tree: Any) -> dict[int, Any]:
+        found = jax.tree.map(np.asarray, tree)
         return {
             lane: jax.tree.map(lambda leaf, place=place: leaf[place], found)
             for place, lane in enumerate(self._lanes)
@@ -680,17 +739,30 @@ def _through(
     lanes: Lanes = (_Looped if mode == "loop" else _Stacked)(group, mode, traced, keys)
     found: dict[int, Metrics] = {lane: {} for lane in range(len(keys))}
     live, taken, spent, work = set(found), 0, 0.0, 0
-    for stop in stops:
+    # One program takes any number of rungs up to this, so that it is compiled once.
+    most = len(stops) if group.lost is not None and group.job.in_loop else 1
+    left, ahead = list(stops), 1
+    while left and live:
+        reached, left = left[:ahead], left[ahead:]
+        counts = np.diff([taken, *reached]).tolist()
         start, compiled = time.perf_counter(), group.compile_seconds
-        metrics = lanes.advance(stop - taken)
+        metrics = lanes.advance([*counts, *[0] * (most - len(counts))])
         spent += time.perf_counter() - start - (group.compile_seconds - compiled)
-        work, taken = work + len(live) * (stop - taken), stop
-        found |= metrics
-        gone = set(watch(stop, metrics)) & live
-        lanes.drop(gone)
-        live -= gone
-        if not live:
-            break
+        work += sum(count * len(there) for count, there in zip(counts, metrics, strict=False))
+        taken = reached[-1]
+        nobody: Sequence[dict[int, Metrics]] = [{}] * (len(reached) - len(metrics))
+        for stop, there in zip(reached, [*metrics, *nobody], strict=True):
+            here = {lane: there[lane] for lane in live if lane in there}
+            found |= here
+            # What is not here was lost at the rung before.
+            gone = live - here.keys()
+            if here:
+                gone |= set(watch(stop, here)) & live
+            lanes.drop(gone)
+            live -= gone
+        # A lane that diverges mostly does so before the first rung, which is passed alone.
+        step = len(live) * spent / max(work, 1)
+        ahead = max(1, sum(step * (stop - taken) <= _CALL_SECONDS for stop in left[:most]))
     if live:
         for lane, metrics in lanes.finish().items():
             found[lane] = {**found[lane], **metrics}
@@ -733,7 +805,7 @@ def run_one(
     lanes = _Looped(group, "loop", values, key[None], started)
     metrics: Metrics = {}
     for stop in sorted({*(stop for stop in rungs if taken < stop < group.steps), group.steps}):
-        metrics, taken = lanes.advance(stop - taken)[0], stop
+        metrics, taken = lanes.advance([stop - taken])[0][0], stop
         keep(stop, lanes.state(0))
         if not watch(stop, metrics):
             return lanes.state(0), metrics

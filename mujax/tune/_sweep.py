@@ -249,7 +249,16 @@ def sweep(
     }
     check_objective(objective, _metric_shapes(job, first, floats))
     worker = Worker(
-        job, constant, floats, objective, seeds=seeds, seed=seed, rungs=rungs, mode=mode, lanes=lanes
+        job,
+        constant,
+        floats,
+        objective,
+        seeds=seeds,
+        seed=seed,
+        rungs=rungs,
+        pruned=pruner is not None,
+        mode=mode,
+        lanes=lanes,
     )
     settings = {
         "seeds": seeds,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from mujax.errors import ConfigError, MujaxError
 from mujax.train import CompiledRuns, Job, Metrics, Mode, run_lanes
@@ -92,6 +93,7 @@ class Worker:
         seeds: int,
         seed: int,
         rungs: int,
+        pruned: bool,
         mode: Mode | None,
         lanes: int | None,
     ) -> None:
@@ -105,11 +107,12 @@ class Worker:
             seeds: runs of each trial.
             seed: the first of them.
             rungs: evaluations of a run, the last one included.
+            pruned: whether the study may stop a run at a rung.
             mode: how to run lanes; None measures.
             lanes: runs at a time; None depends on the platform.
         """
         self._job, self._fixed, self._floats, self._objective = job, fixed, floats, objective
-        self._seeds, self._seed, self._rungs = seeds, seed, rungs
+        self._seeds, self._seed, self._rungs, self._pruned = seeds, seed, rungs, pruned
         self._mode: Mode | None = mode
         self._devices = jax.local_devices()
         self._lanes = lanes or _LANES.get(self._devices[0].platform, _LANES_ELSE)
@@ -171,7 +174,13 @@ class Worker:
         static = {name: value for name, value in hparams.items() if name not in self._floats}
         key = tuple(sorted(static.items()))
         if key not in self._groups:
-            self._groups[key] = CompiledRuns(self._job, static, mode=self._mode, devices=self._devices)
+            self._groups[key] = CompiledRuns(
+                self._job,
+                static,
+                mode=self._mode,
+                devices=self._devices,
+                lost=None if self._pruned else self._is_lost,
+            )
         return key, self._groups[key]
 
     def _batch(
@@ -241,16 +250,19 @@ class Worker:
             out.append((lease, trial, attrs))
         return out
 
-    def _mean(self, lanes: Sequence[Metrics], *, at_rung: bool) -> float | None:
-        """The objective, the mean over lanes; None where one diverged.
+    def _value(self, metrics: Metrics, *, at_rung: bool) -> Any:
+        """The objective; at a rung the loss, where the objective is measured at the end only."""
+        name = self._objective if self._objective in metrics or not at_rung else "loss"
+        check_objective(name, {name: np.shape(value) for name, value in metrics.items()})
+        return metrics[name]
 
-        At a rung a metric that is measured at the end only is missing: there the loss takes its place.
-        """
-        values = []
-        for metrics in lanes:
-            name = self._objective if self._objective in metrics or not at_rung else "loss"
-            check_objective(name, {name: np.shape(value) for name, value in metrics.items()})
-            values.append(float(metrics[name]))
+    def _is_lost(self, metrics: Metrics) -> Bool[Array, ""]:
+        """Whether a run diverged before a rung, as `_mean` has it."""
+        return ~jnp.isfinite(self._value(metrics, at_rung=True)) | metrics.get("diverged", False)
+
+    def _mean(self, lanes: Sequence[Metrics], *, at_rung: bool) -> float | None:
+        """The objective, the mean over lanes; None where one diverged."""
+        values = [float(self._value(metrics, at_rung=at_rung)) for metrics in lanes]
         is_fine = all(math.isfinite(value) for value in values)
         if not is_fine or any(bool(metrics.get("diverged", False)) for metrics in lanes):
             return None

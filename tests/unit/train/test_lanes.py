@@ -63,6 +63,61 @@ def test_what_is_dropped_at_a_rung_costs_nothing_from_there(mode):
     assert job.seen.count(0.25) == job.seen.count(0.125) == 8
 
 
+LOSSES = {
+    stop: [expected(rate, key, stop) for rate, key in zip(RATES["rate"], KEYS, strict=True)]
+    for stop in (2, 4, 6, 8)
+}
+
+
+@pytest.mark.parametrize(
+    ("lost", "seconds", "calls"),
+    [(True, 60.0, 2), (True, 0.0, 4), (False, 60.0, 4)],
+    ids=["short", "long", "looked at"],
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_short_runs_go_on_from_the_second_rung_until_they_are_lost(mode, lost, seconds, calls, monkeypatch):
+    monkeypatch.setattr(lanes, "_CALL_SECONDS", seconds)
+    # Lane 2 falls below this at the second rung, lane 1 at the third.
+    bar = 0.003
+    assert [[lane for lane in range(5) if LOSSES[stop][lane] < bar] for stop in (2, 4, 6)] == [
+        [],
+        [2],
+        [1, 2],
+    ]
+    job, seen, advanced = Decay(), {}, []
+
+    def watch(stop, metrics):
+        for lane, found in metrics.items():
+            assert float(found["loss"]) == pytest.approx(LOSSES[stop][lane], rel=1e-6)
+        seen[stop] = set(metrics)
+        return [lane for lane, found in metrics.items() if found["loss"] < bar] if stop < 8 else []
+
+    group = CompiledRuns(job, {}, mode=mode, lost=(lambda metrics: metrics["loss"] < bar) if lost else None)
+    kind = lanes._Looped if mode == "loop" else lanes._Stacked
+    advance = kind.advance
+    monkeypatch.setattr(
+        kind, "advance", lambda self, counts: advanced.append(counts) or advance(self, counts)
+    )
+    found = run_lanes(group, RATES, KEYS, rungs=[2, 4, 6], watch=watch)
+    jax.effects_barrier()
+    assert len(advanced) == calls
+    assert seen == {2: {0, 1, 2, 3, 4}, 4: {0, 1, 2, 3, 4}, 6: {0, 1, 3, 4}, 8: {0, 3, 4}}
+    ends = {2: 4, 1: 6}
+    assert [metrics["at"] for metrics in found] == [ends.get(lane, 8) for lane in range(5)]
+    if mode != "vmap":
+        # What is lost costs nothing from there.
+        assert [job.seen.count(rate) for rate in RATES["rate"]] == [ends.get(lane, 8) for lane in range(5)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lost_run_ends_though_nobody_drops_it(mode, monkeypatch):
+    monkeypatch.setattr(lanes, "_CALL_SECONDS", 60.0)
+    group = CompiledRuns(Decay(), {}, mode=mode, lost=lambda metrics: metrics["at"] >= 4)
+    found = run_lanes(group, RATES, KEYS, rungs=[2, 4, 6])
+    assert [metrics["at"] for metrics in found] == [4] * 5
+    assert not any("vector" in metrics for metrics in found)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_runs_when_all_are_dropped(mode):
     job = Decay()
