@@ -116,7 +116,12 @@ class Exponents:
 
 
 def broken_rules(
-    tap: Tap, path: str, param: ParamSpec, log2_width_ratio: float, found: Exponents
+    tap: Tap,
+    path: str,
+    param: ParamSpec,
+    log2_width_ratio: float,
+    found: Exponents,
+    others: Sequence[ParamSpec] = (),
 ) -> list[Violation]:
     """Compares one use of a parameter with Table 8, up to the freedom that the tables leave.
 
@@ -130,6 +135,7 @@ def broken_rules(
         param: its shape and roles, the widest model against the narrowest.
         log2_width_ratio: log2 of the ratio of the two widths.
         found: the measured exponents.
+        others: the other parameters that its kernel is computed from.
     """
     table = rules.parametrization("mup")
     family: rules.Family = "sgd" if found.linear else "adam"
@@ -139,9 +145,9 @@ def broken_rules(
         return math.log2(ratio) / log2_width_ratio
 
     initial = exponent(rules.init_scale(param, table, 1.0))
-    factor = 0.0
-    if tap.kind == "readout" or param.role == "output":
-        factor = -exponent(param.r_in if param.role == "output" else param.r_out)
+    # The constants on a product are those of its kernel, whichever of the kernel's parameters reads out.
+    read_out = [one.r_in for one in (param, *others) if one.role == "output"]
+    factor = -exponent(read_out[0] if read_out else param.r_out if tap.kind == "readout" else 1.0)
     lr = exponent(rules.lr_factor(param, table, family))
     off_initial = 0.0 if found.initial is None else found.initial - initial
     off_factor = found.factor - factor
@@ -210,12 +216,14 @@ def find_faults(
             here = tap
             if tap.kind in ("product", "readout") and _is_gain(clean, tap, path):
                 # The constants on the product are the kernel's.
-                here, factors = dataclasses.replace(tap, kind="vector"), scales
+                here, factors = dataclasses.replace(tap, kind="vector", params=(path,)), scales
             else:
-                # A kernel that the model normalises gets back its size at the product.
+                # A kernel that the model normalises gets back its size at the product, by a correction or
+                # by a constant of the model.
+                held = _scale(clean, tap.site) / _constants_take_out(checked[wide], tap)
                 factors = [
-                    site_factor(checked[width], tap) * factor / held
-                    for width, factor, held in zip(ends, scales, (1.0, _scale(clean, tap.site)), strict=True)
+                    site_factor(checked[width], tap) * factor / size
+                    for width, factor, size in zip(ends, scales, (1.0, held), strict=True)
                 ]
             lrs = [_known_lr(response, number) for response in responses]
             exponents = Exponents(
@@ -225,7 +233,8 @@ def find_faults(
                 linear=bool(responses[1].linear[number]),
             )
             param = relative(clean, models, path)
-            add(*broken_rules(here, path, param, log2_width_ratio, exponents))
+            others = [relative(clean, models, other) for other in here.params if other != path]
+            add(*broken_rules(here, path, param, log2_width_ratio, exponents, others))
             felt = [(one.epsilon[number], one.decay[number]) for one in responses]
             if min(measured[width].gradients[number] / _typical(measured[width]) for width in ends) < _NOISE:
                 # A key's bias has no gradient but for rounding: epsilon may take over there.
@@ -246,6 +255,16 @@ def _scale(clean: MupModel, site: EqnPath | None) -> float:
     """What brings a value that the model's constants or norms scale with width back to size, at a place."""
     corrections = () if site is None else clean.replay.corrections.get(site, ())
     return math.prod(one.factor for one in corrections if one.kind == "scale")
+
+
+def _constants_take_out(subject: Subject, tap: Tap) -> float:
+    """What the constants behind a tap take out of how it scales from the narrowest model by design."""
+    if tap.site is None:
+        return 1.0
+    replay, products = subject.replay, mixing_sites(subject.taps)
+    *_, last = tap.site, *(step.site for step in chain(replay.program, replay.analysis, tap.site, products))
+    scales = replay.analysis.scales
+    return scales.get(tap.site, 1.0) / scales.get(last, 1.0)
 
 
 def _typical(measured: Measured) -> float:

@@ -108,6 +108,33 @@ class Designed(nn.Module):
         return nn.WeightNorm(nn.Dense(6, name="out"))(nn.relu(nn.Dense(self.width, name="last")(decoded)))
 
 
+def unit(x, axis=-1):
+    return x / jnp.linalg.norm(x, axis=axis, keepdims=True)
+
+
+class Written(nn.Module):
+    """A kernel made from an embedding, differential attention, and cosines times a gain and a root."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width, name="first")(x))
+        embedding = self.param("embedding", nn.initializers.normal(1.0), (8,))
+        maker = self.param("maker", nn.initializers.normal(8**-0.5), (8, self.width, 16))
+        x = nn.relu(x @ jnp.einsum("e,eio->io", embedding, maker) / self.width**0.5)
+        q, k, v = (nn.Dense(self.width, name=name)(x) for name in "qkv")
+        n = self.width // 2
+        ours, theirs = (
+            nn.softmax(q[..., here] @ k[..., here].swapaxes(-1, -2) / n**0.5)
+            for here in (slice(n), slice(n, None))
+        )
+        x = nn.RMSNorm(name="norm")(ours @ v - 0.8 * theirs @ v)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.width, 6))
+        gain = self.param("gain", nn.initializers.ones, (6,))
+        return unit(x) @ unit(kernel, axis=0) * gain * self.width**0.5
+
+
 def measured(build, inputs=X, base=32, width=128, **kwargs):
     """The findings that were measured, of the two models as they are."""
     found = mujax.audit(build(width), build(base), inputs, measure=True, **kwargs)
@@ -126,6 +153,11 @@ RIGHT = {
     ),
     "what falls or grows by design": (
         Designed,
+        jax.ShapeDtypeStruct((8, 6, 12), jnp.float32),
+        {"base": 16, "width": 64},
+    ),
+    "what is written in other ways": (
+        Written,
         jax.ShapeDtypeStruct((8, 6, 12), jnp.float32),
         {"base": 16, "width": 64},
     ),

@@ -60,6 +60,21 @@ class Stream(nn.Module):
         return embed.attend(x) if self.tied else nn.Dense(32, name="readout")(x)
 
 
+class Cosine(nn.Module):
+    """Logits that are cosines with a gain, times the root of the width."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Dense(self.width, name="first")(x))
+        x = jnp.tanh(nn.Dense(self.width, name="up")(x))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.width, 8))
+        gain = self.param("gain", nn.initializers.ones, (8,))
+        x, kernel = (y / jnp.linalg.norm(y, axis=axis, keepdims=True) for y, axis in ((x, -1), (kernel, 0)))
+        return x @ kernel * gain * self.width**0.5
+
+
 def tampered(optimizer: str, factors: Mapping[str, Callable[[ParamSpec], float]], **settings: Any):
     """The right optimizer, with the updates of some parameters scaled in a wrong way."""
 
@@ -134,6 +149,9 @@ PLANTED = {
     ),
     "readout factor dropped": Planted(
         "kernel", "forward factor", Net, settings={"corrections": {"readout": False}}
+    ),
+    "readout factor dropped, of a kernel that is normalised": Planted(
+        "kernel", "forward factor", Cosine, settings={"corrections": {"readout": False}}
     ),
     "readout factor after the bias": Planted(
         "bias", "forward factor", lambda w: Net(w, after_bias=BASE / w), settings=OFF
@@ -244,8 +262,8 @@ def _is(pattern, name):
     return fnmatch.fnmatch(name, pattern)
 
 
-@pytest.mark.parametrize("model", [Net, Stream])
+@pytest.mark.parametrize("model", [Net, Stream, Cosine])
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_without_a_fault_it_passes(model, optimizer):
-    check = checked(Planted("", "", model, X if model is Net else TOKENS, optimizer))
+    check = checked(Planted("", "", model, TOKENS if model is Stream else X, optimizer))
     assert check.verdict == "pass", str(check)

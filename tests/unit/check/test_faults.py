@@ -7,12 +7,13 @@ from mujax.check._taps import Tap
 from mujax.spec import ParamSpec
 
 HIDDEN = ParamSpec((256, 256), (64, 64), fan_in=(0,), fan_out=(1,), infinite=(0, 1))
+FINITE = ParamSpec((8,), (8,), fan_in=(), fan_out=(0,), infinite=())
 OUTPUT = ParamSpec((256, 8), (64, 8), fan_in=(0,), fan_out=(1,), infinite=(0,))
 
 
-def blamed(param, kind, initial, factor, lr, linear=False):
+def blamed(param, kind, initial, factor, lr, linear=False, others=()):
     tap = Tap("net/kernel", kind, (0,), "net.py:1", ("net/kernel",), 1)
-    found = broken_rules(tap, "net/kernel", param, 2.0, Exponents(initial, factor, lr, linear))
+    found = broken_rules(tap, "net/kernel", param, 2.0, Exponents(initial, factor, lr, linear), others)
     return [one.rule for one in found]
 
 
@@ -36,6 +37,12 @@ def test_the_three_tables_are_one(initial, factor, adam, sgd):
 
 def test_standard_readout_lacks_its_factor_and_its_initial_values():
     assert blamed(OUTPUT, "readout", -0.5, 0.0, 0.0) == ["forward factor", "initialisation"]
+
+
+def test_what_a_kernel_is_made_from_has_the_factor_of_the_kernel():
+    assert blamed(FINITE, "product", 0.0, -1.0, 0.0, others=[OUTPUT]) == []
+    assert blamed(FINITE, "product", 0.0, 0.0, 0.0, others=[OUTPUT]) == ["forward factor"]
+    assert blamed(FINITE, "product", 0.0, -1.0, 0.0, others=[HIDDEN]) == ["forward factor"]
 
 
 def test_zero_initial_values_are_right():

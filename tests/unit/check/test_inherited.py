@@ -61,6 +61,52 @@ def test_what_comes_from_a_readout_may_fall_with_it():
         assert taps[f"{name}/kernel"].falls == 0, name
 
 
+class Differences(nn.Module):
+    """Differences of values that tend to a constant, as attention weights and gates of latents do."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(self.width, name="first")(x))
+        one, other = nn.Dense(4, name="one")(h), nn.Dense(4, name="other")(h)
+        part, scale = x[..., :4], self.param("scale", nn.initializers.ones, ())
+        q, k, v = (nn.Dense(self.width, name=name)(h) for name in "qkv")
+        n = self.width // 2
+        ours, theirs = (
+            nn.softmax(q[..., here] @ k[..., here].swapaxes(1, 2) / n**0.5)
+            for here in (slice(n), slice(n, None))
+        )
+        found = {
+            "exponentials": jnp.exp(one) - jnp.exp(other),
+            "gates": nn.sigmoid(one) * part - scale * (part * nn.sigmoid(other)),
+            "shares": (nn.softmax(one) - nn.softmax(other)) / 0.3,
+            "attention": ours @ v - 0.8 * theirs @ v,
+            "weights": (ours - theirs) @ v,
+            # These do not cancel.
+            "a sum": nn.sigmoid(one) + nn.sigmoid(other),
+            "other data": nn.sigmoid(one) * part - nn.sigmoid(other) * x[..., 4:8],
+            "other values": ours @ v - theirs @ q,
+            "one gate": nn.sigmoid(one) * part - part,
+            "a share of data": nn.softmax(one) - nn.softmax(part),
+            "a residual": nn.sigmoid(one) * part - nn.sigmoid(other) * part + part,
+        }
+        for name, value in found.items():
+            found[name] = nn.Dense(self.width, name=name)(value)
+        return found
+
+
+FALL = ["exponentials", "gates", "shares", "attention", "weights"]
+
+
+def test_a_difference_of_what_tends_to_one_value_may_fall():
+    taps = taps_of(Differences, X)
+    falls = {name.removesuffix("/kernel"): tap.falls for name, tap in taps.items() if tap.kind == "product"}
+    assert {name: falls.pop(name) for name in FALL} == dict.fromkeys(FALL, -0.5)
+    stay = set("qkv") | {"first", "other data", "other values", "one gate", "a share of data", "a residual"}
+    assert falls == dict.fromkeys([*stay, "a sum"], 0.0)
+
+
 class LinearAttention(nn.Module):
     width: int
     normalise: bool = True
