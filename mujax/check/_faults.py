@@ -262,9 +262,12 @@ def _constants_take_out(subject: Subject, tap: Tap) -> float:
     if tap.site is None:
         return 1.0
     replay, products = subject.replay, mixing_sites(subject.taps)
-    *_, last = tap.site, *(step.site for step in chain(replay.program, replay.analysis, tap.site, products))
+    steps = list(chain(replay.program, replay.analysis, tap.site, products))
+    if not steps or steps[-1].product:
+        # As in `downstream`: what queries are divided by belongs to the logits.
+        return 1.0
     scales = replay.analysis.scales
-    return scales.get(tap.site, 1.0) / scales.get(last, 1.0)
+    return scales.get(tap.site, 1.0) / scales.get(steps[-1].site, 1.0)
 
 
 def _typical(measured: Measured) -> float:
