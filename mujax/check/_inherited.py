@@ -35,7 +35,7 @@ class _Limit(NamedTuple):
 
     Attributes:
         factors: the values that it is a multiple of, by the equations that make them; none for a constant.
-        rest: the power of the width that the rest falls by.
+        rest: the power of the width that the rest falls by beside it.
     """
 
     factors: frozenset[EqnPath | None]
@@ -64,7 +64,7 @@ def initial_exponents(analysis: Analysis, sums: Collection[EqnPath]) -> Mapping[
             if limit is not None:
                 limits[site] = limit
                 if visit.eqn.primitive.name == "sub":
-                    value = min(value, limit.rest)
+                    value += limit.rest
         found[site] = value - 0.5 * (site in sums)
     return found
 
