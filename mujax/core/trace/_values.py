@@ -117,6 +117,7 @@ class Scale:
         origins: the equations where the scale left 1; a factor there is a factor here.
         through: equations with a scale of their own that it was computed from, and that are not its origins.
         behind: whether a layer came after the scale left 1: constants that follow do not belong to its sums.
+        epsilon: whether a small number was added to what falls with width: in a wide model it takes over.
     """
 
     total: float | None = 1.0
@@ -125,6 +126,7 @@ class Scale:
     origins: frozenset[tuple[int | str, ...]] = frozenset()
     through: frozenset[tuple[int | str, ...]] = frozenset()
     behind: bool = False
+    epsilon: bool = False
 
     @property
     def is_one(self) -> bool:
@@ -149,7 +151,8 @@ class Scale:
             return self if exponent > 0 else UNKNOWN
         through = self.origins | self.through
         total, summed = self.total**exponent, self.summed**exponent
-        return Scale(total, summed, self.degree * exponent, through=through, behind=self.behind)
+        degree = self.degree * exponent
+        return Scale(total, summed, degree, through=through, behind=self.behind, epsilon=self.epsilon)
 
     def scaled(self, factor: float | None) -> Scale:
         """The scale after multiplication with a constant that scales by `factor`."""
@@ -304,17 +307,20 @@ def product(scales: Iterable[Scale]) -> Scale:
     """Scale of a product."""
     total, summed, degree = 1.0, 1.0, 0.0
     through: frozenset[tuple[int | str, ...]] = frozenset()
-    unknown = behind = False
+    unknown = behind = epsilon = False
     for scale in scales:
         if scale.total == 0:
             return ZERO
         unknown |= scale.total is None
         behind |= scale.behind
+        epsilon |= scale.epsilon
         total *= scale.total or 1.0
         summed *= scale.summed
         degree += scale.degree
         through |= scale.origins | scale.through
-    return UNKNOWN if unknown else Scale(total, summed, degree, through=through, behind=behind)
+    if unknown:
+        return UNKNOWN
+    return Scale(total, summed, degree, through=through, behind=behind, epsilon=epsilon)
 
 
 def same(a: float, b: float) -> bool:

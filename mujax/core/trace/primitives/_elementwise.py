@@ -49,6 +49,8 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
         if weights and not alike.is_one and _is_shifted(interp, pair, ins):
             _report_unlike_terms(interp, pair, ins, scales)
             return UNKNOWN
+        if not interp.exact and _has_epsilon(ins, alike):
+            alike = dataclasses.replace(alike, epsilon=True)
         return interp.scale_at(pair, alike)
     if interp.exact or any(scale.total is None for scale in moving):
         return UNKNOWN
@@ -63,6 +65,17 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
     for value in ins:
         interp.require_order_one(pair.place, value)
     return ONE
+
+
+def _has_epsilon(ins: Sequence[Value], scale: Scale) -> bool:
+    """Whether an operand is a small number, as the epsilon of a norm, that falls less than the others do."""
+    falls = scale.total
+    if not falls or falls >= 1:
+        return False
+    numbers = [value.const for value in ins if value.const is not None and all(value.const)]
+    return any(
+        max(abs(base), abs(target)) <= 1e-2 and target / base > 1.01 * falls for base, target in numbers
+    )
 
 
 def _is_shifted(interp: Interpreter, pair: Pair, ins: Sequence[Value]) -> bool:
@@ -272,12 +285,17 @@ def _one_minus_square(
 
 
 def _quotient(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    both = (scales[0], scales[1].power(-1))
-    return interp.scale_at(pair, product(both), *both)
+    return _product(interp, pair, ins, (scales[0], scales[1].power(-1)))
 
 
 def _product(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: Sequence[Scale]) -> Scale:
-    return interp.scale_at(pair, product(scales), *scales)
+    out = product(scales)
+    if out.is_one:
+        for value, scale, other in zip(ins, scales, scales[::-1], strict=True):
+            if other.epsilon and not scale.epsilon:
+                # A norm takes out that this value falls with width, but only while it is above the epsilon.
+                interp.require_order_one(pair.place, value, report=False)
+    return interp.scale_at(pair, out, *scales)
 
 
 SignRule = Callable[[Pair, Sequence[Value]], Parity]

@@ -102,3 +102,77 @@ def test_a_sum_that_nothing_divides_is_reported():
 
     (finding,) = mujax.audit(net(running)(WIDTH), net(running)(BASE), X)
     assert finding.kind == "unscaled sum"
+
+
+def root_mean_square(h, epsilon=1e-2, floor=0.0):
+    return h / jnp.maximum(jnp.sqrt(jnp.mean(h**2, -1, keepdims=True) + epsilon), floor)
+
+
+def unit(h):
+    return h / jnp.linalg.norm(h, axis=-1, keepdims=True)
+
+
+SMALL = {
+    "a root": lambda h, n: root_mean_square(h / n**0.5),
+    "the width": lambda h, n: root_mean_square(h / n),
+    "two roots": lambda h, n: root_mean_square(h * n**-0.25 * n**-0.25),
+    "a unit vector": lambda h, n: root_mean_square(unit(h)),
+    "standardised": lambda h, n: nn.standardize(h / n**0.5, epsilon=1e-2),
+    "over the batch": lambda h, n: (z := h / n**0.5) / (z.std(0) + 1e-2),
+    "a floor": lambda h, n: root_mean_square(h / n, 0.0, 1e-2),
+    "a reciprocal root": lambda h, n: (z := h / n**0.5) * lax.rsqrt(jnp.mean(z**2, -1, keepdims=True) + 1e-2),
+    "in a loop": lambda h, n: lax.scan(lambda c, _: (root_mean_square(c / n**0.5), None), h, None, length=2)[
+        0
+    ],
+    "used elsewhere": lambda h, n: root_mean_square(z := h / n**0.5) + z * n**0.5,
+}
+LARGE = {
+    "of order one": lambda h, n: root_mean_square(h),
+    "what grows": lambda h, n: root_mean_square(h * n**0.5),
+    "no epsilon": lambda h, n: root_mean_square(h / n**0.5, 0.0),
+    "a norm without one": lambda h, n: unit(h / n**0.5) * n**0.5,
+    "an epsilon that scales as it does": lambda h, n: root_mean_square(h / n**0.5, 1e-2 / n),
+}
+
+
+def behind(function: Callable) -> Callable[[int], mujax.Functional]:
+    """A function of features and their number, and a readout."""
+
+    def build(width: int) -> mujax.Functional:
+        def init(key, x):
+            first, last = jax.random.split(key)
+            return {
+                "first": jax.random.normal(first, (8, width)) / 8**0.5,
+                "last": jax.random.normal(last, (width, 3)) / width**0.5,
+            }
+
+        def apply(params, x):
+            features = function(x @ params["first"], width)
+            return features @ params["last"], features
+
+        return mujax.Functional(init, apply)
+
+    return build
+
+
+def shrinkage(function: Callable, **options) -> float:
+    """How much smaller the features are in a wider model."""
+    sizes = []
+    for width in (BASE, WIDTH):
+        delta = behind(function)(2 * width) if width == BASE else None
+        mup = mujax.mup_init(behind(function)(width), behind(function)(BASE), X, delta=delta, **options)
+        _, features = mup.apply(mup.init(jax.random.key(0), X), X)
+        sizes.append(float(jnp.abs(features).mean()))
+    return sizes[0] / sizes[1]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_falls_below_the_epsilon_of_a_norm_is_brought_to_order_one(name):
+    assert shrinkage(SMALL[name]) == pytest.approx(1, abs=0.15)
+    assert shrinkage(SMALL[name], corrections={"scale": False}) > 1.2 or name == "used elsewhere"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_stays_above_the_epsilon_is_left_alone(name):
+    mup = mujax.mup_init(behind(LARGE[name])(WIDTH), behind(LARGE[name])(BASE), X)
+    assert [one for one in mup.corrections if one.kind == "scale"] == []
