@@ -204,7 +204,7 @@ class Writer:
         self._count = 0
         self.quiet = 0
         self.slower: dict[str, float] = {}
-        self._narrow: set[str] = set()
+        self.narrow: set[str] = set()
 
     def name(self, letter: str) -> str:
         self._count += 1
@@ -242,11 +242,11 @@ class Writer:
     @property
     def is_narrow(self) -> bool:
         """Whether the kernel of the next measured value reads out and in again."""
-        return not self._narrow.isdisjoint(self._fresh)
+        return not self.narrow.isdisjoint(self._fresh)
 
     def reads_out(self, parameter: str) -> None:
         """Notes that the product with this parameter falls at the start, as that of a readout does."""
-        self._narrow.add(parameter[3:-2])
+        self.narrow.add(parameter[3:-2])
 
     def after_fall(self, parameter: str) -> str:
         """Notes that what this parameter multiplies falls at the start, as the output of a readout does."""
@@ -295,7 +295,7 @@ class Writer:
         name = self.name(letter)
         self.line(f'{name} = tap("{name}", {expression})')
         fresh, self._fresh = tuple(self._fresh), []
-        if not self._narrow.isdisjoint(fresh):
+        if not self.narrow.isdisjoint(fresh):
             lo -= 0.5
         if change_lo is not None and change_lo > lo:
             # Gains of a kernel that reads out change its product by as much as that is at the start.
@@ -604,10 +604,16 @@ def dense(g: Writer, v: Var) -> Var:
 @step("hsi", 2)
 def mlp(g: Writer, v: Var) -> Var:
     m = g.pick("2 * n", "n // 2", "n + 16", "4 * n")
-    up, down = kernel(g, "n", m), kernel(g, m, "n")
+    up = kernel(g, "n", m)
+    first = g.is_narrow
+    known = len(g.narrow)
+    down = kernel(g, m, "n")
+    second = len(g.narrow) > known
     a = g.let(f"{v.name} @ {up}{bias(g, m)}")
     text = activation(g, a, 1)
-    return g.value(f"{text} @ {down}{bias(g, 'n')}", v.kind, after(text, v.lo))
+    # `value` takes off a half where either of the two reads out.
+    lo = after(text, v.lo - 0.5 * first) + 0.5 * (first and not second)
+    return g.value(f"{text} @ {down}{bias(g, 'n')}", v.kind, lo)
 
 
 @step("hsi", 2)
