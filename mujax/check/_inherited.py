@@ -18,13 +18,13 @@ from typing import Final, NamedTuple
 from mujax.core.program import LAYOUT, PRODUCTS, EqnPath, JaxprEqn, shape_of
 from mujax.core.trace import Analysis, Operand
 
-# Functions whose value at zero is no zero, and what is no activation: they don't fall with their argument.
-_STAY: Final = frozenset(
-    {"exp", "exp2", "logistic", "cos", "cosh", "erfc", "log", "acos", "acosh", "sign", "gt", "ge", "lt", "le"}
-    | {"eq", "ne", "argmax", "argmin", "is_finite", "lgamma", "digamma", "igamma", "igammac"}
-)
-# Those of them that are analytic there: but for a constant, they fall with their argument.
+# Analytic at zero, with a value that is no zero: but for a constant, they fall with their argument.
 _CONSTANT_AT_ZERO: Final = frozenset({"exp", "exp2", "logistic", "cos", "cosh", "erfc"})
+# With others whose value there is no zero, and what is no activation: they don't fall with their argument.
+_STAY: Final = _CONSTANT_AT_ZERO | frozenset(
+    {"log", "acos", "acosh", "sign", "gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "is_finite"}
+    | {"lgamma", "digamma", "igamma", "igammac"}
+)
 _POWERS: Final = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "cbrt": 1 / 3}
 # A constant as small as the epsilon of a norm is no term of its own.
 _SMALL: Final = 1e-2

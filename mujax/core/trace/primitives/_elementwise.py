@@ -26,7 +26,7 @@ from mujax.core.trace._values import (
 )
 from mujax.core.trace.primitives._fold import fold_constants
 from mujax.core.trace.primitives._moves import broadcast_pending, broadcast_view
-from mujax.core.trace.primitives._readouts import power_of_readout
+from mujax.core.trace.primitives._readouts import EPSILON, power_of_readout
 
 ScaleRule = Callable[[Interpreter, Pair, Sequence[Value], Sequence[Scale]], Scale]
 """Scale of a result from the operands and the scales that they bring."""
@@ -74,7 +74,7 @@ def _has_epsilon(ins: Sequence[Value], scale: Scale) -> bool:
         return False
     numbers = [value.const for value in ins if value.const is not None and all(value.const)]
     return any(
-        max(abs(base), abs(target)) <= 1e-2 and target / base > 1.01 * falls for base, target in numbers
+        max(abs(base), abs(target)) <= EPSILON and target / base > 1.01 * falls for base, target in numbers
     )
 
 

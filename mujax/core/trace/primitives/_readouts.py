@@ -23,7 +23,7 @@ from mujax.core.trace._values import NORMALISED_READOUT, Power, Value
 _Ranges = tuple[range, ...]
 
 # The largest number that counts as a norm's epsilon.
-_EPSILON: Final = 0.01
+EPSILON: Final = 0.01
 
 
 def readout(path: str) -> Power:
@@ -212,7 +212,7 @@ def _terms(pair: Pair, ins: Sequence[Value]) -> Power | None:
 def _sum(pair: Pair, ins: Sequence[Value]) -> Power | None:
     """A sum: one power in all terms but parameters (a bias) and numbers as small as an epsilon."""
     numbers = [value.const for value in ins if value.kind == "const"]
-    if any(number is None or abs(number[1]) > _EPSILON for number in numbers):
+    if any(number is None or abs(number[1]) > EPSILON for number in numbers):
         return None
     return _terms(pair, ins)
 

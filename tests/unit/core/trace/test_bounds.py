@@ -37,21 +37,25 @@ NOT_BOUNDED = {
 }
 
 
+def two_layers(width: int) -> Callable:
+    def init(key, x):
+        first, last = jax.random.split(key)
+        return {
+            "first": jax.random.normal(first, (8, width)) / 8**0.5,
+            "last": jax.random.normal(last, (width, 3)) / width**0.5,
+        }
+
+    return init
+
+
 def net(function: Callable) -> Callable[[int], mujax.Functional]:
     """The root of the width in front of a function, and a norm behind it that hides the scale."""
 
     def build(width: int) -> mujax.Functional:
-        def init(key, x):
-            first, last = jax.random.split(key)
-            return {
-                "first": jax.random.normal(first, (8, width)) / 8**0.5,
-                "last": jax.random.normal(last, (width, 3)) / width**0.5,
-            }
-
         def apply(params, x):
             return nn.standardize(function(x @ params["first"] * width**0.5)) @ params["last"]
 
-        return mujax.Functional(init, apply)
+        return mujax.Functional(two_layers(width), apply)
 
     return build
 
@@ -139,18 +143,11 @@ def behind(function: Callable) -> Callable[[int], mujax.Functional]:
     """A function of features and their number, and a readout."""
 
     def build(width: int) -> mujax.Functional:
-        def init(key, x):
-            first, last = jax.random.split(key)
-            return {
-                "first": jax.random.normal(first, (8, width)) / 8**0.5,
-                "last": jax.random.normal(last, (width, 3)) / width**0.5,
-            }
-
         def apply(params, x):
             features = function(x @ params["first"], width)
             return features @ params["last"], features
 
-        return mujax.Functional(init, apply)
+        return mujax.Functional(two_layers(width), apply)
 
     return build
 
