@@ -70,7 +70,7 @@ def common_scale(interp: Interpreter, pair: Pair, ins: Sequence[Value], scales: 
 def _has_epsilon(ins: Sequence[Value], scale: Scale) -> bool:
     """Whether an operand is a small number, as the epsilon of a norm, that falls less than the others do."""
     falls = scale.total
-    if not falls or falls >= 1:
+    if not falls:
         return False
     numbers = [value.const for value in ins if value.const is not None and all(value.const)]
     return any(
