@@ -16,7 +16,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -486,29 +486,34 @@ def measure(
         width: Program(subject, loss, batches, seeds, least, steps, lanes)
         for width, subject in checked.items()
     }
+    found: dict[int, list[list[list[Any]]]] = {width: [[] for _ in rates] for width in programs}
+    out: dict[int, Measured] = {}
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
-        # What takes longest comes first.
-        waiting = [pool.submit(programs[width].compile) for width in reversed(programs)]
+        # What takes longest comes first, and runs while the others are compiled.
+        waiting = {pool.submit(programs[width].compile): width for width in reversed(programs)}
         others = [pool.submit(compile_it) for compile_it in beside]
-        for count, compiled in enumerate(concurrent.futures.as_completed(waiting), start=1):
-            compiled.result()
-            work += 2
-            update(CheckProgress(0, total, work / whole, f"compiled for {count} of {len(checked)} widths"))
-        found: dict[int, list[list[list[Any]]]] = {width: [[] for _ in rates] for width in programs}
-        out: dict[int, Measured] = {}
-        at_once = max(program.lanes or 1 for program in programs.values())
-        for some in _rounds(seeds, len(seeds) if enough is None or at_once > 1 else 1):
-            for width, program in programs.items():
+
+        def compiled() -> Iterator[int]:
+            nonlocal work
+            for future in concurrent.futures.as_completed(waiting):
+                future.result()
+                work += 2
+                yield waiting[future]
+
+        at_once = max(program.lanes for program in programs.values())
+        first, *rest = _rounds(seeds, len(seeds) if enough is None or at_once > 1 else 1)
+        for ready, some in [(compiled(), first), *((programs, some) for some in rest)]:
+            for width in ready:
                 for rate, rows in zip(rates, found[width], strict=True):
                     update(CheckProgress(done, total, work / whole, f"width {width}"))
-                    for run in program.run(rate, steps, some):
+                    for run in programs[width].run(rate, steps, some):
                         rows.append(run)
                         update(CheckProgress(done, total, work / whole, f"width {width}"))
                         done, work = done + 1, work + weights[width] / runs
             out = {width: _gathered(rows, programs[width].paths) for width, rows in found.items()}
-            for compiled in others:
-                compiled.result()
+            for other in others:
+                other.result()
             if enough is not None and done < total and enough(out):
                 break
     finally:

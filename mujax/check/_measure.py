@@ -9,7 +9,6 @@ References:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -73,8 +72,7 @@ class _State(NamedTuple):
     params: PyTree
     opt_state: PyTree
     variables: list[Any]
-    first: PyTree
-    """What the taps are compared with: see `Program._compared`."""
+    """The flat variables, with None for parameters."""
 
 
 class Program:
@@ -93,7 +91,7 @@ class Program:
 
     Attributes:
         paths: the parameters in the order in which they are measured, once it is compiled.
-        lanes: how many seeds are run at once, once it is compiled.
+        lanes: how many seeds are run at once.
     """
 
     def __init__(
@@ -114,32 +112,53 @@ class Program:
         self._sites = [tap.site for tap in subject.taps if tap.site is not None]
         self._runs, self._steps = runs, steps
         self.paths: tuple[str, ...] = ()
-        self.lanes = lanes
+        self.lanes = lanes or self._fitting_lanes()
+        self._first: PyTree = None
         self._compiled: tuple[Any, Any] | None = None
 
     def compile(self) -> None:
         """Compiles for all runs; safe in a thread."""
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        rate, number = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+        key, rate, number = _key(), _shape((), jnp.float32), _shape((), jnp.int32)
         batch = jax.eval_shape(lambda: self._batches[0])
-        params, variables = jax.eval_shape(self._subject.replay.init, key)
-        _, seen = jax.eval_shape(self._read, params, variables, batch, key)
-        self.paths = paths_of(params)
-        start, step = functools.partial(self._first_state, seen), self._one_step
-        if self.lanes is None:
-            self.lanes = _lanes(lambda: jax.eval_shape(start, key, rate)[0], len(self._seeds))
+        start, step = self._first_state, self._one_step
         if self.lanes > 1:
-            key = jax.ShapeDtypeStruct((self.lanes,), key.dtype)
+            key = _shape((self.lanes,), key.dtype)
             start = jax.vmap(start, in_axes=(0, None))
-            step = jax.vmap(step, in_axes=(0, None, None, 0, None, None))
+            step = jax.vmap(step, in_axes=(0, 0, None, None, 0, None, None))
         lowered = jax.jit(start).lower(key, rate)
-        state, _ = lowered.out_info
-        lowered_step = jax.jit(step, donate_argnums=0).lower(state, batch, batch, key, rate, number)
+        state, _ = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype), lowered.out_info)
+        first = self._taps_of(state)
+        lowered_step = jax.jit(step, donate_argnums=0).lower(state, first, batch, batch, key, rate, number)
+        self.paths = paths_of(state.params)
+        self._first = first
         runs = self._runs / self.lanes
         self._compiled = (
             lowered.compile(effort(lowered, runs, in_part=True)),
             lowered_step.compile(effort(lowered_step, runs * (self._steps + 1), in_part=True)),
         )
+
+    def _taps_of(self, state: _State) -> PyTree:
+        """The shapes of what the taps compare, from those of a state of one lane or of all."""
+
+        def taps(params: PyTree, variables: list[Any]) -> PyTree:
+            _, seen = self._read(params, variables, self._batches[0], jax.random.key(0))
+            return self._compared(seen)
+
+        return jax.eval_shape(taps if self.lanes == 1 else jax.vmap(taps), state.params, state.variables)
+
+    def _fitting_lanes(self) -> int:
+        """The number of seeds to run at once."""
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if limit is None:
+            # On a CPU one after the other is as fast, and compiles faster.
+            return 1
+        self.lanes = 1
+        state, _ = jax.eval_shape(self._first_state, _key(), 0.0)
+        # Parameters, moments and first activations; a step needs as much again, and gradients.
+        held = jax.tree.leaves((state, self._taps_of(state)))
+        each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+        fitting, seeds = max(1, int(0.8 * limit // each)), len(self._seeds)
+        return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
 
     def run(self, rate: float, steps: int, seeds: Sequence[int] | None = None) -> Iterator[list[Any]]:
         """Trains one model for each seed and yields its measurements.
@@ -156,32 +175,35 @@ class Program:
         if self._compiled is None:
             self.compile()
         assert self._compiled is not None
-        assert self.lanes is not None
         start, step = self._compiled
         lr = np.float32(rate)
         seeds = self._seeds if seeds is None else seeds
-        for first in range(0, len(seeds), self.lanes):
-            together = [jax.random.key(seed) for seed in seeds[first : first + self.lanes]]
+        for lowest in range(0, len(seeds), self.lanes):
+            together = [jax.random.key(seed) for seed in seeds[lowest : lowest + self.lanes]]
             key = jnp.stack(together) if self.lanes > 1 else together[0]
             state, initial = start(key, lr)
-            rows = [initial]
+            rows = [jax.device_get(initial)]
+            # Nothing is compared before the first step.
+            first = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), self._first)
             for number in range(steps + 1):
                 batch = self._batches[number % len(self._batches)]
-                state, measured = step(state, self._batches[0], batch, key, lr, np.int32(number))
-                rows.append(measured)
-            # The next one would start beside it, in memory of its own.
-            rows = jax.device_get(rows)
+                state, now, measured = step(state, first, self._batches[0], batch, key, lr, np.int32(number))
+                first = now if number == 0 else first
+                # Steps in flight would each have memory of their own.
+                rows.append(jax.device_get(measured))
+                del now
+            del state, first
             if self.lanes == 1:
                 yield rows
             else:
                 for lane in range(self.lanes):
                     yield jax.tree.map(lambda leaf, lane=lane: leaf[lane], rows)
 
-    def _first_state(self, seen: Any, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
-        params, variables = self._subject.replay.init(key)
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._compared(seen))
-        state = _State(params, self._subject.optimizer(rate).init(params), variables, blank)
-        return state, _of_leaves(params)
+    def _first_state(self, key: Key[Array, ""], rate: Float[Array, ""]) -> tuple[_State, Any]:
+        replay = self._subject.replay
+        params, variables = replay.init(key)
+        others = [None if at in replay.call.params else leaf for at, leaf in enumerate(variables)]
+        return _State(params, self._subject.optimizer(rate).init(params), others), _of_leaves(params)
 
     def _read(self, params: PyTree, variables: list[Any], batch: Batch, key: Key[Array, ""]) -> Any:
         inputs, targets = batch
@@ -191,22 +213,24 @@ class Program:
     def _one_step(
         self,
         state: _State,
+        first: PyTree,
         probe: Batch,
         batch: Batch,
         key: Key[Array, ""],
         rate: Float[Array, ""],
         number: Any,
-    ) -> tuple[_State, Any]:
-        params, opt_state, variables, first = state
+    ) -> tuple[_State, PyTree, Any]:
+        """The next state, what later steps compare with if this is the first one, and what it measures."""
+        params, opt_state, variables = state
         (loss, seen), gradient = jax.value_and_grad(self._read, has_aux=True)(params, variables, batch, key)
         if len(self._batches) > 1:
             _, seen = self._read(params, variables, probe, key)
-        first = jax.tree.map(lambda old, new: jnp.where(number == 0, new, old), first, self._compared(seen))
-        measured = (self._of_taps(first, seen), _of_leaves(gradient), loss)
+        now = self._compared(seen)
+        measured = (self._of_taps(first, now, seen, moved=number > 0), _of_leaves(gradient), loss)
         tx = optax.with_extra_args_support(self._subject.optimizer(rate))
         updates, opt_state = tx.update(gradient, opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
-        return _State(params, opt_state, variables, first), measured
+        return _State(params, opt_state, variables), now, measured
 
     def _compared(self, seen: Any) -> list[tuple[Any, Any]]:
         """What each tap compares with its first value: the activation, and the operand of parameters."""
@@ -222,11 +246,12 @@ class Program:
                 found.append((record.out, record.operands[tap.operand] if tap.operand >= 0 else None))
         return found
 
-    def _of_taps(self, first: Sequence[tuple[Any, Any]], seen: Any) -> Float[Array, "taps stats"]:
+    def _of_taps(
+        self, first: Sequence[tuple[Any, Any]], now: Sequence[tuple[Any, Any]], seen: Any, moved: Any
+    ) -> Float[Array, "taps stats"]:
         rows = []
-        pairs = zip(first, self._compared(seen), strict=True)
-        for tap, factor, ((old, old_weight), (new, weight)) in zip(
-            self._subject.taps, self._factors, pairs, strict=True
+        for tap, factor, (old, old_weight), (new, weight) in zip(
+            self._subject.taps, self._factors, first, now, strict=True
         ):
             part = inputs = None
             if tap.site is not None and weight is not None:
@@ -235,20 +260,16 @@ class Program:
                     inputs = operands[1 - tap.operand]
                 operands[tap.operand] = weight - old_weight
                 part = _by_weights(self._subject.replay, tap, tap.site, operands)
-            rows.append(_sizes(old, new, factor, part, inputs))
+            rows.append(_sizes(old, new, factor, moved, part, inputs))
         return jnp.stack(rows) if rows else jnp.zeros((0, len(STATS)))
 
 
-def _lanes(state: Callable[[], _State], seeds: int) -> int:
-    """The number of seeds to run at once."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        # On a CPU one after the other is as fast, and compiles faster.
-        return 1
-    # The state holds parameters, moments and first activations; a step needs as much again, and gradients.
-    each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state()))
-    fitting = max(1, int(0.8 * limit // each))
-    return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
+def _shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def _later_factor(subject: Subject, tap: Tap) -> float:
@@ -282,12 +303,17 @@ def inserted_factor(subject: Subject, tap: Tap) -> float:
     return site_factor(subject, tap) / site_factor(bare, tap)
 
 
-def _sizes(old: Any, new: Any, factor: float, part: Any = None, inputs: Any = None) -> Float[Array, " stats"]:
+def _sizes(
+    old: Any, new: Any, factor: float, moved: Any, part: Any = None, inputs: Any = None
+) -> Float[Array, " stats"]:
+    """The `STATS` of a tap; changes are zero unless `moved`, whatever it is compared with."""
     old, new = _single(old), _single(new)
     change = new - old
     split = (jnp.nan, jnp.nan) if part is None else (_mean(part), _mean(change - _single(part)))
     given = jnp.nan if inputs is None else _mean(inputs)
-    return jnp.stack([*(factor * size for size in (_mean(new), _mean(change), *split)), given])
+    return jnp.stack(
+        [factor * _mean(new), *(factor * moved * size for size in (_mean(change), *split)), given]
+    )
 
 
 def _single(x: Any) -> Any:
