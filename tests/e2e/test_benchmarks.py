@@ -69,6 +69,7 @@ def test_spec_scale_measures_in_processes_of_their_own(report, tmp_path):
     assert [row["parameters"] - size["parameters"] for row in found["layers"]] == [0, block, 2 * block]
     # The baseline is after the import of JAX; the parameters, 1 GB in the smallest, are never allocated.
     assert all(row["import_megabytes"] > 50 and 0 < row["megabytes"] < 500 for row in found["layers"])
+    assert all(row["traced_seconds"] > 0 for row in found["layers"])
 
 
 def test_audit_measures_in_processes_of_its_own(report, tmp_path):
