@@ -8,9 +8,9 @@ cost is linear in them. Everything is abstract: no parameter is ever allocated. 
 of its own; of several the median counts:
 
 - seconds: wall time of `mup_init`, the start of JAX's backend included;
+- CPU: processor time of the same, the least of all runs: other work on the machine disturbs it less;
 - JAX alone: wall time of tracing the models as Flax has them: initialisation and one call, at both widths.
   Whatever reads a model off its traces takes that long at the least;
-- CPU: processor time of the same, the least of all runs: other work on the machine disturbs it less;
 - memory: peak resident set of the process minus the resident set after the imports;
 - linearity: CPU seconds that each layer costs from the second largest number of layers to the largest, over
   the same from the smallest to the second largest. At 10, 20, 40 and 80 layers it is 1 for a cost linear in

@@ -127,7 +127,7 @@ class Program:
             step = jax.vmap(step, in_axes=(0, 0, None, None, 0, None, None))
         lowered = jax.jit(start).lower(key, rate)
         state, _ = jax.tree.map(lambda leaf: _shape(leaf.shape, leaf.dtype), lowered.out_info)
-        first = self._taps_of(state)
+        first = self._taps_of(state, self.lanes)
         lowered_step = jax.jit(step, donate_argnums=0).lower(state, first, batch, batch, key, rate, number)
         self.paths = paths_of(state.params)
         self._first = first
@@ -137,14 +137,14 @@ class Program:
             lowered_step.compile(effort(lowered_step, runs * (self._steps + 1), in_part=True)),
         )
 
-    def _taps_of(self, state: _State) -> PyTree:
-        """The shapes of what the taps compare, from those of a state of one lane or of all."""
+    def _taps_of(self, state: _State, lanes: int) -> PyTree:
+        """The shapes of what the taps compare, from those of a state of so many lanes."""
 
         def taps(params: PyTree, variables: list[Any]) -> PyTree:
             _, seen = self._read(params, variables, self._batches[0], jax.random.key(0))
             return self._compared(seen)
 
-        return jax.eval_shape(taps if self.lanes == 1 else jax.vmap(taps), state.params, state.variables)
+        return jax.eval_shape(taps if lanes == 1 else jax.vmap(taps), state.params, state.variables)
 
     def _fitting_lanes(self) -> int:
         """The number of seeds to run at once."""
@@ -152,10 +152,9 @@ class Program:
         if limit is None:
             # On a CPU one after the other is as fast, and compiles faster.
             return 1
-        self.lanes = 1
         state, _ = jax.eval_shape(self._first_state, _key(), 0.0)
         # Parameters, moments and first activations; a step needs as much again, and gradients.
-        held = jax.tree.leaves((state, self._taps_of(state)))
+        held = jax.tree.leaves((state, self._taps_of(state, 1)))
         each = 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in held)
         fitting, seeds = max(1, int(0.8 * limit // each)), len(self._seeds)
         return max(lanes for lanes in range(1, seeds + 1) if seeds % lanes == 0 and lanes <= fitting)
