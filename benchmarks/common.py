@@ -49,11 +49,16 @@ class Goal:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, and how busy it was: timed figures mean nothing without them."""
+    import jax  # noqa: PLC0415 - the environment of microsoft/mup, which imports this module, has none
+
+    device = jax.devices()[0]
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        # This process may be bound to some of the machine's.
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "accelerator": None if device.platform == "cpu" else device.device_kind,
         "load_average": os.getloadavg(),
     }
 

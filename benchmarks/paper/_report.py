@@ -59,10 +59,11 @@ def _at_scale(
         for row in report["rows"]
     )
     remark = one.remarks.get(scale, "")
-    cores, flops = report["cores"], report["flops"]
+    flops = report["flops"]
+    where = f"one {report['accelerator']}" if report.get("accelerator") else f"{report['cores']} cores"
     return (
         f"{''.join(shown)}| claim | measured | interval | holds |\n|---|---|---|---|\n{rows}\n"
-        f"`{report['command']}`: {report['minutes']:.0f} minutes on {cores} cores"
+        f"`{report['command']}`: {report['minutes']:.0f} minutes on {where}"
         + (f", {flops / 1e12:.3g} trillion operations of compiled programs" if flops else "")
         + f" ([numbers]({path.relative_to(relative_to)})).\n\n"
         + ("" if report["finished"] else "Not finished: the command resumes it with the other seeds.\n\n")

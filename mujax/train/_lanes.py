@@ -599,8 +599,8 @@ class _Stacked:
         self._group = group
         self.mode: Mode = mode
         count = len(keys)
-        # The padding is copies of the first lane.
-        self._lanes: list[int | None] = [*range(count), *[None] * (self._padded(count) - count)]
+        # The padding is copies of the first lane, at most a quarter; after a drop up to half is dead anyway.
+        self._lanes: list[int | None] = [*range(count), *[None] * (self._padded(count, 4) - count)]
         order = np.array([lane or 0 for lane in self._lanes])
         self._hparams = {
             name: self._put(jnp.asarray(values, jnp.result_type(float))[order])
@@ -633,11 +633,13 @@ class _Stacked:
                 lambda leaf: self._put(leaf[order]), (self._hparams, self._state)
             )
 
-    def _padded(self, count: int) -> int:
-        """Rounds up to a power of two of lanes for each device, so that there are few programs."""
+    def _padded(self, count: int, sizes: int = 1) -> int:
+        """Rounds up the lanes of each device to one of so many sizes an octave, so that there are few programs."""
         devices = len(self._group.devices)
         each = -(-count // devices)
-        return devices * (1 << (each - 1).bit_length())
+        octave = 1 << (each - 1).bit_length() >> 1
+        unit = max(1, octave // sizes)
+        return devices * unit * -(-each // unit)
 
     def _put(self, leaf: Any) -> Any:
         devices = self._group.devices
