@@ -180,7 +180,8 @@ class _Program:
             self._fits(program)
             self._compiled[shapes] = program
             self.seconds += time.perf_counter() - start
-            self.flops = float((program.cost_analysis() or {}).get("flops", 0.0)) / lanes
+            # Before XLA optimises: it has products in libraries, as on a GPU, whose operations it can't count.
+            self.flops = float((lowered.cost_analysis() or {}).get("flops", 0.0)) / lanes
         return self._compiled[shapes]
 
     def __call__(self, *args: Any, lanes: int = 1, runs: float = math.inf) -> Any:

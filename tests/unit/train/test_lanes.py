@@ -266,14 +266,17 @@ def test_an_accelerator_is_given_all_lanes_at_once():
     assert CompiledRuns(Decay(), {}, mode="loop", devices=[Chip()]).modes == ("loop",)
 
 
-def test_operations_are_those_of_the_compiled_step():
+def test_operations_are_those_of_a_step(monkeypatch):
+    # A GPU's products are calls of a library, whose operations XLA does not count.
+    monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda _: {"flops": 1.0})
+
     def flops(mode, length):
         group = CompiledRuns(Decay(length=length), {}, mode=mode)
         run_lanes(group, RATES, KEYS)
         return group.flops
 
     loop = flops("loop", 8)
-    assert loop > 0
+    assert loop > 8
     assert flops("loop", 16) == 2 * loop
     for mode in ("map", "vmap"):
         assert flops(mode, 8) == pytest.approx(loop, rel=0.5)
