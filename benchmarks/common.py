@@ -47,18 +47,27 @@ class Goal:
         return [f"{name}: {figure:.5g}, the goal is {self.text}{doubt}."]
 
 
+def cores() -> int | None:
+    """Cores of this process, which may be bound to some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def device() -> str:
+    """Where programs run, in words."""
+    import jax  # the environment of microsoft/mup, which imports this module, has none
+
+    first = jax.devices()[0]
+    return f"{cores()} cores" if first.platform == "cpu" else f"one {first.device_kind}"
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, and how busy it was: timed figures mean nothing without them."""
-    import jax  # noqa: PLC0415 - the environment of microsoft/mup, which imports this module, has none
-
-    device = jax.devices()[0]
     return {
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "python": platform.python_version(),
         "machine": platform.machine(),
-        # This process may be bound to some of the machine's.
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "accelerator": None if device.platform == "cpu" else device.device_kind,
+        "cores": cores(),
+        "device": device(),
         "load_average": os.getloadavg(),
     }
 

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=pathlib.Path, help="folder of the results: benchmarks/out/paper; of `report`: results/"
     )
-    parser.add_argument("--so-far", action="store_true", help="run nothing: report on the finished seeds")
+    parser.add_argument("--so-far", action="store_true", help="run nothing: report on what is finished")
     parser.add_argument("--text", type=pathlib.Path, help="text file in place of the packaged text")
     parser.add_argument("--pairs", type=pathlib.Path, help="file of tab-separated pairs of sentences")
     parser.add_argument("--images", type=pathlib.Path, help="folder of four IDX files")

@@ -109,7 +109,7 @@ def make(
         scale: of the run.
         inputs: the user's own data.
         out: the folder for `ID-scale.jsonl`, `.json` and `.png`; the first has all records.
-        so_far: run nothing, and report on the seeds that are finished.
+        so_far: run nothing, and report on the seeds (in F3 also the widths) that are finished.
 
     Returns:
         The report, as written.
@@ -143,6 +143,7 @@ def report_of(figure: Figure, scale: Scale, inputs: Inputs, results: Results) ->
         "rows": [row._asdict() for row in figure.table(config, results)],
         **results.settings,
         **common.environment(),
+        "device": " and ".join(results.devices) or common.device(),
         "records": len(results.records),
     }
 

@@ -59,13 +59,12 @@ def _at_scale(
         for row in report["rows"]
     )
     remark = one.remarks.get(scale, "")
-    flops = report["flops"]
-    where = f"one {report['accelerator']}" if report.get("accelerator") else f"{report['cores']} cores"
+    flops, device = report["flops"], report.get("device", f"{report['cores']} cores")
     return (
         f"{''.join(shown)}| claim | measured | interval | holds |\n|---|---|---|---|\n{rows}\n"
-        f"`{report['command']}`: {report['minutes']:.0f} minutes on {where}"
-        + (f", {flops / 1e12:.3g} trillion operations of compiled programs" if flops else "")
+        f"`{report['command']}`: {report['minutes']:.0f} minutes on {device}"
+        + (f", {flops / 1e12:.3g} trillion operations" if flops else "")
         + f" ([numbers]({path.relative_to(relative_to)})).\n\n"
-        + ("" if report["finished"] else "Not finished: the command resumes it with the other seeds.\n\n")
+        + ("" if report["finished"] else "Not finished: the command resumes it.\n\n")
         + (f"{remark}\n\n" if remark else "")
     )

@@ -13,6 +13,7 @@ from typing import Any, Final, TextIO
 
 import numpy as np
 
+from benchmarks import common
 from mujax.check import Finished, Run, train_runs
 from mujax.errors import ConfigError
 from mujax.train import Training
@@ -109,7 +110,8 @@ class Results:
             seconds: wall time that it took.
             flops: operations of its compiled programs, where they are counted.
         """
-        line = {"key": list(key), **found, "seconds": round(seconds, 3), "flops": flops}
+        spent = {"seconds": round(seconds, 3), "flops": flops, "device": common.device()}
+        line = {"key": list(key), **found, **spent}
         self._write(line)
         self.records[key] = line
 
@@ -122,6 +124,11 @@ class Results:
     def flops(self) -> float:
         """Operations of all records whose operations are counted."""
         return sum(record["flops"] or 0.0 for record in self.records.values())
+
+    @property
+    def devices(self) -> list[str]:
+        """Where the records were made, in words; empty for those of before it was stored."""
+        return list(dict.fromkeys(one["device"] for one in self.records.values() if "device" in one))
 
     def run(self, setting: str, width: int, value: float, seed: int) -> Finished | None:
         """A training run of `train`; None if it is not there."""

@@ -66,6 +66,30 @@ class Config:
     zeros: tuple[str, ...] = ()
 
     @property
+    def sweeps(self) -> dict[str, tuple[float, ...]]:
+        """The setting of each sweep and its grid."""
+        return {
+            "sp": self.sp_rates,
+            "mup": self.rates,
+            "mup output_mult": self.multipliers,
+            "mup init_scale": self.sigmas,
+        }
+
+    def finished(self, results: Results) -> Config:
+        """With the widths only that have all runs of a seed, if the base and another one are among them."""
+        grids = [*self.sweeps.items(), *((f"mup {name}", (self.rate,)) for name in self.schedules)]
+        widths = [
+            width
+            for width in self.widths
+            if any(
+                all(("run", name, width, value, seed) in results for name, grid in grids for value in grid)
+                for seed in self.seeds
+            )
+        ]
+        enough = self.base in widths and len(widths) > 1
+        return dataclasses.replace(self, widths=tuple(widths)) if enough else self
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What all runs share."""
         return {name: getattr(self, name) for name in ("depth", "length", "batch", "steps")}
@@ -107,6 +131,10 @@ class Hyperparameters(Figure):
             *(octaves(-15, -6), octaves(-12, -5), octaves(-4, 4, 2), octaves(-4, 4, 2)),
             rate=-8.0,
         ),
+    }
+
+    remarks = {  # noqa: RUF012
+        "gpu": "Widths 1024 and 2048 of the configuration are not run: the time on the GPU was used up."
     }
 
     def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:
@@ -159,15 +187,9 @@ class Hyperparameters(Figure):
 
     def checks(self, config: Config, results: Results) -> dict[str, TransferCheck]:
         """The library's check of each sweep."""
-        values = {
-            "sp": config.sp_rates,
-            "mup": config.rates,
-            "mup output_mult": config.multipliers,
-            "mup init_scale": config.sigmas,
-        }
         return {
             name: judged(results, name, config.widths, grid, config.seeds, config.base)
-            for name, grid in values.items()
+            for name, grid in config.sweeps.items()
         }
 
     def schedules(self, config: Config, results: Results) -> dict[int, dict[str, float | None]]:
@@ -179,6 +201,7 @@ class Hyperparameters(Figure):
         return found
 
     def table(self, config: Config, results: Results) -> list[Row]:
+        config = config.finished(results)
         checks = self.checks(config, results)
         schedules = self.schedules(config, results)
         ((runs,),) = results.sweep("mup constant", (config.base,), (config.rate,), config.seeds).values()
@@ -205,6 +228,7 @@ class Hyperparameters(Figure):
         ]
 
     def draw(self, config: Config, results: Results, path: pathlib.Path) -> None:
+        config = config.finished(results)
         checks = self.checks(config, results)
         schedules = self.schedules(config, results)
         panels = [

@@ -117,6 +117,12 @@ class Language(Figure):
         ),
     }
 
+    remarks = {  # noqa: RUF012
+        "gpu": "The 3,000 steps read the text four and a half times. The training loss of the last hundredth "
+        "of a run is 0.10 lower with µTransfer than with absolute attention, 0.08 lower than the larger "
+        "model's (curves of the records); the held-out loss is not: all models overfit."
+    }
+
     def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:
         return _text.load(inputs.text)
 

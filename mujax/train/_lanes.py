@@ -180,7 +180,7 @@ class _Program:
             self._fits(program)
             self._compiled[shapes] = program
             self.seconds += time.perf_counter() - start
-            # Before XLA optimises: it has products in libraries, as on a GPU, whose operations it can't count.
+            # Before XLA optimises: a GPU's products become calls of a library, which it does not count.
             self.flops = float((lowered.cost_analysis() or {}).get("flops", 0.0)) / lanes
         return self._compiled[shapes]
 
@@ -635,7 +635,7 @@ class _Stacked:
             )
 
     def _padded(self, count: int, sizes: int = 1) -> int:
-        """Rounds up the lanes of each device to one of so many sizes an octave, so that there are few programs."""
+        """Rounds up the lanes of each device to one of some sizes an octave: there are few programs then."""
         devices = len(self._group.devices)
         each = -(-count // devices)
         octave = 1 << (each - 1).bit_length() >> 1

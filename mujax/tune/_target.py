@@ -97,9 +97,9 @@ class Clock:
             self._start = (step, now) if step else None
             return None
         steps = (step - self._start[0]) / max(now - self._start[1], 1e-9)
-        peak = peak_flops(self._group.devices[0].device_kind)
-        flops = self._group.flops
-        share = None if peak is None or flops is None else flops / self._group.steps * steps / peak
+        peak, mesh = peak_flops(self._group.devices[0].device_kind), self._group.mesh
+        flops, devices = self._group.flops, 1 if mesh is None else mesh.size
+        share = None if peak is None or flops is None else flops / self._group.steps * steps / peak / devices
         return Speed(steps * self._batch, share)
 
 

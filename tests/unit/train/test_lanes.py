@@ -56,10 +56,9 @@ def test_what_is_dropped_at_a_rung_costs_nothing_from_there(mode):
     assert calls == [(2, [0, 1, 2, 3, 4]), (4, [1, 2]), (8, [1, 2])]
     assert [metrics["at"] for metrics in found] == [2, 8, 8, 2, 2]
     assert ["vector" in metrics for metrics in found] == [False, True, True, False, False]
-    # Dead lanes took two steps; a vmapped program of 8 places shrinks to one of 2.
+    # Dead lanes took two steps; a vmapped program of 5 places shrinks to one of 2.
     dead = [rate for rate in job.seen if rate in (0.5, 1.0, 0.75)]
-    padding = 3 * 2 if mode == "vmap" else 0
-    assert len(dead) == 3 * 2 + padding
+    assert len(dead) == 3 * 2
     assert job.seen.count(0.25) == job.seen.count(0.125) == 8
 
 
@@ -124,7 +123,7 @@ def test_nothing_runs_when_all_are_dropped(mode):
     found = run_lanes(CompiledRuns(job, {}, mode=mode), RATES, KEYS, rungs=[1], watch=lambda _, __: range(5))
     jax.effects_barrier()
     assert [metrics["at"] for metrics in found] == [1] * 5
-    assert len(job.seen) == (8 if mode == "vmap" else 5)
+    assert len(job.seen) == 5
 
 
 def test_static_hyperparameters_are_python_values():
@@ -178,7 +177,7 @@ def test_a_batch_that_does_not_fit_is_halved(mode, monkeypatch):
     assert [float(metrics["loss"]) for metrics in found] == pytest.approx(
         [expected(rate, key) for rate, key in zip(RATES["rate"], KEYS, strict=True)], rel=1e-6
     )
-    assert max(tried) == 8
+    assert max(tried) == 5
     assert sorted(seen) == [0, 1, 2, 3, 4]
 
 

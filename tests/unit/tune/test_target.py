@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,7 @@ from mujax.tune.study import SharedStudy
 
 STEPS = 30
 _TUNE = importlib.import_module("mujax.tune._tune")
+_TARGET = importlib.import_module("mujax.tune._target")
 
 
 def net(width):
@@ -292,3 +294,23 @@ def test_a_coordinator_that_does_not_answer(config: TuneConfig, capfd: pytest.Ca
     assert main([*_command(config)[3:], *given]) == 2
     # A process of its own has joined the others.
     assert "expected process 0 to listen at 127.0.0.1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_utilization_is_of_all_devices(devices, monkeypatch):
+    # The operations of a run are those of its whole mesh.
+    group = types.SimpleNamespace(
+        devices=[types.SimpleNamespace(device_kind="TPU v5 lite")],
+        mesh=None if devices == 1 else types.SimpleNamespace(size=devices),
+        steps=10,
+        flops=10 * 1.97e13,
+    )
+    seconds = iter((0.0, 1.0, 2.0))
+    monkeypatch.setattr(_TARGET.time, "monotonic", lambda: next(seconds))
+    clock = _TARGET.Clock(group, batch=8)
+    assert clock.at(0) is None
+    assert clock.at(1) is None
+    speed = clock.at(6)
+    assert speed.examples_per_second == 40
+    # 5 steps of a tenth of a device's peak in a second.
+    assert speed.utilization == pytest.approx(0.5 / devices)
