@@ -108,7 +108,7 @@ class Results:
             key: strings and numbers.
             found: strict JSON.
             seconds: wall time that it took.
-            flops: operations of its compiled programs, where they are counted.
+            flops: operations of its programs, where they are counted.
         """
         spent = {"seconds": round(seconds, 3), "flops": flops, "device": common.device()}
         line = {"key": list(key), **found, **spent}

@@ -23,7 +23,7 @@ class Trial:
         loss: the objective, the mean over seeds; None where a seed diverged.
         pruned: stopped at a rung; `loss` is the objective there.
         metrics: all scalar metrics, the mean over seeds.
-        flops: operations spent on it, by the compiled program; None if unknown.
+        flops: operations spent on it, as XLA counts them before it optimises; None if unknown.
         rungs: steps -> objective there, the mean over seeds.
         curve: loss of every step, the mean over seeds; only for a trial that this worker ran to its end.
     """
