@@ -75,9 +75,9 @@ class Interpolation(Figure):
 
     remarks = {  # noqa: RUF012
         "gpu": "A quarter of the paper's epochs, one seed. Parametrizations on the way to µP end lower at "
-        "the largest widths: their hidden layers move faster the wider they are, and at this length of a "
-        "run that still helps. The multiples of the output and of the first layer's rate were chosen on "
-        "shorter runs; that a search at the proxy would close the gap is not shown."
+        "the largest widths, perhaps because their hidden layers move faster the wider they are: the "
+        "multiples of the output and of the first layer's rate were chosen on shorter runs, and that of "
+        "the hidden layers' is 1. That a search at the proxy would close the gap is not shown."
     }
 
     def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:

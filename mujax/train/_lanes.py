@@ -142,7 +142,7 @@ class _Program:
 
     Attributes:
         seconds: time of compilation.
-        flops: operations of one lane, over all its devices, as XLA counts them; the body of a loop counts once.
+        flops: operations of one lane on all its devices, as XLA counts them; the body of a loop counts once.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class CompiledRuns:
 
     @property
     def flops(self) -> float | None:
-        """Operations of one run, as XLA counts those of a step before it optimises; None if they are not known.
+        """Operations of one run, as XLA counts those of a step before it optimises; None if they are unknown.
 
         A `FunctionJob` may have loops inside, whose bodies XLA counts once.
         """
