@@ -96,7 +96,7 @@ class Language(Figure):
             batch=16,
             proxy_steps=300,
             steps=800,
-            trials=7,
+            trials=6,
             seeds=(0, 1, 2),
             valid=16,
         ),
