@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mujax import data
+from mujax.data._splits import standardised
 from mujax.errors import ConfigError, DataError
 
 KEY = jax.random.key(0)
@@ -919,3 +920,21 @@ def test_a_packed_file_is_no_text(tmp_path, magic, found):
         f"expected a text, got {found}; unpack it, or give it the name of its kind "
         "(.npz, .npy, -images-idx3-ubyte.gz)."
     )
+
+
+def test_pixels_do_not_depend_on_the_order_of_a_sum():
+    # Sums of floats do, so that another processor would give data of another fingerprint.
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (500, 28, 28)).astype(np.uint8)
+    order = random.permutation(len(images))
+    labels = np.zeros(len(images), np.int32)
+
+    def pixels(images):
+        examples = data.Examples(images, labels)
+        return standardised(examples, examples)[0].inputs
+
+    exact = images.astype(np.float64)
+    found = pixels(images)
+    np.testing.assert_array_equal(found[order], pixels(images[order]))
+    expected = ((exact - exact.mean()) / exact.std()).astype(np.float32)[..., None]
+    np.testing.assert_array_max_ulp(found, expected, 1)
