@@ -12,6 +12,10 @@ last step, and fits, judges and looks for the broken rule.
 - cold: nothing compiled before. warm: JAX's persistent compilation cache has been filled by a run before.
 - process: the whole time of the process; check: the same without starting Python and importing; cpu:
   processor time of the process, all threads together, which other work on the machine disturbs less.
+- plain: one jitted step of Flax and optax a width, which trains the same models for as many seeds and steps
+  and records nothing. What it takes over microsoft/mup bounds what a check in JAX can. Its seeds are all of
+  the case's, and `2 seeds` those of a check that stops early.
+- XLA: seconds in which XLA compiled, or programs were loaded from the cache, in all threads together.
 - The figure is the median of the ratios of neighbouring runs, with the 95% interval of that median.
 - memory: the peak of the whole process.
 """
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -70,6 +75,7 @@ QUICK: Final[Mapping[str, Case]] = {
 
 TORCH: Final = "microsoft/mup"
 SIDES: Final = ("cold", "warm")
+PLAIN: Final = ("plain, cold", "plain, warm", "plain, warm, 2 seeds")
 FIGURES: Final = ("process", "check", "cpu", "megabytes")
 
 GOALS: Final[Mapping[tuple[str, str], common.Goal]] = {
@@ -85,48 +91,107 @@ MEMORY: Final = common.Goal(1.2, "at most 20 % more")
 def measure(case: Case) -> dict[str, Any]:
     """Seconds of one check, the first in this process, and its peak memory."""
     start = time.perf_counter()
-    import numpy as np
-
     import mujax
-    from mujax import models
 
-    imports, start = time.perf_counter() - start, time.perf_counter()
-
-    def mlp(width: int) -> Any:
-        return models.MLP(models.MLPConfig(width=width))
-
-    def transformer(width: int) -> Any:
-        return models.Transformer(
-            models.TransformerConfig(d_model=width, n_layers=2, n_heads=case.heads, max_len=case.length)
-        )
-
-    # By NumPy: what JAX takes to compile a random number is no part of a check.
-    draws = np.random.default_rng(0)
-    if case.model == "mlp":
-        factory = mlp
-        inputs = draws.standard_normal((case.batch, 784), np.float32)
-        targets = draws.integers(0, 10, case.batch, np.int32)
-    else:
-        factory = transformer
-        inputs, targets = draws.integers(0, 256, (2, case.batch, case.length), np.int32)
+    imports, xla, start = time.perf_counter() - start, _seconds_of_xla(), time.perf_counter()
+    batch = _batch(case)
     check = mujax.coord_check(
-        factory,
+        functools.partial(_model, case),
         case.widths,
         optimizer="adam",
-        batches=[(inputs, targets)],
+        batches=[batch],
         learning_rates=(case.learning_rate,),
         steps=case.steps,
         seeds=case.seeds,
     )
-    seconds = time.perf_counter() - start
     return {
         "imports": imports,
-        "check": seconds,
-        "cpu": time.process_time(),
-        "megabytes": common.resident()[1] / 1e6,
+        "check": time.perf_counter() - start,
+        **_resources(xla),
         "verdict": check.verdict,
         "seeds": check.seeds,
         "taps": len(check.taps),
+    }
+
+
+def measure_plain(case: Case) -> dict[str, Any]:
+    """The same of a loop that trains the same models in the standard parametrization and records nothing."""
+    start = time.perf_counter()
+    import jax
+    import optax
+
+    imports, xla, start = time.perf_counter() - start, _seconds_of_xla(), time.perf_counter()
+    inputs, targets = _batch(case)
+    optimizer = optax.adam(case.learning_rate)
+    for width in case.widths:
+        model = _model(case, width)
+
+        @jax.jit
+        def begin(key: Any, model: Any = model) -> Any:
+            params = model.init(key, inputs)
+            return params, optimizer.init(params)
+
+        def loss_of(params: Any, model: Any = model) -> Any:
+            logits = model.apply(params, inputs)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(state: Any, loss_of: Any = loss_of) -> Any:
+            params, moments = state
+            loss, grads = jax.value_and_grad(loss_of)(params)
+            updates, moments = optimizer.update(grads, moments, params)
+            return (optax.apply_updates(params, updates), moments), loss
+
+        for seed in range(case.seeds):
+            state = begin(jax.random.key(seed))
+            for _ in range(case.steps):
+                state, loss = step(state)
+            float(loss)
+    return {"imports": imports, "check": time.perf_counter() - start, **_resources(xla), "seeds": case.seeds}
+
+
+def _model(case: Case, width: int) -> Any:
+    from mujax import models
+
+    if case.model == "mlp":
+        return models.MLP(models.MLPConfig(width=width))
+    return models.Transformer(
+        models.TransformerConfig(d_model=width, n_layers=2, n_heads=case.heads, max_len=case.length)
+    )
+
+
+def _batch(case: Case) -> tuple[Any, Any]:
+    import numpy as np
+
+    # By NumPy: what JAX takes to compile a random number is no part of a check.
+    draws = np.random.default_rng(0)
+    if case.model == "mlp":
+        inputs = draws.standard_normal((case.batch, 784), np.float32)
+        return inputs, draws.integers(0, 10, case.batch, np.int32)
+    inputs, targets = draws.integers(0, 256, (2, case.batch, case.length), np.int32)
+    return inputs, targets
+
+
+def _seconds_of_xla() -> list[float]:
+    """A list that grows with each program that is compiled or loaded from now on."""
+    import jax
+
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return found
+
+
+def _resources(xla: Sequence[float]) -> dict[str, Any]:
+    return {
+        "cpu": time.process_time(),
+        "megabytes": common.resident()[1] / 1e6,
+        "xla": sum(xla),
+        "programs": len(xla),
     }
 
 
@@ -156,31 +221,39 @@ def compare(name: str, case: Case, runs: int, torch_python: str | None) -> dict[
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         cold = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-        sides: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {
-            "cold": (ours, cold),
-            "warm": (ours, warm),
+        fewer = dataclasses.replace(case, seeds=2)
+        sides: dict[str, tuple[Sequence[str], Case, Mapping[str, str]]] = {
+            "cold": (ours, case, cold),
+            "warm": (ours, case, warm),
+            **{
+                side: ([*ours[:2], "--plain", *ours[2:]], one, environment)
+                for side, one, environment in zip(PLAIN, (case, case, fewer), (cold, warm, warm), strict=True)
+            },
         }
+        if case.seeds <= fewer.seeds:
+            del sides[PLAIN[-1]]
         if torch_python is not None:
-            sides[TORCH] = (theirs, {})
-        in_own_process(ours, case, warm)
+            sides[TORCH] = (theirs, case, {})
+        # What fills the cache.
+        for side in ("warm", "plain, warm"):
+            in_own_process(*sides[side])
         found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         order = list(sides)
         for number in range(runs):
             print(f"{name}: round {number + 1} of {runs} ...", file=sys.stderr, flush=True)
             for side in order:
-                command, environment = sides[side]
-                found[side].append(in_own_process(command, case, environment))
+                found[side].append(in_own_process(*sides[side]))
             order = [*order[1:], order[0]]
     row: dict[str, Any] = {"case": name, **dataclasses.asdict(case), "runs": found, "ratio": {}, "missed": []}
     if torch_python is not None:
-        for side in SIDES:
+        for side in [*found][:-1]:
             row["ratio"][side] = {}
             for figure in FIGURES:
                 samples = {which: [run[figure] for run in found[which]] for which in (side, TORCH)}
                 ratio = common.paired(samples, side, TORCH)
                 row["ratio"][side][figure] = dataclasses.asdict(ratio)
-                goal = {"process": GOALS[name, side], "megabytes": MEMORY}.get(figure)
-                if goal is not None:
+                goal = {"process": GOALS.get((name, side)), "megabytes": MEMORY}.get(figure)
+                if goal is not None and side in SIDES:
                     row["missed"] += goal.missed_by(f"{name}, {side}, {figure}", ratio.median, ratio.low)
     return row
 
@@ -196,7 +269,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table."""
     units = {"megabytes": "MB"}
     named = [units.get(figure, f"{figure} s") for figure in FIGURES]
-    header = ("case", "side", *named, *(f"{name} ratio" for name in named))
+    header = ("case", "side", "seeds", *named, "XLA s", *(f"{name} ratio" for name in named))
     lines = []
     for row in rows:
         for side, runs in row["runs"].items():
@@ -205,11 +278,13 @@ def show(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(
                 [
                     row["case"],
-                    side if side == TORCH else f"mujax, {side}",
+                    side if side == TORCH or side in PLAIN else f"mujax, {side}",
+                    f"{runs[0].get('seeds', row['seeds'])}",
                     *(
                         f"{value:.0f}" if figure == "megabytes" else f"{value:.2f}"
                         for figure, value in medians.items()
                     ),
+                    f"{statistics.median([run['xla'] for run in runs]):.2f}" if "xla" in runs[0] else "-",
                     *(_with_interval(ratios.get(figure)) for figure in FIGURES),
                 ]
             )
@@ -226,9 +301,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--quick", action="store_true", help="a smoke run: small widths, one round")
     add("--out", type=pathlib.Path, default=common.OUT / "coord_check.json", help="the report")
     add("--measure", type=json.loads, help=argparse.SUPPRESS)
+    add("--plain", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure is not None:
-        print(json.dumps(measure(Case(**args.measure))))
+        print(json.dumps((measure_plain if args.plain else measure)(Case(**args.measure))))
         return
     if args.runs < 1:
         parser.error(f"--runs: expected at least 1, got {args.runs}.")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.paper import _search
+from benchmarks.paper import _images, _search
 from benchmarks.paper._figure import TITLES, Figure, Inputs, Row
 from benchmarks.paper._results import Cell, Results, train
 from benchmarks.paper._sweeps import judged, kept, lost, panel
@@ -130,7 +130,7 @@ class Images(Figure):
     }
 
     def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:
-        found = data.fashion_mnist() if inputs.images is None else data.fashion_mnist(inputs.images)
+        found = _images.load(inputs.images)
         parts = [_shrunk(part, config.side) for part in (found.train, found.valid)]
         return parts, data.digest((*parts[0], *parts[1]))
 
@@ -197,14 +197,12 @@ class Images(Figure):
                 accuracies["mup"],
                 accuracies["sp"],
                 higher=True,
-                at_least=True,
             )
         )
         rows.append(
             _search.compared(
                 f"held-out loss likewise: {TITLES['mup']} at most that of the {TITLES['sp']}",
                 *(_search.values(results, name, config.seeds, "valid_loss") for name in ("mup", "sp")),
-                at_least=True,
             )
         )
         return rows
@@ -229,7 +227,7 @@ class Images(Figure):
         )
         panels_figure(
             panels,
-            title=f"ResNet-9 on Fashion-MNIST: SGD with momentum, {config.grid_steps} steps of batch "
+            title=f"ResNet-9 on images: SGD with momentum, {config.grid_steps} steps of batch "
             f"{config.batch};\naccuracy at {config.target / config.proxy:g} times the proxy's width, "
             f"{config.steps} steps:\n{reached}",
         ).savefig(path, dpi=110)

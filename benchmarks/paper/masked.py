@@ -54,6 +54,7 @@ class Config:
         space: factors to either side of 1 in which multipliers are searched, as log2.
         rates: lowest and highest learning rate of the search, as log2.
         valid: held-out batches.
+        search_seeds: runs of each trial: with one, the best is found where it happened not to fail.
         zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
@@ -68,6 +69,7 @@ class Config:
     valid: int
     rates: tuple[float, float] = (-12.0, -6.0)
     space: float = 1.0
+    search_seeds: int = 2
     zeros: tuple[str, ...] = ()
 
 
@@ -93,17 +95,19 @@ class Masked(Figure):
             seeds=(0, 1),
             valid=2,
         ),
-        # A quarter of the depth and of the width of BERT-base and BERT-large.
+        # A sixth of the depth and of the width of BERT-base and BERT-large, in whole heads. In 400 steps no
+        # model learns more than how frequent each letter is.
         "laptop": Config(
             proxy=Shape(64, 2),
-            targets={"base": Shape(192, 3), "large": Shape(256, 6)},
+            targets={"base": Shape(128, 2), "large": Shape(192, 4)},
             head=32,
             length=64,
             batch=16,
-            steps=400,
-            trials=24,
+            steps=1000,
+            trials=12,
             seeds=(0, 1, 2),
             valid=16,
+            rates=(-12.0, -8.0),
         ),
         "gpu": Config(
             proxy=Shape(256, 4),
@@ -120,9 +124,10 @@ class Masked(Figure):
     }
 
     remarks = {  # noqa: RUF012
-        "laptop": "The search chose a trial at the edge of stability: its learning rate is 0.0022, and all "
-        "trials from 0.0028 on end at 3.10 or above (the records). With it the targets stay at such a loss; "
-        "some of their curves have spikes. That a search with more seeds a trial would help is not shown."
+        "laptop": "With naive transfer one of the larger model's three seeds stays at a training loss of "
+        "3.0, which all models reach in a tenth of the steps, and another falls back to it; Welch's interval "
+        "of three such seeds is wide. At twice the proxy's width naive transfer does no harm yet. One run of "
+        "the larger model costs as much as 14 of the proxy, and the search makes 24."
     }
 
     def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:
@@ -149,6 +154,7 @@ class Masked(Figure):
             },
             fixed=schedule,
             trials=config.trials,
+            seeds=config.search_seeds,
         )
         found = _search.best(results, "proxy")
         for name, shape in config.targets.items():
@@ -181,12 +187,14 @@ class Masked(Figure):
                 )
                 for other in ("published", "naive")
             ]
-            rows.append(
-                _search.cost(
-                    f"{name}: tuning costs less than one training of the target",
-                    *(results, "proxy", f"mup {name}", config.seeds[0], 1.0),
-                )
+        # The paper's "total tuning cost" is one pretraining of BERT-large.
+        largest = [*config.targets][-1]
+        rows.append(
+            _search.cost(
+                f"tuning costs at most one training of {largest}",
+                *(results, "proxy", f"mup {largest}", config.seeds[0], 1.0),
             )
+        )
         return rows
 
     def found(self, config: Config, results: Results, name: str) -> dict[str, list[float] | None]:

@@ -164,7 +164,6 @@ class Translation(Figure):
                 f"BLEU after all {config.trials} trials at least that of direct tuning",
                 *(found["µTransfer"], found["direct"]),
                 higher=True,
-                at_least=True,
             ),
             _search.compared(
                 f"BLEU above that of the proxy's hyperparameters in the {TITLES['sp']}",

