@@ -17,6 +17,7 @@ import scipy.stats
 import mujax
 from benchmarks.paper._figure import Row
 from benchmarks.paper._results import Progress, Results
+from mujax.errors import DataError
 from mujax.train import CompiledRuns, Training, run_lanes, threads
 from mujax.tune import Front, SweepProgress, front
 
@@ -54,6 +55,32 @@ def scored(training: Training, score: Callable[[Apply, Any], Mapping[str, Any]])
     """The training with further scores of the trained model."""
     fields = {field.name: getattr(training, field.name) for field in dataclasses.fields(training)}
     return Scored(**fields, score=score)
+
+
+def held_out(arrays: Sequence[Any], *, batch: int, batches: int) -> list[tuple[Any, ...]]:
+    """Held-out examples in whole batches: as many as are asked for, or as there are.
+
+    Args:
+        arrays: of examples along the first axis.
+        batch: examples.
+        batches: at most.
+
+    Raises:
+        DataError: there is not one batch.
+
+    >>> held_out(([1, 2, 3, 4, 5], [6, 7, 8, 9, 10]), batch=2, batches=3)
+    [([1, 2], [6, 7]), ([3, 4], [8, 9])]
+    """
+    have = len(arrays[0])
+    if have < batch:
+        raise DataError(
+            where="held-out data",
+            expected=f"at least one batch of {batch} examples",
+            got=have,
+            remedy="give more data",
+        )
+    starts = range(0, min(have // batch, batches) * batch, batch)
+    return [tuple(array[first : first + batch] for array in arrays) for first in starts]
 
 
 def search(

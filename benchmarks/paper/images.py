@@ -42,7 +42,7 @@ class Config:
         grid_seeds: of each of its cells.
         trials: of each search.
         seeds: of the target's runs.
-        valid: held-out images.
+        valid: held-out images, or all where there are fewer.
         zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
@@ -246,11 +246,6 @@ def _shrunk(examples: data.Examples, side: int) -> data.Examples:
 def _training(config: Config, parts: Any, name: str, multiplier: float, steps: int) -> Training:
     """A run of a ResNet-9; held-out data is normalised by the statistics of its own batches."""
     images, valid = parts
-    count = config.valid // config.batch
-    held_out = [
-        (valid.inputs[first : first + config.batch], valid.targets[first : first + config.batch])
-        for first in range(0, count * config.batch, config.batch)
-    ]
     return _search.scored(
         training_run(
             _resnet9,
@@ -261,7 +256,7 @@ def _training(config: Config, parts: Any, name: str, multiplier: float, steps: i
             width=round(multiplier * config.channels),
             base_width=round(config.proxy * config.channels),
             batch=config.batch,
-            valid=held_out,
+            valid=_search.held_out(valid, batch=config.batch, batches=config.valid // config.batch),
             parametrization=name,
             train=True,
             **({"zero_init": config.zeros} if name == "mup" else {}),

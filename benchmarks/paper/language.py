@@ -39,7 +39,7 @@ class Config:
         proxy_steps: of a run of the search.
         space: factors to either side of 1 in which multipliers are searched, as log2.
         rates: lowest and highest learning rate of the search, as log2.
-        valid: held-out batches.
+        valid: held-out batches, or as many as there are.
         zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
 
@@ -223,7 +223,6 @@ def _training(
 ) -> Training:
     train, held_out = texts
     windows = data.text_windows(held_out, length=config.length)
-    inputs, targets = (part.reshape(-1, config.length) for part in windows)
     return training_run(
         functools.partial(
             _model, depth=config.depth, heads=config.heads, length=config.length, relative=relative
@@ -234,10 +233,9 @@ def _training(
         width=width,
         base_width=config.proxy,
         batch=config.batch,
-        valid=[
-            (inputs[first : first + config.batch], targets[first : first + config.batch])
-            for first in range(0, config.valid * config.batch, config.batch)
-        ],
+        valid=_search.held_out(
+            [part.reshape(-1, config.length) for part in windows], batch=config.batch, batches=config.valid
+        ),
         parametrization=parametrization,
         **({"zero_init": config.zeros} if parametrization == "mup" else {}),
     )

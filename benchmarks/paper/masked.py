@@ -53,7 +53,7 @@ class Config:
         head: size of a head, the same for all.
         space: factors to either side of 1 in which multipliers are searched, as log2.
         rates: lowest and highest learning rate of the search, as log2.
-        valid: held-out batches.
+        valid: held-out batches, or as many as there are.
         search_seeds: runs of each trial: with one, the best is found where it happened not to fail.
         zeros: what starts at zero in µP, as the paper advises for long runs; a short one learns late by it.
     """
@@ -222,12 +222,9 @@ class Masked(Figure):
 def _training(config: Config, texts: Any, shape: Shape, parametrization: str) -> Training:
     train, held_out = texts
     windows = data.text_windows(held_out, length=config.length).inputs.reshape(-1, config.length)
-    count = config.valid * config.batch
     keys = jax.random.split(jax.random.key(0), config.valid)
-    valid = [
-        hide(windows[first : first + config.batch], key)
-        for first, key in zip(range(0, count, config.batch), keys, strict=True)
-    ]
+    parts = _search.held_out([windows], batch=config.batch, batches=config.valid)
+    valid = [hide(part, key) for (part,), key in zip(parts, keys, strict=False)]
 
     def draw(tokens: Any, key: Any, batch: int, steps: int) -> Any:
         place, mask = jax.random.split(key)

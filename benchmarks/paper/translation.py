@@ -39,7 +39,7 @@ class Config:
         width: of the target; the proxy has a quarter of it.
         depth: blocks of the encoder, and of the decoder.
         length: subwords of a sentence, at most.
-        valid: held-out batches.
+        valid: held-out batches, or as many as there are.
         trials: of each search.
         seeds: of the final runs.
         resamples: orders of the trials.
@@ -276,13 +276,8 @@ def _array(found: Sequence[float | None]) -> np.ndarray:
 
 
 def _training(config: Config, corpus: _pairs.Corpus, width: int, parametrization: str) -> Training:
-    count = min(config.valid * config.batch, len(corpus.held_source) // config.batch * config.batch)
-    valid = [
-        _example(
-            corpus.held_source[first : first + config.batch], corpus.held_target[first : first + config.batch]
-        )
-        for first in range(0, count, config.batch)
-    ]
+    pairs = corpus.held_source, corpus.held_target
+    valid = [_example(*part) for part in _search.held_out(pairs, batch=config.batch, batches=config.valid)]
     training = training_run(
         functools.partial(
             _model, depth=config.depth, heads=config.heads, vocab_size=config.vocab_size, length=config.length

@@ -169,6 +169,22 @@ def test_padding_has_no_part_in_the_loss_of_a_translation(paper):
     assert float(found) == pytest.approx(-float(lower[0, 0, 3] + lower[0, 1, 2]) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize(("wanted", "have", "batches"), [(2, 100, 2), (8, 20, 2), (8, 64, 8)])
+def test_held_out_data_comes_in_whole_batches(paper, wanted, have, batches):
+    arrays = np.arange(have * 4.0).reshape(have, 2, 2, 1), np.arange(have)
+    found = paper._search.held_out(arrays, batch=8, batches=wanted)
+    assert [inputs.shape for inputs, _ in found] == [(8, 2, 2, 1)] * batches
+    np.testing.assert_array_equal(np.concatenate([targets for _, targets in found]), np.arange(8 * batches))
+
+
+def test_too_little_held_out_data_is_one_sentence(paper, tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("In the beginning God created the heaven and the earth. " * 185)
+    assert paper.main(["F7", "--text", str(text), "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "held-out data: expected at least one batch of 16 examples, got 15; give more data."
+
+
 # ---- judges ---------------------------------------------------------------------------------------------
 
 
