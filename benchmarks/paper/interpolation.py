@@ -107,8 +107,8 @@ class Interpolation(Figure):
         "gpu": "A quarter of the paper's epochs, one seed. Why the widest models end lower half way to µP: "
         "a parametrization on the way is µP with the first layer's rate over m and the output times the root "
         "of m, where m = (width / 128)^(1 - share), 8 half way at width 8192. The last row at laptop scale, "
-        "above, shows that wide models want such an m in µP, too: what is lost here is lost by tuning the "
-        "multipliers on short runs of narrow models.",
+        "above, shows that wider models are better with such an m in µP, too: what is lost here is lost by "
+        "tuning the multipliers on short runs of narrow models.",
     }
 
     def data(self, config: Config, inputs: Inputs) -> tuple[Any, str]:

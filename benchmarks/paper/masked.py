@@ -95,8 +95,8 @@ class Masked(Figure):
             seeds=(0, 1),
             valid=2,
         ),
-        # A sixth of the depth and of the width of BERT-base and BERT-large, in whole heads. In 400 steps no
-        # model learns more than how frequent each letter is.
+        # A sixth of the depth and of the width of BERT-base and BERT-large, in whole heads. After 400 steps
+        # the loss is still about the entropy of single letters, 3.0.
         "laptop": Config(
             proxy=Shape(64, 2),
             targets={"base": Shape(128, 2), "large": Shape(192, 4)},
